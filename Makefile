@@ -1,0 +1,48 @@
+# One front door: `make demo`, `make test`, `make lint`, `make bench`. Each sets up what it needs.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OLDEST := .venv-oldest
+WORKERS ?= 2
+# One thread a worker: two cores shared by two workers go faster than four threads that fight.
+TEST := OMP_NUM_THREADS=1 PYTHONWARNINGS=default
+
+.PHONY: demo test test-oldest lint format bench clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python examples/quickstart.py --output runs/quickstart
+
+test: $(VENV)/.installed
+	$(TEST) $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+test-oldest: $(OLDEST)/.installed
+	$(TEST) $(OLDEST)/bin/python -m pytest -n $(WORKERS) $(ARGS)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/run.py
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	touch $@
+
+# The oldest supported pair; the GPU world is often behind.
+$(OLDEST)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
+	$(OLDEST)/bin/python -m pip install --quiet 'torch==2.11.*' 'torchvision==0.26.*' -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,30 @@
+"""Graph passes: capture, normal form, BatchNorm folding, sign analysis, plan, insertion, verification, lowering."""
+
+from pege_fx.passes.fold_bn import FoldBatchNorm
+from pege_fx.passes.insert import InsertFakeQuants
+from pege_fx.passes.lower import drop_unused, lower_activations, lower_folds, lower_weights
+from pege_fx.passes.normalize import normalize
+from pege_fx.passes.pipeline import Pass, Pipeline, run
+from pege_fx.passes.plan import MakePlan
+from pege_fx.passes.ranks import infer_ranks
+from pege_fx.passes.sign import analyse_signs
+from pege_fx.passes.trace import trace
+from pege_fx.passes.verify import verify
+
+__all__ = [
+    "FoldBatchNorm",
+    "InsertFakeQuants",
+    "MakePlan",
+    "Pass",
+    "Pipeline",
+    "analyse_signs",
+    "drop_unused",
+    "infer_ranks",
+    "lower_activations",
+    "lower_folds",
+    "lower_weights",
+    "normalize",
+    "run",
+    "trace",
+    "verify",
+]

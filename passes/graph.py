@@ -1,0 +1,346 @@
+"""Reading and writing fx graphs: the only file that looks at ``node.args``, with helpers of exact types."""
+
+import operator
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+
+from pege_fx.spec import Channels
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A function with edges that can be quantized.
+
+    ``parameters`` are its leading parameters by name; ``weight`` and ``inputs`` say which of them are edges. The
+    builtin functions have no signature to ask, so the table below is their signature.
+    """
+
+    name: str
+    parameters: tuple[str, ...]
+    inputs: tuple[str, ...]
+    weight: str | None = None
+    transposed: bool = False
+
+
+_CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_CONV_TRANSPOSE = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+
+
+def _conv(name: str, transposed: bool = False) -> Operator:
+    return Operator(name, _CONV_TRANSPOSE if transposed else _CONV, ("input",), "weight", transposed)
+
+
+LINEAR = Operator("linear", ("input", "weight", "bias"), ("input",), "weight")
+EMBEDDING = Operator(
+    "embedding",
+    ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
+    (),
+    "weight",
+)
+MATMUL = Operator("matmul", ("input", "other"), ("input", "other"))
+BMM = Operator("bmm", ("input", "mat2"), ("input", "mat2"))
+
+FUNCTIONS: dict[Any, Operator] = {
+    F.conv1d: _conv("conv1d"),
+    F.conv2d: _conv("conv2d"),
+    F.conv3d: _conv("conv3d"),
+    F.conv_transpose1d: _conv("conv_transpose1d", True),
+    F.conv_transpose2d: _conv("conv_transpose2d", True),
+    F.conv_transpose3d: _conv("conv_transpose3d", True),
+    F.linear: LINEAR,
+    F.embedding: EMBEDDING,
+    torch.matmul: MATMUL,
+    operator.matmul: MATMUL,
+    torch.bmm: BMM,
+}
+METHODS: dict[str, Operator] = {"matmul": MATMUL, "__matmul__": MATMUL, "bmm": BMM}
+
+
+def operator_of(node: Node) -> Operator | None:
+    """Return the table's entry for a node, or None if none of its edges can be quantized."""
+    if node.op == "call_function":
+        return FUNCTIONS.get(node.target)
+    if node.op == "call_method":
+        return METHODS.get(str(node.target))
+    return None
+
+
+def operand(node: Node, name: str) -> Any:
+    """Return the argument that an operator's node passes for a parameter, or None if it passes none."""
+    described = operator_of(node)
+    assert described is not None, f"{node} is no operator"
+    position = described.parameters.index(name)
+    return node.args[position] if position < len(node.args) else node.kwargs.get(name)
+
+
+def set_operand(node: Node, name: str, value: Node | None) -> None:
+    """Pass ``value`` for a parameter of an operator's node."""
+    described = operator_of(node)
+    assert described is not None, f"{node} is no operator"
+    position = described.parameters.index(name)
+    if position < len(node.args):
+        node.update_arg(position, value)
+    else:
+        node.update_kwarg(name, value)
+
+
+def first_argument(node: Node) -> Any:
+    """Return the first positional argument of any node, or None."""
+    return node.args[0] if node.args else None
+
+
+def arguments(node: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return a node's positional and keyword arguments."""
+    return node.args, dict(node.kwargs)
+
+
+def channels_of(node: Node, weight: Tensor) -> Channels:
+    """Return where an operator's weight keeps its output channels."""
+    described = operator_of(node)
+    assert described is not None, f"{node} is no operator"
+    if not described.transposed:
+        return Channels(weight.shape[0])
+    groups = operand(node, "groups") or 1
+    return Channels(weight.shape[1] * groups, axis=1, groups=groups)
+
+
+# --- modules and attributes ----------------------------------------------------------------------------------
+
+
+def module_of(gm: GraphModule, node: Any, cls: type[M]) -> M | None:
+    """Return the module that a ``call_module`` node calls if it is a ``cls``, else None."""
+    if not isinstance(node, Node) or node.op != "call_module":
+        return None
+    module = gm.get_submodule(str(node.target))
+    return module if isinstance(module, cls) else None
+
+
+def calls(gm: GraphModule, cls: type[M]) -> Iterator[tuple[Node, M]]:
+    """Yield every ``call_module`` node of a class with its module; nodes may be changed meanwhile."""
+    for node in list(gm.graph.nodes):
+        if (module := module_of(gm, node, cls)) is not None:
+            yield node, module
+
+
+def call_sites(gm: GraphModule, module: nn.Module) -> int:
+    """Count the nodes that call a module, under whichever of its names."""
+    return sum(1 for _, called in calls(gm, nn.Module) if called is module)
+
+
+def attribute(gm: GraphModule, node: Any) -> Any:
+    """Return the value of a ``get_attr`` node, or None for any other."""
+    if not isinstance(node, Node) or node.op != "get_attr":
+        return None
+    value: Any = gm
+    for name in str(node.target).split("."):
+        value = getattr(value, name)
+    return value
+
+
+def tensor_of(gm: GraphModule, node: Any) -> Tensor | None:
+    """Return the tensor that a ``get_attr`` node reads, or None."""
+    value = attribute(gm, node)
+    return value if isinstance(value, Tensor) else None
+
+
+def has_attribute(module: nn.Module, path: str) -> bool:
+    """Tell whether a dotted path names anything under a module."""
+    value: Any = module
+    for name in path.split("."):
+        if not hasattr(value, name):
+            return False
+        value = getattr(value, name)
+    return True
+
+
+def free_path(gm: GraphModule, path: str) -> str:
+    """Return ``path``, with a number behind it if something of that name is there already."""
+    candidate, number = path, 0
+    while has_attribute(gm, candidate):
+        number += 1
+        candidate = f"{path}_{number}"
+    return candidate
+
+
+def join(*parts: str) -> str:
+    """Join parts of a dotted path, leaving out empty ones."""
+    return ".".join(part for part in parts if part)
+
+
+def parent_and_name(path: str) -> tuple[str, str]:
+    """Split a dotted path into its parent and its last name."""
+    parent, _, name = path.rpartition(".")
+    return parent, name
+
+
+def register_buffer(gm: GraphModule, path: str, value: Tensor) -> None:
+    """Store a tensor as a buffer at a dotted path, making plain modules on the way where none are."""
+    parent, name = parent_and_name(path)
+    if parent and not has_attribute(gm, parent):
+        gm.add_submodule(parent, nn.Module())
+    gm.get_submodule(parent).register_buffer(name, value)
+
+
+def set_parameter(gm: GraphModule, path: str, value: nn.Parameter) -> None:
+    """Store a parameter at a dotted path whose parent exists."""
+    parent, name = parent_and_name(path)
+    gm.get_submodule(parent).register_parameter(name, value)
+
+
+# --- where a node comes from ---------------------------------------------------------------------------------
+
+
+def owner(node: Node) -> str:
+    """Return the path of the innermost module whose ``forward`` made the node; "" is the root."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path, _ = next(reversed(stack.values()))
+    return str(path)
+
+
+def scope(node: Node) -> str:
+    """Return the path of the module that a node's value belongs to: for a module's result, the module around it."""
+    path = str(node.target) if node.op == "call_module" else node.meta.get("path")
+    return owner(node) if path is None else parent_and_name(path)[0]
+
+
+def short_name(node: Node) -> str:
+    """Return a node's name without the scope it belongs to."""
+    prefix = scope(node).replace(".", "_")
+    return node.name.removeprefix(f"{prefix}_") if prefix else node.name
+
+
+def owners(node: Node) -> list[str]:
+    """Return the paths of the modules around a node, outermost first."""
+    return [str(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
+
+
+def copy_origin(source: Node, target: Node) -> None:
+    """Make ``target`` come from where ``source`` comes from."""
+    for key in ("nn_module_stack", "stack_trace", "path"):
+        if key in source.meta:
+            target.meta[key] = source.meta[key]
+
+
+def function_name(node: Node) -> str:
+    """Return a short name of what a node does: the table's name, or its function's, method's or module path's."""
+    described = operator_of(node)
+    if described is not None:
+        return described.name
+    if node.op == "call_function":
+        return str(getattr(node.target, "__name__", node.target))
+    return str(node.target)
+
+
+# --- building ------------------------------------------------------------------------------------------------
+
+
+def get_attr(graph: Graph, path: str, before: Node, name: str | None = None) -> Node:
+    """Insert a ``get_attr`` node."""
+    with graph.inserting_before(before):
+        return graph.create_node("get_attr", path, name=name)
+
+
+def call_module(graph: Graph, path: str, argument: Node | None, before: Node, name: str | None = None) -> Node:
+    """Insert a ``call_module`` node with one argument."""
+    with graph.inserting_before(before):
+        return graph.create_node("call_module", path, (argument,), name=name)
+
+
+def call_function(
+    graph: Graph,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    before: Node,
+    name: str | None = None,
+) -> Node:
+    """Insert a ``call_function`` node."""
+    with graph.inserting_before(before):
+        return graph.create_node("call_function", function, args, kwargs, name=name)
+
+
+def after(node: Node) -> Node:
+    """Return the node to insert before so that the new one comes right behind ``node`` (and behind all inputs)."""
+    following = node.next
+    while following.op == "placeholder":
+        following = following.next
+    return following
+
+
+def replace(gm: GraphModule, old: Node, new: Node) -> None:
+    """Let every user of ``old`` use ``new``, and erase ``old``."""
+    old.replace_all_uses_with(new, propagate_meta=False)
+    gm.graph.erase_node(old)
+
+
+def make_out_of_place(gm: GraphModule, node: Node) -> None:
+    """Let a node that would overwrite its input (``inplace=True``) leave it alone."""
+    module = module_of(gm, node, nn.Module)
+    if module is not None and getattr(module, "inplace", False):
+        module.inplace = False  # type: ignore[assignment]
+    elif node.kwargs.get("inplace"):
+        node.update_kwarg("inplace", False)
+
+
+def used_module(gm: GraphModule, node: Node) -> bool:
+    """Tell whether any node still calls the module that a node calls."""
+    return any(other.op == "call_module" and other.target == node.target for other in gm.graph.nodes)
+
+
+# --- effects -------------------------------------------------------------------------------------------------
+
+_IN_PLACE_OPERATORS = {getattr(operator, name) for name in dir(operator) if name.startswith("i") and name != "inv"} - {
+    operator.index,
+    operator.indexOf,
+    operator.invert,
+    operator.is_,
+    operator.is_not,
+    operator.itemgetter,
+}
+
+
+def is_assignment(node: Node) -> bool:
+    """Tell whether a node is ``x[...] = value``."""
+    return node.target in (operator.setitem, "__setitem__")
+
+
+def changes_its_input(gm: GraphModule, node: Node) -> bool:
+    """Tell whether a node works in place, so that it matters even if nobody uses its result."""
+    if node.op == "call_module":
+        module = gm.get_submodule(str(node.target))
+        return bool(getattr(module, "inplace", False))
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    ends_in_place = name.endswith("_") and not name.endswith("__")
+    by_operator = node.target in _IN_PLACE_OPERATORS or is_assignment(node)
+    return ends_in_place or by_operator or bool(node.kwargs.get("inplace")) or node.kwargs.get("out") is not None
+
+
+def remove_dead_nodes(gm: GraphModule) -> None:
+    """Erase nodes whose result nobody uses, except those that work in place."""
+    gm.graph.eliminate_dead_code(lambda node: node.is_impure() or changes_its_input(gm, node))
+
+
+def where_raised(error: BaseException, root: type) -> str:
+    """Return "file:line, code" of the innermost frame of an error that is in a model's own code, not in torch."""
+    library = str(sys.modules["torch"].__path__[0])
+    place = ""
+    trace = error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        if not code.co_filename.startswith((library, "<")) and "pege_fx" not in code.co_filename:
+            place = f"{code.co_filename}:{trace.tb_lineno} in {code.co_qualname}"
+        trace = trace.tb_next
+    return place or root.__qualname__

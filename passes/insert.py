@@ -1,0 +1,117 @@
+"""Insertion: the plan carried out, one fake-quant for each weight and each (producer, format)."""
+
+from dataclasses import dataclass, field
+
+from torch.fx import GraphModule, Node
+
+from pege_fx.batch_norm import Fold
+from pege_fx.fake_quant import FakeQuant, ScheduleState, Site
+from pege_fx.passes.fold_bn import folded_weights
+from pege_fx.passes.graph import (
+    after,
+    call_module,
+    channels_of,
+    copy_origin,
+    first_argument,
+    free_path,
+    join,
+    make_out_of_place,
+    operand,
+    scope,
+    set_operand,
+    short_name,
+    tensor_of,
+)
+from pege_fx.plan import Edge, Operation, Plan
+from pege_fx.quantizers import Statistics
+from pege_fx.spec import QuantSpec
+
+
+@dataclass(frozen=True)
+class InsertFakeQuants:
+    """Place the plan's fake-quants: parameter -> fake-quant -> operation, and producer -> fake-quant -> its readers."""
+
+    seed: int = 0
+
+    def __call__(self, gm: GraphModule) -> None:
+        plan: Plan = gm.meta["plan"]
+        work = _Insertion(gm, self.seed, plan)
+        nodes = {node.name: node for node in gm.graph.nodes}
+        for operation in plan.operations:
+            for edge in operation.edges:
+                if edge.spec is not None:
+                    work.place(nodes[operation.node], operation, edge, edge.spec)
+        work.remove_spare_folds()
+
+
+@dataclass
+class _Insertion:
+    gm: GraphModule
+    seed: int
+    plan: Plan
+    groups: dict[str, ScheduleState] = field(default_factory=dict)
+    placed: dict[tuple[Node, QuantSpec, str], Node] = field(default_factory=dict)
+    folds: dict[Node, Fold] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.folds = folded_weights(self.gm)
+
+    def place(self, node: Node, operation: Operation, edge: Edge, spec: QuantSpec) -> None:
+        if edge.operand == "output":
+            self._place_output(node, edge, spec)
+            return
+        source = operand(node, edge.operand)
+        fold = self.folds.get(source)
+        origin = first_argument(source) if fold is not None else source
+        is_weight = edge.operand == "weight" and tensor_of(self.gm, origin) is not None
+        key = (source, spec, edge.group)
+        if key not in self.placed:
+            assert isinstance(origin, Node)
+            path = f"{edge.source}_fq" if is_weight else join(scope(source), f"{short_name(source)}_fq")
+            module = self._weight(node, origin, path, edge, spec, fold) if is_weight else self._activation(path, edge, spec)
+            self.placed[key] = self._insert(module, path, origin, before=node)
+        set_operand(node, edge.operand, self.placed[key])
+
+    def _place_output(self, node: Node, edge: Edge, spec: QuantSpec) -> None:
+        path = join(scope(node), f"{short_name(node)}_fq")
+        readers = list(node.users)
+        placed = self._insert(self._activation(path, edge, spec), path, node, before=after(node))
+        for reader in readers:
+            reader.replace_input_with(node, placed)
+            make_out_of_place(self.gm, reader)
+
+    def _insert(self, module: FakeQuant, path: str, source: Node, before: Node) -> Node:
+        self.gm.add_submodule(module.site.name, module)
+        name = f"{source.name}_fq"
+        placed = call_module(self.gm.graph, module.site.name, source, before, name)
+        copy_origin(source, placed)
+        placed.meta["site"] = module.site
+        return placed
+
+    def _weight(self, node: Node, origin: Node, path: str, edge: Edge, spec: QuantSpec, fold: Fold | None) -> FakeQuant:
+        weight = tensor_of(self.gm, origin)
+        assert weight is not None
+        site = Site(name=free_path(self.gm, path), kind="weight", spec=spec, rule=edge.rule, group=edge.group)
+        channels = channels_of(node, weight)
+        made = FakeQuant(
+            site, self._group(edge), seed=self.seed, plan=self.plan, weight=weight, channels=channels, fold=fold
+        ).to(weight.device)
+        made.initialize(Statistics.of(made.enter(weight), made.method.channels))
+        return made
+
+    def _activation(self, path: str, edge: Edge, spec: QuantSpec) -> FakeQuant:
+        site = Site(name=free_path(self.gm, path), kind="activation", spec=spec, rule=edge.rule, group=edge.group)
+        parameter = next(self.gm.parameters(), None)
+        made = FakeQuant(site, self._group(edge), seed=self.seed, plan=self.plan)
+        return made if parameter is None else made.to(parameter.device)
+
+    def _group(self, edge: Edge) -> ScheduleState:
+        return self.groups.setdefault(edge.group, ScheduleState(edge.group))
+
+    def remove_spare_folds(self) -> None:
+        """Erase the weight folds that fake-quants have taken over."""
+        for node in self.folds:
+            if not node.users:
+                path = str(node.target)
+                self.gm.graph.erase_node(node)
+                self.gm.delete_submodule(path)

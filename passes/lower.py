@@ -1,0 +1,109 @@
+"""Lowering: fake-quants become integers with their scales, folded BatchNorms become part of weight and bias."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from pege_fx.batch_norm import FOLDED, BatchNorm, BiasFold, WeightFold
+from pege_fx.fake_quant import FakeQuant
+from pege_fx.functional import dequantize, quantize
+from pege_fx.passes.graph import (
+    call_function,
+    calls,
+    copy_origin,
+    first_argument,
+    free_path,
+    get_attr,
+    register_buffer,
+    remove_dead_nodes,
+    replace,
+    tensor_of,
+)
+from pege_fx.quantizers import Decoding
+
+
+@torch.no_grad()
+def lower_weights(gm: GraphModule) -> None:
+    """Hold every quantized weight as integer codes with a scale: codes -> dequantize -> operation."""
+    for node, fq in calls(gm, FakeQuant):
+        weight = tensor_of(gm, first_argument(node))
+        if fq.site.kind != "weight" or weight is None:
+            continue
+        scale, zero_point = fq.decoding()
+        codes = fq.codes(weight).to(torch.int8 if fq.site.spec.signed else torch.uint8)
+        path = str(first_argument(node).target)
+        codes_path = free_path(gm, f"{path}_codes")
+        register_buffer(gm, codes_path, codes)
+        read = get_attr(gm.graph, codes_path, node)
+        _dequantize(gm, node, read, path, Decoding(scale, zero_point), fq.site.spec.bits, weight.dtype)
+
+
+@torch.no_grad()
+def lower_folds(gm: GraphModule) -> None:
+    """Store weights and biases with their BatchNorm folded in, and drop the BatchNorms."""
+    for kind in (WeightFold, BiasFold):
+        for node, module in calls(gm, kind):
+            source = first_argument(node)
+            value = module(None if source is None else tensor_of(gm, source))
+            path = free_path(gm, f"{node.target}ed")
+            register_buffer(gm, path, value.clone())
+            replace(gm, node, get_attr(gm.graph, path, before=node))
+    for node, module in calls(gm, BatchNorm):
+        if type(module) in FOLDED.values():
+            replace(gm, node, first_argument(node))
+
+
+@torch.no_grad()
+def lower_activations(gm: GraphModule) -> None:
+    """Write every quantized activation as quantize -> dequantize."""
+    dtype = next((p.dtype for p in (*gm.parameters(), *gm.buffers()) if p.is_floating_point()), torch.float32)
+    for node, fq in calls(gm, FakeQuant):
+        spec, path = fq.site.spec, str(node.target)
+        encoding = fq.method.encoding()
+        inputs = [_constant(gm, f"{path}_{name}", value, dtype, node) for name, value in encoding._asdict().items()]
+        while inputs[-1] is None:
+            inputs.pop()
+        settings: dict[str, Any] = {"bits": spec.bits, "signed": spec.signed}
+        if spec.narrow:
+            settings["narrow"] = True
+        codes = call_function(
+            gm.graph, quantize, (first_argument(node), *inputs), settings, node, node.name.replace("_fq", "_q")
+        )
+        copy_origin(node, codes)
+        _dequantize(gm, node, codes, f"{path}_output", fq.decoding(), spec.bits, dtype)
+
+
+def drop_unused(gm: GraphModule) -> None:
+    """Erase what the lowered graph does not read any more: float weights, fake-quants, BatchNorms."""
+    remove_dead_nodes(gm)
+    used = {str(node.target) for node in gm.graph.nodes if node.op in ("get_attr", "call_module")}
+    for path, module in list(gm.named_modules()):
+        inside = any(target == path or path.startswith(f"{target}.") for target in used)
+        names = [*module._parameters, *module._buffers]
+        for name in [] if inside else names:
+            if f"{path}.{name}".lstrip(".") not in used:
+                delattr(module, name)
+    gm.delete_all_unused_submodules()
+
+
+def _constant(gm: GraphModule, path: str, value: Tensor | None, dtype: torch.dtype, before: Node) -> Node | None:
+    if value is None:
+        return None
+    free = free_path(gm, path)
+    wide = torch.promote_types(dtype, torch.float32)
+    register_buffer(gm, free, value.detach().to(wide).clone())
+    return get_attr(gm.graph, free, before)
+
+
+def _dequantize(gm: GraphModule, node: Node, codes: Node, path: str, decoding: Decoding, bits: int, dtype: torch.dtype) -> None:
+    """Let the users of ``node`` read the value of the codes."""
+    scale, zero = (_constant(gm, f"{path}_{name}", value, dtype, node) for name, value in decoding._asdict().items())
+    settings: dict[str, Any] = {"bits": bits}
+    if dtype != torch.promote_types(dtype, torch.float32):
+        settings["dtype"] = dtype
+    args = (codes, scale) if zero is None else (codes, scale, zero)
+    value = call_function(gm.graph, dequantize, args, settings, node, node.name.replace("_fq", "_dq"))
+    copy_origin(node, value)
+    replace(gm, node, value)

@@ -1,0 +1,41 @@
+"""Running passes: a pass changes a GraphModule in place, the runner lints, recompiles and says which pass failed."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias
+
+from torch.fx import GraphModule
+
+Pass: TypeAlias = Callable[[GraphModule], None]
+
+
+def name_of(step: Pass) -> str:
+    """Return a pass as it would be written: a function's name, a dataclass's repr."""
+    return getattr(step, "__name__", None) or repr(step)
+
+
+class Pipeline(list[Pass]):
+    """A list of passes, to print, extend and reorder.
+
+    >>> print(Pipeline([run]))
+    1. run: Apply each pass in place, then lint and recompile; an error names its pass.
+    """
+
+    def __str__(self) -> str:
+        return "\n".join(f"{number}. {name_of(step)}: {_summary(step)}" for number, step in enumerate(self, 1))
+
+
+def _summary(step: Any) -> str:
+    return (step.__doc__ or "").strip().split("\n")[0]
+
+
+def run(gm: GraphModule, passes: Iterable[Pass] | Sequence[Pass]) -> GraphModule:
+    """Apply each pass in place, then lint and recompile; an error names its pass."""
+    for step in passes:
+        try:
+            step(gm)
+            gm.graph.lint()
+        except Exception as error:
+            error.add_note(f"in pass {name_of(step)}")
+            raise
+        gm.recompile()
+    return gm

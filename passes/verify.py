@@ -1,0 +1,34 @@
+"""Verification: the graph is what its plan says."""
+
+from torch.fx import GraphModule, Node
+
+from pege_fx.errors import VerifyError
+from pege_fx.fake_quant import FakeQuant
+from pege_fx.passes.graph import calls, module_of, operand
+from pege_fx.plan import Edge, Operation, Plan
+
+
+def verify(gm: GraphModule) -> None:
+    """Check that every planned edge reads a fake-quant of its format, and that there is no other fake-quant."""
+    plan: Plan = gm.meta["plan"]
+    nodes = {node.name: node for node in gm.graph.nodes}
+    planned: set[Node] = set()
+    for operation, edge, spec in plan.quantized:
+        placed = _fake_quant_on(nodes.get(operation.node), edge, operation)
+        found = module_of(gm, placed, FakeQuant)
+        if placed is None or found is None or found.site.spec != spec:
+            raise VerifyError(
+                f"{operation.path}: {edge.operand} should read a fake-quant of {spec}, and reads {placed}.\n"
+                "  a pass between the plan and here removed or replaced it."
+            )
+        planned.add(placed)
+    extra = [node.name for node, _ in calls(gm, FakeQuant) if node not in planned]
+    if extra:
+        raise VerifyError(f"fake-quants that the plan does not name: {', '.join(extra)}.")
+
+
+def _fake_quant_on(node: Node | None, edge: Edge, operation: Operation) -> Node | None:
+    if node is None:
+        raise VerifyError(f"{operation.path}: its node {operation.node} is gone from the graph.")
+    placed = next(iter(node.users), None) if edge.operand == "output" else operand(node, edge.operand)
+    return placed if isinstance(placed, Node) else None

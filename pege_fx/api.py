@@ -1,0 +1,153 @@
+"""The front door: a model goes in, a GraphModule that trains quantized comes out, and a deployable one after it."""
+
+import copy
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from torch import nn
+from torch.fx import GraphModule
+
+from pege_fx import passes as graph_passes
+from pege_fx.errors import PegeWarning, PolicyError
+from pege_fx.fake_quant import fake_quants
+from pege_fx.inspection import Explanation
+from pege_fx.passes.pipeline import Pass, Pipeline, run
+from pege_fx.passes.plan import record_classes
+from pege_fx.passes.ranks import record_shapes
+from pege_fx.passes.trace import check_inputs, check_model, trace
+from pege_fx.policy import QuantPolicy
+from pege_fx.scheduler import plan_of
+from pege_fx.training import observe
+
+BatchNormMode = Literal["train", "freeze", "keep"]
+
+
+def prepare_passes(policy: QuantPolicy | str, *, batch_norm: BatchNormMode = "train", seed: int = 0) -> Pipeline:
+    """Return the passes of ``prepare``, a list to print, extend and reorder.
+
+    >>> len(prepare_passes("W4A4"))
+    7
+    """
+    return Pipeline(
+        [
+            graph_passes.normalize,
+            graph_passes.infer_ranks,
+            graph_passes.FoldBatchNorm(batch_norm),
+            graph_passes.analyse_signs,
+            graph_passes.MakePlan(_as_policy(policy)),
+            graph_passes.InsertFakeQuants(seed),
+            graph_passes.verify,
+        ]
+    )
+
+
+def convert_passes() -> Pipeline:
+    """Return the passes of ``convert``."""
+    return Pipeline(
+        [
+            graph_passes.lower_weights,
+            graph_passes.lower_folds,
+            graph_passes.lower_activations,
+            graph_passes.drop_unused,
+        ]
+    )
+
+
+def _as_policy(policy: QuantPolicy | str) -> QuantPolicy:
+    if isinstance(policy, str):
+        return QuantPolicy.parse(policy)
+    if not isinstance(policy, QuantPolicy):
+        raise PolicyError(f'{policy!r} is not a policy: give a QuantPolicy, or a short form as "W4A4".')
+    return policy
+
+
+def _capture(model: nn.Module, args: tuple[Any, ...] | None, kwargs: Mapping[str, Any] | None) -> GraphModule:
+    check_model(model)
+    if args is not None or kwargs is not None:
+        check_inputs(model, args or (), kwargs or {})
+    gm = trace(model)
+    record_classes(model, gm)
+    if args is not None or kwargs is not None:
+        record_shapes(gm, args or (), kwargs or {})
+    return gm
+
+
+def prepare(
+    model: nn.Module,
+    policy: QuantPolicy | str,
+    example_inputs: tuple[Any, ...] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    batch_norm: BatchNormMode = "train",
+    seed: int = 0,
+    passes: Iterable[Pass] | None = None,
+) -> GraphModule:
+    """Return a GraphModule that trains quantized: traced, BatchNorm folded, a fake-quant on every edge of the policy.
+
+    The model itself is not changed. Until a scheduler says otherwise, every element is quantized (p = 1, λ = 0).
+
+    Args:
+        model: any ``nn.Module`` in float, in the mode (``train()``, ``eval()``) it will go on in.
+        policy: a ``QuantPolicy``, or a short form as ``"W4A4"``.
+        example_inputs: positional arguments of ``forward``; they calibrate the activations, and prove more folds.
+        example_kwargs: keyword arguments of ``forward``.
+        batch_norm: "train": batch statistics live in training, folded in evaluation; "freeze": merged into the weights
+            at once; "keep": left alone.
+        seed: of the replacement masks.
+        passes: run instead of ``prepare_passes(policy, batch_norm=..., seed=...)``.
+
+    Raises:
+        PegeError: a subclass says what, where and the fix.
+
+    >>> import torch
+    >>> gm = prepare(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)), "W4A4")
+    >>> [node.name for node in gm.graph.nodes if node.name.endswith("_fq")]
+    ['_0_weight_fq', 'input_1_fq', '_2_weight_fq', '_1_fq']
+    """
+    pipeline = prepare_passes(policy, batch_norm=batch_norm, seed=seed) if passes is None else passes
+    gm = run(_capture(model, example_inputs, example_kwargs), pipeline)
+    if example_inputs is not None or example_kwargs is not None:
+        observe(gm, [(example_inputs or (), example_kwargs or {})])
+    return gm
+
+
+def convert(gm: GraphModule) -> GraphModule:
+    """Return the deployable graph: weights as integer codes with scales, BatchNorm gone into them, in evaluation mode.
+
+    Its outputs are those of ``gm.eval()``. The prepared model itself is not changed.
+
+    Raises:
+        ModelError: if ``gm`` was not prepared.
+        ConvertError: if a forward method does not say how it is deployed.
+    """
+    plan_of(gm)
+    for name, site in fake_quants(gm).items():
+        if float(site.schedule.rate) < 1.0:
+            warnings.warn(
+                f"replacement is not complete: {name} was trained at p = {float(site.schedule.rate):.3f}; "
+                "the deployed model is fully quantized.",
+                PegeWarning,
+                stacklevel=2,
+            )
+            break
+    return run(copy.deepcopy(gm).eval(), convert_passes())
+
+
+def explain(
+    model: nn.Module,
+    policy: QuantPolicy | str,
+    example_inputs: tuple[Any, ...] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    batch_norm: BatchNormMode = "train",
+) -> Explanation:
+    """Return what ``prepare`` would do, without doing it: each node, the rule that decided, the bits, or why not.
+
+    >>> print(explain(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), "W4A4")["0"].edge("weight").spec)
+    8
+    """
+    passes = prepare_passes(policy, batch_norm=batch_norm)
+    decided = passes.index(next(step for step in passes if isinstance(step, graph_passes.MakePlan)))
+    gm = run(_capture(model, example_inputs, example_kwargs), passes[: decided + 1])
+    return Explanation(gm.meta["plan"], f"{type(model).__name__}: dry run")

@@ -1,0 +1,334 @@
+"""The arithmetic of fake quantization, on tensors alone: grids, masks, estimators.
+
+Forward, for a scale s > 0, zero point z and integer bounds q_min ... q_max:
+
+    x_int = clamp(round(x_c / s) + z, q_min, q_max)        x_q = s * (x_int - z)
+
+Progressive replacement (PEGE, arXiv 2509.00097), at rate p with u uniform in [0, 1) for each element:
+
+    m = 1[u < p]            y = m * x_q + (1 - m) * x_c
+
+Backward, with g = dL/dy and r = 1[q_min <= round(x_c / s) + z <= q_max]; where m = 0 every estimator hands on g:
+
+    STE    dL/dx_c = r * g
+    EWGS   dL/dx_c = r * g * (1 + delta * sign(g) * (x_c - x_q) / (s * (q_max - q_min)))
+    PEGE   dL/dx_c = r * g + lambda * (x_c - x_q)
+    scale  dL/ds   = sum over m = 1 of g * (x_q - r * x_c) / s          (LSQ's, by the chain rule)
+
+Because y = x_c wherever m = 0, all of these follow from x_c and y: no mask is kept for backward.
+"""
+
+import zlib
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from pege_fx.errors import SpecError
+from pege_fx.spec import ESTIMATORS, QuantSpec, bounds_of
+
+# --- masks: a counter hash -----------------------------------------------------------------------------------
+
+_MIX_1, _MIX_2 = 0x21F0AAAD, 0xD35A2D97
+_BITS_OF_U = 24  # what float32 holds exactly
+
+
+def _as_int32(value: int) -> int:
+    """The signed 32-bit integer with the same bits as ``value`` mod 2**32."""
+    return (value + 2**31) % 2**32 - 2**31
+
+
+def mix32(value: int) -> int:
+    """Mix a 32-bit integer (lowbias32's finalizer with its improved constants), as Python integers.
+
+    >>> mix32(0), mix32(1)
+    (0, 114555507)
+    """
+    value &= 0xFFFFFFFF
+    value = ((value ^ value >> 16) * _MIX_1) & 0xFFFFFFFF
+    value = ((value ^ value >> 15) * _MIX_2) & 0xFFFFFFFF
+    return value ^ value >> 15
+
+
+def site_key(seed: int, site: str) -> int:
+    """Return the hash key of a site as a signed 32-bit integer, from the run's seed and the site's name."""
+    return _as_int32(mix32(mix32(zlib.crc32(site.encode())) ^ mix32(seed + 0x9E3779B9)))
+
+
+def refresh_key(refresh: int) -> int:
+    """Return what a refresh count (0, 1, ...) adds to every site's key, as a signed 32-bit integer."""
+    return _as_int32(mix32(refresh * 0x9E3779B9))
+
+
+def _mix32_tensor(bits: Tensor) -> Tensor:
+    """``mix32`` of every element of an int32 tensor; ``>>`` keeps the sign, so the mask makes it a logical shift."""
+    bits = (bits ^ (bits >> 16 & 0xFFFF)) * _as_int32(_MIX_1)
+    bits = (bits ^ (bits >> 15 & 0x1FFFF)) * _as_int32(_MIX_2)
+    return bits ^ (bits >> 15 & 0x1FFFF)
+
+
+def uniform(key: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
+    """Return the u of every element: float32 in [0, 1) in steps of 2**-24.
+
+    Element i (counted in row-major order whatever the memory layout) gets ``mix32(i ^ key)``: a function of
+    the key and of i alone, hence the same in eager and compiled code, on every device, in every recomputation.
+
+    Args:
+        key: 0-d int32 tensor, see ``site_key`` and ``refresh_key``.
+        shape: shape of the result; the result is on the key's device.
+    """
+    index = torch.arange(torch.Size(shape).numel(), dtype=torch.int32, device=key.device).view(shape)
+    bits = _mix32_tensor(index ^ key)
+    top: Tensor = bits >> (32 - _BITS_OF_U) & (2**_BITS_OF_U - 1)
+    return top.to(torch.float32) * 2.0**-_BITS_OF_U
+
+
+def replacement_mask(key: Tensor, rate: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
+    """Return the mask m = 1[u < p] as bools: True where the quantized value replaces the continuous one."""
+    mask: Tensor = uniform(key, shape) < rate
+    return mask
+
+
+# --- grids ---------------------------------------------------------------------------------------------------
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Codes and scales are computed in float32 at least, whatever the dtype of the tensor."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _unclamped(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    codes = torch.round(x / scale)
+    return codes if zero_point is None else codes + zero_point
+
+
+def _value(codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    return (codes if zero_point is None else codes - zero_point) * scale
+
+
+def codes_of(
+    x: Tensor,
+    scale: Tensor,
+    bounds: tuple[int, int],
+    zero_point: Tensor | None = None,
+    interval: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Return the integer codes of ``x``, still as floating point: clamp(round(x / s) + z, q_min, q_max).
+
+    Args:
+        x: any shape; half types are computed in float32.
+        scale, zero_point: broadcast to ``x``.
+        bounds: (q_min, q_max).
+        interval: (lower, width); ``x`` becomes (x - lower) / width first, as the learned interval does.
+    """
+    x = x.to(compute_dtype(x))
+    if interval is not None:
+        x = (x - interval[0]) / interval[1]
+    return _unclamped(x, scale.to(x.dtype), zero_point).clamp(*bounds)
+
+
+def quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    lower: Tensor | None = None,
+    width: Tensor | None = None,
+    *,
+    bits: int,
+    signed: bool,
+    narrow: bool = False,
+) -> Tensor:
+    """Return the codes of ``x`` as int8 (signed) or uint8 (unsigned): a node of a converted graph."""
+    interval = None if lower is None or width is None else (lower, width)
+    bounds = bounds_of(bits, signed=signed, narrow=narrow)
+    return codes_of(x, scale, bounds, zero_point, interval).to(torch.int8 if signed else torch.uint8)
+
+
+def dequantize(
+    codes: Tensor, scale: Tensor, zero_point: Tensor | None = None, *, bits: int, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Return s * (codes - z): a node of a converted graph.
+
+    ``bits`` says how wide the codes are, for whoever packs them; ``dtype`` is the result's, by default the scale's.
+    """
+    value = _value(codes.to(scale.dtype), scale, zero_point)
+    return value if dtype is None else value.to(dtype)
+
+
+# --- the discretizer -----------------------------------------------------------------------------------------
+
+
+def _discretizer(estimator: "type[Estimator]") -> type[torch.autograd.Function]:
+    """The discretizer with the backward of ``estimator``: a class each, made once, so that compilers see through it."""
+
+    class FakeQuantize(torch.autograd.Function):
+        @staticmethod
+        def forward(
+            ctx: Any,
+            x: Tensor,
+            scale: Tensor,
+            zero_point: Tensor | None,
+            rate: Tensor | None,
+            key: Tensor | None,
+            strength: Tensor,
+            q_min: int,
+            q_max: int,
+            scale_gradient: float,
+        ) -> Tensor:
+            wide = x.to(compute_dtype(x))
+            step = scale.to(wide.dtype)
+            codes = _unclamped(wide, step, zero_point).clamp(q_min, q_max)
+            y = _value(codes, step, zero_point).to(x.dtype)
+            if rate is not None and key is not None:
+                y = torch.where(replacement_mask(key, rate, x.shape), y, x)
+            ctx.save_for_backward(x, y, scale, zero_point, strength)
+            ctx.q_min, ctx.q_max, ctx.scale_gradient = q_min, q_max, scale_gradient
+            return y
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+            x, y, scale, zero_point, strength = ctx.saved_tensors
+            dtype, wide = x.dtype, compute_dtype(x)
+            grad, x, y, step = grad.to(wide), x.to(wide), y.to(wide), scale.to(wide)
+            codes = _unclamped(x, step, zero_point)
+            keep = ((codes >= ctx.q_min) & (codes <= ctx.q_max)) | (x == y)
+            grad_x = grad_scale = None
+            if ctx.needs_input_grad[0]:
+                span = step * (ctx.q_max - ctx.q_min)
+                grad_x = estimator.gradient(grad, x, y, keep, span, strength.to(wide)).to(dtype)
+            if ctx.needs_input_grad[1]:
+                slope = grad * (y - torch.where(keep, x, 0.0)) / step
+                grad_scale = (slope.sum_to_size(scale.shape) * ctx.scale_gradient).to(scale.dtype)
+            return grad_x, grad_scale, None, None, None, None, None, None, None
+
+    FakeQuantize.__name__ = FakeQuantize.__qualname__ = f"FakeQuantize{estimator.__name__}"
+    return FakeQuantize
+
+
+# --- estimators ----------------------------------------------------------------------------------------------
+
+
+class Estimator(ABC):
+    """How a gradient passes the discretizer. A subclass names itself and is then known to every policy:
+
+    >>> class Halved(Estimator, name="halved-example"):
+    ...     @staticmethod
+    ...     def gradient(grad, x, y, keep, span, strength):
+    ...         return 0.5 * grad * keep
+
+    ``strength`` says what the last argument of ``gradient`` is: "lambda", the scheduler's λ for weights or for
+    activations; or a number, the first value of a 0-d buffer ``strength`` that each site has to itself.
+    """
+
+    strength: ClassVar[float | Literal["lambda"]] = "lambda"
+    discretizer: ClassVar[type[torch.autograd.Function]]
+
+    def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.discretizer = _discretizer(cls)
+        if name is not None:
+            ESTIMATORS.add(name, cls)
+
+    @staticmethod
+    @abstractmethod
+    def gradient(grad: Tensor, x: Tensor, y: Tensor, keep: Tensor, span: Tensor, strength: Tensor) -> Tensor:
+        """Return dL/dx_c.
+
+        Args:
+            grad: dL/dy, the shape of ``x``.
+            x: the continuous values x_c.
+            y: the result of the forward pass; equals ``x`` where an element was not replaced.
+            keep: bools, (r or not m): the element is in range, or was not replaced.
+            span: the width of the grid in units of ``x``, s * (q_max - q_min), broadcastable to ``x``.
+            strength: 0-d, see the class.
+        """
+
+
+class STE(Estimator, name="ste"):
+    """The straight-through estimator: r * g."""
+
+    @staticmethod
+    def gradient(grad: Tensor, x: Tensor, y: Tensor, keep: Tensor, span: Tensor, strength: Tensor) -> Tensor:
+        return torch.where(keep, grad, 0.0)
+
+
+class EWGS(Estimator, name="ewgs"):
+    """Element-wise gradient scaling (Lee et al., CVPR 2021): r * g * (1 + delta * sign(g) * (x_c - x_q) / span).
+
+    ``delta`` is the buffer ``strength`` of each site; the paper sets it from the trace of the Hessian.
+    """
+
+    strength = 1e-3
+
+    @staticmethod
+    def gradient(grad: Tensor, x: Tensor, y: Tensor, keep: Tensor, span: Tensor, strength: Tensor) -> Tensor:
+        scaled = grad + strength * grad.abs() * ((x - y) / span)
+        return torch.where(keep, scaled, 0.0)
+
+
+class PEGE(Estimator, name="pege"):
+    """Progressive element-wise gradient estimation: (r or not m) * g + lambda * (x_c - y), lambda in absolute units."""
+
+    @staticmethod
+    def gradient(grad: Tensor, x: Tensor, y: Tensor, keep: Tensor, span: Tensor, strength: Tensor) -> Tensor:
+        return torch.where(keep, grad, 0.0) + strength * (x - y)
+
+
+class RelativePEGE(Estimator, name="pege-relative"):
+    """PEGE with lambda in units of the site's mean |g|, so that one value serves sites whose gradients differ in size."""
+
+    @staticmethod
+    def gradient(grad: Tensor, x: Tensor, y: Tensor, keep: Tensor, span: Tensor, strength: Tensor) -> Tensor:
+        return torch.where(keep, grad, 0.0) + strength * grad.abs().mean() * (x - y)
+
+
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    spec: QuantSpec,
+    *,
+    zero_point: Tensor | None = None,
+    rate: Tensor | None = None,
+    key: Tensor | None = None,
+    strength: Tensor | None = None,
+    scale_gradient: float = 1.0,
+) -> Tensor:
+    """Replace elements of ``x`` by their quantized values; forward and backward as in the module's docstring.
+
+    Args:
+        x: x_c, floating point, any shape.
+        scale: s > 0, broadcastable to ``x``; gets a gradient.
+        spec: bounds and estimator.
+        zero_point: z, broadcastable to ``x``; None is 0.
+        rate: p, 0-d; None replaces every element (p = 1).
+        key: 0-d int32 key of the masks; needed with ``rate``.
+        strength: λ for PEGE, δ for EWGS, 0-d; None is 0.
+        scale_gradient: factor of the scale's gradient, LSQ's 1 / sqrt(N * q_max).
+
+    Returns:
+        y, of the shape and dtype of ``x``.
+
+    Raises:
+        SpecError: if ``x`` is not floating point, or ``rate`` comes without ``key``.
+
+    >>> x = torch.tensor([-3.0, 0.2, 0.6, 9.0])
+    >>> fake_quantize(x, torch.tensor(1.0), QuantSpec(bits=2))
+    tensor([-2.,  0.,  1.,  1.])
+    """
+    if not x.is_floating_point():
+        raise SpecError(f"can not quantize a {x.dtype} tensor: give a floating-point one.")
+    if rate is not None and key is None:
+        raise SpecError("rate needs key: give both for masks, or neither to replace every element.")
+    if strength is None:
+        strength = scale.new_zeros(())
+    result: Tensor = ESTIMATORS[str(spec.estimator)].discretizer.apply(
+        x, scale, zero_point, rate, key, strength, *spec.bounds, scale_gradient
+    )
+    return result
+
+
+def discretization_error(x: Tensor, y: Tensor) -> Tensor:
+    """Return ||x_c - y||^2 as a 0-d tensor, differentiable in ``x`` with ``y`` held constant."""
+    wide = compute_dtype(x)
+    return (x.to(wide) - y.detach().to(wide)).square().sum()

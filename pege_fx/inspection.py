@@ -1,0 +1,184 @@
+"""Tables for people: what is quantized, how, by which rule, and why the rest is not; how large the model is."""
+
+import io
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from torch.fx import GraphModule
+
+from pege_fx.errors import ModelError, closest
+from pege_fx.functional import dequantize, quantize
+from pege_fx.plan import Edge, Operation, Plan
+from pege_fx.scheduler import plan_of
+
+PLAIN_WIDTH = 200
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A table that prints as text, and in colour where rich prints it; ``rows`` holds its cells."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = Table(title=self.title, title_justify="left", box=None, pad_edge=False)
+        for column in self.columns:
+            table.add_column(column, overflow="fold")
+        for row in self.rows:
+            table.add_row(*row)
+        yield table
+        yield from self.notes
+
+    def __str__(self) -> str:
+        text = io.StringIO()
+        Console(file=text, width=PLAIN_WIDTH, color_system=None).print(self, markup=False, highlight=False)
+        return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def _bits(edge: Edge | None) -> str:
+    if edge is None:
+        return "-"
+    return "float" if edge.spec is None else str(edge.spec.bits)
+
+
+def _signs(edges: Iterable[Edge]) -> str:
+    return "/".join("s" if edge.spec.signed else "u" for edge in edges if edge.spec is not None) or "-"
+
+
+def _words(edges: Iterable[Edge], field: str) -> str:
+    return "/".join(dict.fromkeys(str(getattr(edge.spec, field)) for edge in edges if edge.spec is not None)) or "-"
+
+
+def _why(operation: Operation) -> str:
+    """The rules that decided; and for float edges, the reason."""
+    if operation.reason:
+        return operation.reason
+    words: dict[str, None] = {}
+    for edge in operation.edges:
+        rule = edge.rule if edge.rule.startswith("rule") else ""
+        text = rule if edge.spec is not None else f"{edge.operand} {edge.reason} {f'({rule})' if rule else ''}".strip()
+        words[text] = None
+    return "; ".join(words)
+
+
+_COLUMNS = ("path", "op", "weight", "input", "sign", "method", "estimator", "BatchNorm", "parameters", "rule or reason")
+
+
+def _row(operation: Operation) -> tuple[str, ...]:
+    inputs = [edge for edge in operation.edges if edge.operand not in ("weight", "output")]
+    return (
+        operation.path,
+        operation.function,
+        _bits(operation.edge("weight")),
+        "/".join(dict.fromkeys(map(_bits, inputs))) or "-",
+        _signs(operation.edges),
+        _words(operation.edges, "method"),
+        _words(operation.edges, "estimator"),
+        operation.batch_norm or "-",
+        f"{operation.parameters:,}",
+        _why(operation),
+    )
+
+
+def table(plan: Plan, title: str) -> Listing:
+    """Return a plan as a table, one row for each operation."""
+    edges = [edge for operation in plan.operations for edge in operation.edges]
+    quantized = sum(edge.spec is not None for edge in edges)
+    note = f"{quantized} of {len(edges)} edges quantized; sign: s signed, u unsigned, in the order weight / inputs."
+    return Listing(title, _COLUMNS, tuple(map(_row, plan.operations)), (note,))
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A plan to read: prints as a table; ``explanation["layer1.0.conv1"]`` is one operation's decisions."""
+
+    plan: Plan
+    title: str
+
+    @property
+    def listing(self) -> Listing:
+        return table(self.plan, self.title)
+
+    def __getitem__(self, path: str) -> Operation:
+        for operation in self.plan.operations:
+            if path in (operation.path, operation.node):
+                return operation
+        names = [operation.path for operation in self.plan.operations]
+        raise ModelError(f"no operation is called {path!r}; closest: {closest(path, names)}.")
+
+    def __rich__(self) -> Listing:
+        return self.listing
+
+    def __str__(self) -> str:
+        return str(self.listing)
+
+
+def summary(gm: GraphModule) -> Listing:
+    """Return a table of a prepared model: bits, sign, method, estimator, rule, BatchNorm verdict, parameters.
+
+    Raises:
+        ModelError: if ``gm`` was not prepared.
+    """
+    plan = plan_of(gm)
+    return table(plan, f"{plan.model}: prepared")
+
+
+@dataclass(frozen=True)
+class SizeReport:
+    """Bytes of parameters and buffers: as float, and as deployed with codes packed to their bits."""
+
+    float_bytes: int
+    quantized_bytes: int
+
+    @property
+    def ratio(self) -> float:
+        return self.float_bytes / self.quantized_bytes if self.quantized_bytes else 1.0
+
+    def __str__(self) -> str:
+        return f"float {_human(self.float_bytes)}, quantized {_human(self.quantized_bytes)}: {self.ratio:.1f} times smaller"
+
+
+def _human(count: int) -> str:
+    value = float(count)
+    for unit in ("bytes", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} GiB"
+
+
+def size_report(gm: GraphModule) -> SizeReport:
+    """Count the bytes of a converted model, and of the same model with its weights in float32.
+
+    Codes count their bits (b * n / 8, rounded up per weight), scales and what stayed float their own size.
+    """
+    bits, grids = dict(_code_bits(gm)), _grids(gm)
+    float_bytes = quantized_bytes = 0
+    for name, value in [*gm.named_parameters(), *gm.named_buffers()]:
+        if name in bits:
+            float_bytes += 4 * value.numel()
+            quantized_bytes += (bits[name] * value.numel() + 7) // 8
+        else:
+            own = value.numel() * value.element_size()
+            quantized_bytes += own
+            float_bytes += 0 if name in grids else own
+    return SizeReport(float_bytes, quantized_bytes)
+
+
+def _code_bits(gm: GraphModule) -> Iterator[tuple[str, int]]:
+    for node in gm.graph.find_nodes(op="call_function", target=dequantize):
+        source = node.all_input_nodes[0]
+        if source.op == "get_attr":
+            yield str(source.target), int(node.kwargs["bits"])
+
+
+def _grids(gm: GraphModule) -> set[str]:
+    """Scales, zero points and intervals: what the float model does not have."""
+    readers = [*gm.graph.find_nodes(op="call_function", target=dequantize)]
+    readers += gm.graph.find_nodes(op="call_function", target=quantize)
+    return {str(source.target) for node in readers for source in node.all_input_nodes[1:] if source.op == "get_attr"}

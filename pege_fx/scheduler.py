@@ -1,0 +1,170 @@
+"""The schedule of a run: one position, and for each group of sites the curves that p and λ follow."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch.fx import GraphModule
+
+from pege_fx.curves import Exponential, LogReplacement
+from pege_fx.errors import CheckpointError, ModelError, ScheduleError, closest
+from pege_fx.fake_quant import FakeQuant, ScheduleState, fake_quants
+from pege_fx.functional import refresh_key
+from pege_fx.plan import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupCurves:
+    """What a schedule group follows instead of the scheduler's own curves; None keeps those."""
+
+    replacement: Callable[[float], float] | None = None
+    weight_lambda: Callable[[float], float] | None = None
+    activation_lambda: Callable[[float], float] | None = None
+
+
+def plan_of(gm: Any) -> Plan:
+    """Return the plan of a prepared model; ``ModelError`` for any other."""
+    found = fake_quants(gm) if hasattr(gm, "named_modules") else {}
+    plan = next((fq.plan for fq in found.values() if fq.plan is not None), None)
+    if plan is None:
+        plan = getattr(gm, "meta", {}).get("plan")
+    if not isinstance(plan, Plan):
+        raise ModelError(f"{type(gm).__name__} was not prepared: call pege_fx.prepare(model, policy) first.")
+    return plan
+
+
+class PEGEScheduler:
+    """Moves replacement rate, λ and masks of a prepared model; call ``step()`` once per epoch or per training step.
+
+    Args:
+        gm: a prepared model.
+        total_steps: length of the schedule, in whatever ``step()`` counts.
+        replacement: rate p over position t; default: the paper's logarithm, reaching 1 halfway.
+        weight_lambda, activation_lambda: λ over t, in absolute units; default: exponential.
+        refresh: "step" draws new masks at every step; "never" keeps one threshold per element, so that the set of
+            replaced elements only grows while p does.
+        groups: curves for the schedule groups that rules name (``Rule(schedule="head")``).
+
+    The constructor sets p and λ of t = 0. ``step()`` costs the same for any number of sites, and never waits for a device.
+
+    Raises:
+        ScheduleError: for a length that is not positive, a curve that leaves [0, 1] (rate) or is negative (λ), or a
+            group that no rule names.
+    """
+
+    def __init__(
+        self,
+        gm: GraphModule,
+        total_steps: int,
+        replacement: Callable[[float], float] | None = None,
+        weight_lambda: Callable[[float], float] | None = None,
+        activation_lambda: Callable[[float], float] | None = None,
+        *,
+        refresh: Literal["step", "never"] = "step",
+        groups: Mapping[str, GroupCurves] | None = None,
+    ) -> None:
+        if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
+            raise ScheduleError(f"total_steps={total_steps!r}: give a positive whole number of steps or epochs.")
+        if refresh not in ("step", "never"):
+            raise ScheduleError(f'refresh={refresh!r}: give "step" or "never".')
+        self._fingerprint = plan_of(gm).fingerprint
+        self._sites: list[FakeQuant] = list(fake_quants(gm).values())
+        self._states: dict[str, ScheduleState] = {site.schedule.group: site.schedule for site in self._sites}
+        self.total_steps, self.refresh = total_steps, refresh
+        self.replacement = replacement or LogReplacement.reaching_one_at(max(total_steps / 2, 2.0), start=0.2)
+        self.weight_lambda = weight_lambda or Exponential(1e-8, 1e-6, total_steps)
+        self.activation_lambda = activation_lambda or Exponential(1e-9, 1e-8, total_steps)
+        self.groups = dict(groups or {})
+        if unknown := set(self.groups) - set(self._states):
+            name = sorted(unknown)[0]
+            raise ScheduleError(
+                f"no rule puts anything into the schedule group {name!r}.\n"
+                f"  groups: {', '.join(sorted(self._states)) or 'none'}; closest: {closest(name, self._states, 1)}."
+            )
+        self._curves = {name: self._curves_of(name) for name in self._states}
+        self.t = 0
+        self.refreshes = 0
+        self._check_curves()
+        self._apply()
+
+    def _curves_of(self, group: str) -> tuple[Callable[[float], float], ...]:
+        own = self.groups.get(group, GroupCurves())
+        return (
+            own.replacement or self.replacement,
+            own.weight_lambda or self.weight_lambda,
+            own.activation_lambda or self.activation_lambda,
+        )
+
+    def _check_curves(self) -> None:
+        """A wrong curve fails here, not in the middle of a run."""
+        names = ("replacement", "weight_lambda", "activation_lambda")
+        for curves in self._curves.values():
+            for name, curve in zip(names, curves, strict=True):
+                for t in {0, 1, self.total_steps // 2, self.total_steps}:
+                    value = curve(t)
+                    top = 1.0 if name == "replacement" else float("inf")
+                    if not 0.0 <= value <= top or value == float("inf"):
+                        raise ScheduleError(
+                            f"{name} gives {value!r} at t = {t}: it must lie in [0, {top}{']' if top == 1 else ')'}."
+                        )
+
+    def _apply(self) -> None:
+        for name, state in self._states.items():
+            rate, weight_lambda, activation_lambda = self._curves[name]
+            state.rate.fill_(rate(self.t))
+            state.weight_lambda.fill_(weight_lambda(self.t))
+            state.activation_lambda.fill_(activation_lambda(self.t))
+            state.refresh_key.fill_(refresh_key(self.refreshes))
+
+    def step(self) -> None:
+        """Go one step further; at the end, stay there."""
+        self.t = min(self.t + 1, self.total_steps)
+        if self.refresh == "step":
+            self.refreshes += 1
+        self._apply()
+
+    @property
+    def rate(self) -> float:
+        """Replacement rate p of the default curves at the present position."""
+        return self.replacement(self.t)
+
+    @property
+    def lambdas(self) -> tuple[float, float]:
+        """λ for weights and for activations, of the default curves at the present position."""
+        return self.weight_lambda(self.t), self.activation_lambda(self.t)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position, the refresh count and what they belong to; plain numbers and text."""
+        return {
+            "t": self.t,
+            "refreshes": self.refreshes,
+            "total_steps": self.total_steps,
+            "refresh": self.refresh,
+            "graph": self._fingerprint,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to a saved position; ``CheckpointError`` if it belongs to another graph or schedule."""
+        mine = self.state_dict()
+        if missing := set(mine) - set(state):
+            raise CheckpointError(f"this is not a PEGEScheduler's state: {', '.join(sorted(missing))} missing.")
+        for name, what in (("graph", "graph or policy"), ("total_steps", "length"), ("refresh", "kind of masks")):
+            if state[name] != mine[name]:
+                raise CheckpointError(
+                    f"the state belongs to another {what}: {name} is {state[name]!r} there and {mine[name]!r} here.\n"
+                    "  prepare the same model with the same policy, and make the scheduler with the same arguments."
+                )
+        for name in ("t", "refreshes"):
+            if not isinstance(state[name], int) or state[name] < 0 or (name == "t" and state[name] > self.total_steps):
+                raise CheckpointError(f"{name}={state[name]!r} is no position of a schedule of {self.total_steps} steps.")
+        self.t, self.refreshes = state["t"], state["refreshes"]
+        self._apply()
+
+    def __repr__(self) -> str:
+        weight, activation = self.lambdas
+        masks = "redrawn every step" if self.refresh == "step" else "growing"
+        groups = "" if set(self._states) <= {"default"} else f", groups {', '.join(sorted(self._states))}"
+        return (
+            f"PEGEScheduler(step {self.t} of {self.total_steps}: p={self.rate:.3f}, λ weights {weight:.2e}, "
+            f"activations {activation:.2e}, masks {masks}, {len(self._sites)} sites{groups})"
+        )
