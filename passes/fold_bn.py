@@ -18,16 +18,15 @@ from pege_fx.passes.graph import (
     copy_origin,
     first_argument,
     free_path,
-    module_of,
     operand,
     operator_of,
     parent_and_name,
+    rank_of,
     replace,
     set_operand,
     set_parameter,
     tensor_of,
 )
-from pege_fx.passes.ranks import rank_of
 
 MODES = ("train", "freeze", "keep")
 _RANKS = {nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}
@@ -50,9 +49,10 @@ class FoldBatchNorm:
             raise FoldError(f'batch_norm={self.mode!r}: give "train", "freeze" or "keep".')
 
     def __call__(self, gm: GraphModule) -> None:
+        sites = call_sites(gm)
         for node, bn in calls(gm, BatchNorm):
             layer = first_argument(node)
-            reason = 'batch_norm="keep"' if self.mode == "keep" else why_not(gm, node, bn)
+            reason = 'batch_norm="keep"' if self.mode == "keep" else why_not(gm, node, bn, sites[bn])
             verdict = f"{node.target} stays: {reason}" if reason else f"folded {node.target}"
             node.meta["batch_norm"] = verdict
             if isinstance(layer, Node):
@@ -65,8 +65,8 @@ class FoldBatchNorm:
                 _fold_live(gm, layer, node, bn)
 
 
-def why_not(gm: GraphModule, node: Node, bn: BatchNorm) -> str:
-    """Return why a BatchNorm can not be folded, or "" if it is proved that it can."""
+def why_not(gm: GraphModule, node: Node, bn: BatchNorm, sites: int) -> str:
+    """Return why a BatchNorm, called at ``sites`` places, can not be folded; "" if it is proved that it can."""
     layer = first_argument(node)
     described = operator_of(layer) if isinstance(layer, Node) else None
     if type(bn) not in FOLDED:
@@ -75,7 +75,7 @@ def why_not(gm: GraphModule, node: Node, bn: BatchNorm) -> str:
         return f"its input {layer} is not a convolution or linear layer"
     if bn.running_mean is None or bn.running_var is None:
         return "it keeps no running statistics"
-    if (sites := call_sites(gm, bn)) > 1:
+    if sites > 1:
         return f"it is called {sites} times"
     if len(layer.users) > 1:
         return f"the output of {layer} has {len(layer.users)} users"
@@ -137,16 +137,3 @@ def _merge(gm: GraphModule, layer: Node, node: Node, bn: BatchNorm) -> None:
             set_operand(layer, "bias", gm.graph.create_node("get_attr", path))
     replace(gm, node, layer)
     gm.delete_submodule(str(node.target))
-
-
-def unfolded(gm: GraphModule, node: object) -> object:
-    """Return what a weight or bias reads before its fold."""
-    if module_of(gm, node, WeightFold) is None and module_of(gm, node, BiasFold) is None:
-        return node
-    assert isinstance(node, Node)
-    return first_argument(node)
-
-
-def folded_weights(gm: GraphModule) -> dict[Node, Fold]:
-    """Return the nodes of weights (not fake-quantized) that are folded in evaluation."""
-    return {node: module.fold for node, module in calls(gm, WeightFold)}

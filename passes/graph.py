@@ -2,6 +2,7 @@
 
 import operator
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
+from pege_fx.batch_norm import BiasFold, Fold, WeightFold
 from pege_fx.spec import Channels
 
 M = TypeVar("M", bound=nn.Module)
@@ -103,6 +105,18 @@ def arguments(node: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return node.args, dict(node.kwargs)
 
 
+def set_arguments(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Give a node new arguments."""
+    node.args, node.kwargs = args, kwargs
+
+
+def become(node: Node, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Turn a ``call_module`` node into a function's call, in place, so that it keeps its name and users."""
+    node.meta["path"] = str(node.target)
+    node.op, node.target = "call_function", function
+    set_arguments(node, args, kwargs)
+
+
 def channels_of(node: Node, weight: Tensor) -> Channels:
     """Return where an operator's weight keeps its output channels."""
     described = operator_of(node)
@@ -131,9 +145,9 @@ def calls(gm: GraphModule, cls: type[M]) -> Iterator[tuple[Node, M]]:
             yield node, module
 
 
-def call_sites(gm: GraphModule, module: nn.Module) -> int:
-    """Count the nodes that call a module, under whichever of its names."""
-    return sum(1 for _, called in calls(gm, nn.Module) if called is module)
+def call_sites(gm: GraphModule) -> Counter[nn.Module]:
+    """Count the nodes that call each module, under whichever of its names."""
+    return Counter(module for _, module in calls(gm, nn.Module))
 
 
 def attribute(gm: GraphModule, node: Any) -> Any:
@@ -194,6 +208,25 @@ def set_parameter(gm: GraphModule, path: str, value: nn.Parameter) -> None:
     """Store a parameter at a dotted path whose parent exists."""
     parent, name = parent_and_name(path)
     gm.get_submodule(parent).register_parameter(name, value)
+
+
+# --- what earlier passes noted --------------------------------------------------------------------------------
+
+
+def rank_of(node: Any) -> int | None:
+    """Return the number of dimensions that is known of a node's value, or None."""
+    return node.meta.get("rank") if isinstance(node, Node) else None
+
+
+def unfolded(gm: GraphModule, node: Any) -> Any:
+    """Return what a weight or bias reads before its BatchNorm is folded in."""
+    fold = module_of(gm, node, nn.Module)
+    return first_argument(node) if isinstance(fold, (WeightFold, BiasFold)) else node
+
+
+def folded_weights(gm: GraphModule) -> dict[Node, Fold]:
+    """Return the nodes of weights (not fake-quantized) that are folded in evaluation."""
+    return {node: module.fold for node, module in calls(gm, WeightFold)}
 
 
 # --- where a node comes from ---------------------------------------------------------------------------------
@@ -291,11 +324,6 @@ def make_out_of_place(gm: GraphModule, node: Node) -> None:
         module.inplace = False  # type: ignore[assignment]
     elif node.kwargs.get("inplace"):
         node.update_kwarg("inplace", False)
-
-
-def used_module(gm: GraphModule, node: Node) -> bool:
-    """Tell whether any node still calls the module that a node calls."""
-    return any(other.op == "call_module" and other.target == node.target for other in gm.graph.nodes)
 
 
 # --- effects -------------------------------------------------------------------------------------------------

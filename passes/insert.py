@@ -6,13 +6,13 @@ from torch.fx import GraphModule, Node
 
 from pege_fx.batch_norm import Fold
 from pege_fx.fake_quant import FakeQuant, ScheduleState, Site
-from pege_fx.passes.fold_bn import folded_weights
 from pege_fx.passes.graph import (
     after,
     call_module,
     channels_of,
     copy_origin,
     first_argument,
+    folded_weights,
     free_path,
     join,
     make_out_of_place,

@@ -81,8 +81,8 @@ def drop_unused(gm: GraphModule) -> None:
     used = {str(node.target) for node in gm.graph.nodes if node.op in ("get_attr", "call_module")}
     for path, module in list(gm.named_modules()):
         inside = any(target == path or path.startswith(f"{target}.") for target in used)
-        names = [*module._parameters, *module._buffers]
-        for name in [] if inside else names:
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for name in [] if inside else [name for name, _ in own]:
             if f"{path}.{name}".lstrip(".") not in used:
                 delattr(module, name)
     gm.delete_all_unused_submodules()

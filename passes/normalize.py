@@ -9,6 +9,7 @@ from torch.fx import GraphModule, Node
 
 from pege_fx.passes.graph import (
     arguments,
+    become,
     call_function,
     calls,
     changes_its_input,
@@ -18,6 +19,7 @@ from pege_fx.passes.graph import (
     join,
     operator_of,
     remove_dead_nodes,
+    set_arguments,
     tensor_of,
 )
 
@@ -50,7 +52,7 @@ def normalize(gm: GraphModule) -> None:
             args, kwargs = arguments(node)
             named = dict(zip(described.parameters, args, strict=False)) | kwargs
             leading = tuple(named.pop(name, None) for name in described.parameters[: 3 if described.weight else 2])
-            node.args, node.kwargs = leading, named
+            set_arguments(node, leading, named)
     remove_dead_nodes(gm)
 
 
@@ -98,13 +100,6 @@ class _Readers:
                 first[id(value)] = node
 
 
-def _become(node: Node, module: nn.Module, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Turn the module's node into the function's, in place, so that it keeps its name and users."""
-    node.meta["path"] = str(node.target)
-    node.op, node.target = "call_function", function
-    node.args, node.kwargs = args, kwargs
-
-
 def _convolution(function: Callable[..., Any]) -> Callable[[_Readers, Node, Any], None]:
     def build(readers: _Readers, node: Node, module: Any) -> None:
         path = str(node.target)
@@ -122,7 +117,7 @@ def _convolution(function: Callable[..., Any]) -> Callable[[_Readers, Node, Any]
         if module.groups != 1:
             kwargs["groups"] = module.groups
         weight = readers.read(module, path, "weight", node)
-        _become(node, module, function, (source, weight, readers.read(module, path, "bias", node)), kwargs)
+        become(node, function, (source, weight, readers.read(module, path, "bias", node)), kwargs)
 
     return build
 
@@ -140,7 +135,7 @@ def _pads(module: Any) -> tuple[int, ...]:
 def _linear(readers: _Readers, node: Node, module: Any) -> None:
     path, source = str(node.target), arguments(node)[0][0]
     weight, bias = (readers.read(module, path, name, node) for name in ("weight", "bias"))
-    _become(node, module, F.linear, (source, weight, bias), {})
+    become(node, F.linear, (source, weight, bias), {})
 
 
 def _embedding(readers: _Readers, node: Node, module: Any) -> None:
@@ -151,7 +146,7 @@ def _embedding(readers: _Readers, node: Node, module: Any) -> None:
     kwargs: dict[str, Any] = {"scale_grad_by_freq": module.scale_grad_by_freq, "sparse": module.sparse}
     kwargs = {k: v for k, v in kwargs.items() if v}
     weight = readers.read(module, path, "weight", node)
-    _become(node, module, F.embedding, (source, weight, module.padding_idx), kwargs)
+    become(node, F.embedding, (source, weight, module.padding_idx), kwargs)
 
 
 _BUILDERS: dict[type[nn.Module], Callable[[_Readers, Node, Any], None]] = {

@@ -8,7 +8,6 @@ from torch.fx import GraphModule, Node
 
 from pege_fx.batch_norm import BatchNorm
 from pege_fx.errors import PegeWarning
-from pege_fx.passes.fold_bn import unfolded
 from pege_fx.passes.graph import (
     Operator,
     function_name,
@@ -19,6 +18,7 @@ from pege_fx.passes.graph import (
     owner,
     owners,
     tensor_of,
+    unfolded,
 )
 from pege_fx.plan import Edge, Operation, Plan
 from pege_fx.policy import Choice, Op, QuantPolicy, class_names

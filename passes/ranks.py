@@ -10,12 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from pege_fx.errors import InputError
-from pege_fx.passes.graph import arguments, first_argument, module_of
-
-
-def rank_of(node: Any) -> int | None:
-    """Return the number of dimensions recorded by ``Ranks``, or None."""
-    return node.meta.get("rank") if isinstance(node, Node) else None
+from pege_fx.passes.graph import arguments, first_argument, module_of, rank_of
 
 
 class _Recorder(Interpreter):

@@ -39,8 +39,14 @@ class Curve(ABC):
             if isinstance(value, (int, float)) and not math.isfinite(value):
                 raise ScheduleError(f"{type(self).__name__}: {field.name}={value!r} must be a finite number.")
 
-    def plot(self, steps: int, ax: "Axes | None" = None, **style: Any) -> "Axes":
-        """Draw the curve from t = 0 to ``steps`` with matplotlib (extra ``examples``); returns the axes."""
+    @property
+    def length(self) -> float:
+        """Where the curve reaches its end; a constant is there at once."""
+        return float(getattr(self, "steps", 1.0))
+
+    def plot(self, steps: float | None = None, ax: "Axes | None" = None, **style: Any) -> "Axes":
+        """Draw the curve from t = 0 to ``steps`` (default: its length) with matplotlib; returns the axes."""
+        steps = self.length if steps is None else steps
         _positive("steps", steps)
         try:
             from matplotlib import pyplot
@@ -84,6 +90,11 @@ class LogReplacement(Curve):
             raise ScheduleError(f"steps={steps!r} must be a finite number above 1: at T = 1 the rate is `start`.")
         _rate("start", start, below_one=True)
         return cls(k=steps ** (1.0 / (1.0 - start)), start=start)
+
+    @property
+    def length(self) -> float:
+        """T at which p reaches 1."""
+        return float(self.k ** (1.0 - self.start))
 
     def __call__(self, t: float) -> float:
         return min(math.log(max(t, 1.0)) / math.log(self.k) + self.start, 1.0)

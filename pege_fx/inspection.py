@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 
 from pege_fx.errors import ModelError, closest
 from pege_fx.functional import dequantize, quantize
+from pege_fx.passes.graph import arguments
 from pege_fx.plan import Edge, Operation, Plan
 from pege_fx.scheduler import plan_of
 
@@ -174,7 +175,7 @@ def _code_bits(gm: GraphModule) -> Iterator[tuple[str, int]]:
     for node in gm.graph.find_nodes(op="call_function", target=dequantize):
         source = node.all_input_nodes[0]
         if source.op == "get_attr":
-            yield str(source.target), int(node.kwargs["bits"])
+            yield str(source.target), int(arguments(node)[1]["bits"])
 
 
 def _grids(gm: GraphModule) -> set[str]:

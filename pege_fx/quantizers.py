@@ -30,7 +30,7 @@ class Statistics:
     """What initialisation needs to know of the data: one value per row (output channel), or for the whole tensor.
 
     Elements that are not finite are left out; ``low`` and ``high`` include 0. Each figure is computed when it is first
-    asked for, in float64. Statistics of several batches add up.
+    asked for, summed in float32 at least and kept in float64. Statistics of several batches add up.
     """
 
     _SUMS = ("count", "total", "total_abs", "total_square")
@@ -38,6 +38,7 @@ class Statistics:
     def __init__(self, rows: Tensor) -> None:
         finite = torch.isfinite(rows)
         self._all_finite = bool(finite.all())
+        rows = rows.to(functional.compute_dtype(rows))
         self._rows = rows if self._all_finite else torch.where(finite, rows, 0.0)
         self._finite = finite
 
@@ -55,15 +56,15 @@ class Statistics:
 
     @cached_property
     def total(self) -> Tensor:
-        return self._rows.sum(-1, dtype=torch.float64)
+        return self._rows.sum(-1).double()
 
     @cached_property
     def total_abs(self) -> Tensor:
-        return self._rows.abs().sum(-1, dtype=torch.float64)
+        return torch.linalg.vector_norm(self._rows, 1, dim=-1).double()
 
     @cached_property
     def total_square(self) -> Tensor:
-        return self._rows.double().square().sum(-1)
+        return torch.linalg.vector_norm(self._rows, 2, dim=-1).double().square()
 
     @cached_property
     def low(self) -> Tensor:

@@ -1,0 +1,147 @@
+"""What only a GPU shows: the same masks as on a CPU, compiled steps, CUDA graphs. Skipped where there is none."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pege_fx
+from pege_fx import Constant, PEGEScheduler, QuantSpec, functional
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+class Net(nn.Module):
+    """Two folded convolutions, a residual, a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.conv2, self.bn2 = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.fc = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.bn1(self.conv1(x)))
+        x = torch.relu(self.bn2(self.conv2(x)) + x)
+        out: Tensor = self.fc(x.mean((2, 3)))
+        return out
+
+
+def prepared(seed: int = 0) -> torch.fx.GraphModule:
+    torch.manual_seed(seed)
+    return pege_fx.prepare(Net(), "W2A2", (torch.randn(8, 3, 16, 16),)).cuda()
+
+
+@pytest.mark.parametrize("shape", [(1000,), (4, 3, 17, 5), (2_000_003,)])
+def test_masks_are_the_same_on_both_devices_and_compiled(shape: tuple[int, ...]) -> None:
+    key = torch.tensor(functional.site_key(3, "site"), dtype=torch.int32)
+    here = functional.uniform(key, shape)
+    there = functional.uniform(key.cuda(), shape)
+    compiled = torch.compile(functional.uniform, fullgraph=True)(key.cuda(), shape)
+    assert torch.equal(here, there.cpu())
+    assert torch.equal(there, compiled)
+
+
+@pytest.mark.parametrize("estimator", ["ste", "ewgs", "pege", "pege-relative"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_values_and_gradients_are_those_of_the_cpu(estimator: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    spec = QuantSpec(bits=3, estimator=estimator)
+    key, rate = torch.tensor(12345, dtype=torch.int32), torch.tensor(0.6)
+    x, grad = torch.randn(8, 4, 9, 9).to(dtype), torch.randn(8, 4, 9, 9).to(dtype)
+    scale = torch.rand(1, 4, 1, 1) + 0.1
+
+    def run(device: str) -> tuple[Tensor, Tensor, Tensor]:
+        a = x.detach().to(device).requires_grad_()
+        s = scale.detach().to(device).requires_grad_()
+        y = functional.fake_quantize(
+            a, s, spec, rate=rate.to(device), key=key.to(device), strength=torch.tensor(1e-2, device=device)
+        )
+        y.backward(grad.to(device))
+        assert a.grad is not None
+        assert s.grad is not None
+        return y.detach().cpu(), a.grad.cpu(), s.grad.cpu()
+
+    here, there = run("cpu"), run("cuda")
+    assert torch.equal(here[0], there[0])
+    torch.testing.assert_close(here[1], there[1])
+    torch.testing.assert_close(here[2], there[2], rtol=1e-4, atol=1e-4)
+
+
+def test_a_compiled_step_trains_like_an_eager_one_and_never_recompiles() -> None:
+    eager = prepared()
+    traced = copy.deepcopy(eager)
+    compiled = torch.compile(traced, fullgraph=True)
+    schedules = [PEGEScheduler(gm, total_steps=20) for gm in (eager, traced)]
+    optimizers = [torch.optim.SGD(gm.parameters(), lr=1e-3) for gm in (eager, traced)]
+    for step in range(8):
+        x = torch.randn(32, 3, 16, 16, device="cuda")
+        with torch._dynamo.config.patch(error_on_recompile=step > 1):
+            outputs = [eager(x), compiled(x)]
+        torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-3, atol=1e-3)
+        for output, optimizer, schedule in zip(outputs, optimizers, schedules, strict=True):
+            output.square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+
+
+def test_a_captured_cuda_graph_follows_the_scheduler() -> None:
+    gm = prepared().train()
+    scheduler = PEGEScheduler(gm, 10, Constant(0.5), Constant(0.0), Constant(0.0))
+    x = torch.randn(8, 3, 16, 16, device="cuda")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream), torch.no_grad():
+        for _ in range(3):
+            gm(x)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        captured = gm(x)
+    seen = []
+    for _ in range(3):
+        scheduler.step()
+        graph.replay()
+        seen.append(captured.clone())
+        with torch.no_grad():
+            torch.testing.assert_close(seen[-1], gm(x))
+    assert not torch.equal(seen[0], seen[1])
+
+
+@pytest.mark.parametrize("method", ["lsq", "pact", "minmax"])
+def test_a_converted_model_gives_the_same_answers(method: str) -> None:
+    torch.manual_seed(1)
+    net = Net()
+    gm = pege_fx.prepare(net, pege_fx.QuantPolicy.parse("W4A4", method=method), (torch.randn(8, 3, 16, 16),)).cuda().eval()
+    x = torch.randn(16, 3, 16, 16, device="cuda")
+    with torch.no_grad():
+        assert torch.equal(pege_fx.convert(gm)(x), gm(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_trains_with_scales_in_float32(dtype: torch.dtype) -> None:
+    gm = prepared().to(memory_format=torch.channels_last)
+    scheduler = PEGEScheduler(gm, 10)
+    scaler = torch.amp.GradScaler("cuda", enabled=dtype is torch.float16)
+    optimizer = torch.optim.Adam(pege_fx.parameter_groups(gm, 1e-3, 1e-5))
+    for _ in range(3):
+        x = torch.randn(32, 3, 16, 16, device="cuda").to(memory_format=torch.channels_last)
+        with torch.autocast("cuda", dtype=dtype):
+            loss = gm(x).float().square().mean()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        scheduler.step()
+    assert torch.isfinite(loss)
+    assert all(fq.method.scale.dtype is torch.float32 for fq in pege_fx.fake_quants(gm).values())
+
+
+def test_the_scheduler_does_not_wait_for_the_device() -> None:
+    scheduler = PEGEScheduler(prepared(), 10)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        scheduler.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
