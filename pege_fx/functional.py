@@ -20,12 +20,13 @@ Because y = x_c wherever m = 0, all of these follow from x_c and y: no mask is k
 
 import zlib
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pege_fx.errors import SpecError
+from pege_fx.kernels import LocalKernel, worth_compiling
 from pege_fx.spec import ESTIMATORS, QuantSpec, bounds_of
 
 # --- masks: a counter hash -----------------------------------------------------------------------------------
@@ -78,7 +79,24 @@ def uniform(key: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
         key: 0-d int32 tensor, see ``site_key`` and ``refresh_key``.
         shape: shape of the result; the result is on the key's device.
     """
-    index = torch.arange(torch.Size(shape).numel(), dtype=torch.int32, device=key.device).view(shape)
+    return _uniform_at(row_major_index(shape, key.device), key)
+
+
+def row_major_index(shape: torch.Size | tuple[int, ...], device: torch.device) -> Tensor:
+    """Number the elements of a shape: 0, 1, ... in row-major order, int32."""
+    return torch.arange(torch.Size(shape).numel(), dtype=torch.int32, device=device).view(shape)
+
+
+def _channels_last_index(x: Tensor) -> Tensor:
+    """``row_major_index`` of a tensor (batch, channels, positions), given as ``x`` (batch, positions, channels)."""
+    batch, position, channel = (
+        torch.arange(size, dtype=torch.int32, device=x.device).view(shape)
+        for size, shape in zip(x.shape, ((-1, 1, 1), (-1, 1), (-1,)), strict=True)
+    )
+    return (batch * x.shape[2] + channel) * x.shape[1] + position
+
+
+def _uniform_at(index: Tensor, key: Tensor) -> Tensor:
     bits = _mix32_tensor(index ^ key)
     top: Tensor = bits >> (32 - _BITS_OF_U) & (2**_BITS_OF_U - 1)
     return top.to(torch.float32) * 2.0**-_BITS_OF_U
@@ -159,8 +177,99 @@ def dequantize(
 # --- the discretizer -----------------------------------------------------------------------------------------
 
 
+def _forward(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    rate: Tensor | None,
+    key: Tensor | None,
+    channels_last: bool,
+    q_min: int,
+    q_max: int,
+) -> Tensor:
+    """y; with ``channels_last``, ``x`` is (batch, positions, channels) of a tensor (batch, channels, positions)."""
+    wide = x.to(compute_dtype(x))
+    step = scale.to(wide.dtype)
+    y = _value(_unclamped(wide, step, zero_point).clamp(q_min, q_max), step, zero_point).to(x.dtype)
+    if rate is None or key is None:
+        return y
+    index = _channels_last_index(x) if channels_last else row_major_index(x.shape, x.device)
+    return torch.where(_uniform_at(index, key) < rate, y, x)
+
+
+def _backward(
+    estimator: "type[Estimator]",
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    strength: Tensor,
+    q_min: int,
+    q_max: int,
+) -> tuple[Tensor, Tensor]:
+    """dL/dx_c and dL/ds, the latter in the shape of ``scale``."""
+    dtype, wide = x.dtype, compute_dtype(x)
+    grad, x, y, step = grad.to(wide), x.to(wide), y.to(wide), scale.to(wide)
+    codes = _unclamped(x, step, zero_point)
+    keep = ((codes >= q_min) & (codes <= q_max)) | (x == y)
+    span = step.abs() * (q_max - q_min)
+    grad_x = estimator.gradient(grad, x, y, keep, span, strength.to(wide)).to(dtype)
+    slope = grad * (y - torch.where(keep, x, 0.0)) / step
+    return grad_x, slope.sum_to_size(scale.shape).to(scale.dtype)
+
+
+_FORWARD = LocalKernel(_forward)
+
+
+class _View(NamedTuple):
+    """A dense tensor as a kernel sees it: flat, one row per channel, or (batch, positions, channels)."""
+
+    shape: tuple[int, ...]
+    order: tuple[int, ...] | None  # permutation that makes the memory contiguous
+    scale_shape: tuple[int, ...]
+
+    def of(self, x: Tensor) -> Tensor:
+        return (x if self.order is None else x.permute(self.order)).reshape(self.shape)
+
+    def back(self, y: Tensor, like: Tensor) -> Tensor:
+        if self.order is None:
+            return y.view(like.shape)
+        shape = [like.shape[i] for i in self.order]
+        inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return y.view(shape).permute(inverse)
+
+
+def _view_of(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> _View | None:
+    """Return how a kernel may see ``x`` without a copy, or None."""
+    if zero_point is not None and zero_point.numel() != scale.numel():
+        return None
+    if scale.numel() == 1:
+        if x.is_contiguous():
+            return _View((-1,), None, ())
+        if x.ndim == 4 and min(x.shape) > 1 and x.is_contiguous(memory_format=torch.channels_last):
+            return _View((x.shape[0], -1, x.shape[1]), (0, 2, 3, 1), ())
+    elif x.is_contiguous() and scale.ndim == x.ndim and scale.numel() == x.shape[0] < x.numel():
+        return _View((x.shape[0], -1), None, (-1, 1))
+    return None
+
+
 def _discretizer(estimator: "type[Estimator]") -> type[torch.autograd.Function]:
     """The discretizer with the backward of ``estimator``: a class each, made once, so that compilers see through it."""
+
+    def backward_of(
+        grad: Tensor,
+        x: Tensor,
+        y: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        strength: Tensor,
+        q_min: int,
+        q_max: int,
+    ) -> tuple[Tensor, Tensor]:
+        return _backward(estimator, grad, x, y, scale, zero_point, strength, q_min, q_max)
+
+    backward_kernel = LocalKernel(backward_of)
 
     class FakeQuantize(torch.autograd.Function):
         @staticmethod
@@ -176,12 +285,14 @@ def _discretizer(estimator: "type[Estimator]") -> type[torch.autograd.Function]:
             q_max: int,
             scale_gradient: float,
         ) -> Tensor:
-            wide = x.to(compute_dtype(x))
-            step = scale.to(wide.dtype)
-            codes = _unclamped(wide, step, zero_point).clamp(q_min, q_max)
-            y = _value(codes, step, zero_point).to(x.dtype)
-            if rate is not None and key is not None:
-                y = torch.where(replacement_mask(key, rate, x.shape), y, x)
+            view = _view_of(x, scale, zero_point) if worth_compiling(x) else None
+            if view is None:
+                y = _forward(x, scale, zero_point, rate, key, False, q_min, q_max)
+            else:
+                zero = None if zero_point is None else zero_point.reshape(view.scale_shape)
+                channels_last = view.order is not None
+                flat = _FORWARD(view.of(x), scale.reshape(view.scale_shape), zero, rate, key, channels_last, q_min, q_max)
+                y = view.back(flat, x)
             ctx.save_for_backward(x, y, scale, zero_point, strength)
             ctx.q_min, ctx.q_max, ctx.scale_gradient = q_min, q_max, scale_gradient
             return y
@@ -189,18 +300,18 @@ def _discretizer(estimator: "type[Estimator]") -> type[torch.autograd.Function]:
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             x, y, scale, zero_point, strength = ctx.saved_tensors
-            dtype, wide = x.dtype, compute_dtype(x)
-            grad, x, y, step = grad.to(wide), x.to(wide), y.to(wide), scale.to(wide)
-            codes = _unclamped(x, step, zero_point)
-            keep = ((codes >= ctx.q_min) & (codes <= ctx.q_max)) | (x == y)
-            grad_x = grad_scale = None
-            if ctx.needs_input_grad[0]:
-                span = step * (ctx.q_max - ctx.q_min)
-                grad_x = estimator.gradient(grad, x, y, keep, span, strength.to(wide)).to(dtype)
-            if ctx.needs_input_grad[1]:
-                slope = grad * (y - torch.where(keep, x, 0.0)) / step
-                grad_scale = (slope.sum_to_size(scale.shape) * ctx.scale_gradient).to(scale.dtype)
-            return grad_x, grad_scale, None, None, None, None, None, None, None
+            view = _view_of(x, scale, zero_point) if worth_compiling(x) else None
+            if view is None:
+                grad_x, grad_scale = backward_of(grad, x, y, scale, zero_point, strength, ctx.q_min, ctx.q_max)
+            else:
+                zero = None if zero_point is None else zero_point.reshape(view.scale_shape)
+                flat, sums = backward_kernel(
+                    view.of(grad), view.of(x), view.of(y), scale.reshape(view.scale_shape), zero, strength, ctx.q_min, ctx.q_max
+                )
+                grad_x, grad_scale = view.back(flat, x), sums.view(scale.shape)
+            wanted = ctx.needs_input_grad
+            scaled = grad_scale * ctx.scale_gradient if wanted[1] else None
+            return grad_x if wanted[0] else None, scaled, None, None, None, None, None, None, None
 
     FakeQuantize.__name__ = FakeQuantize.__qualname__ = f"FakeQuantize{estimator.__name__}"
     return FakeQuantize
@@ -298,7 +409,7 @@ def fake_quantize(
 
     Args:
         x: x_c, floating point, any shape.
-        scale: s > 0, broadcastable to ``x``; gets a gradient.
+        scale: s, broadcastable to ``x``; gets a gradient. s < 0 gives the grid of |s| mirrored.
         spec: bounds and estimator.
         zero_point: z, broadcastable to ``x``; None is 0.
         rate: p, 0-d; None replaces every element (p = 1).

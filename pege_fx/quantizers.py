@@ -60,11 +60,15 @@ class Statistics:
 
     @cached_property
     def total_abs(self) -> Tensor:
-        return torch.linalg.vector_norm(self._rows, 1, dim=-1).double()
+        return self._norm(1)
 
     @cached_property
     def total_square(self) -> Tensor:
-        return torch.linalg.vector_norm(self._rows, 2, dim=-1).double().square()
+        return self._norm(2).square()
+
+    def _norm(self, order: int) -> Tensor:
+        norm: Tensor = torch.linalg.vector_norm(self._rows, order, dim=-1)  # one pass, no copy
+        return norm.double()
 
     @cached_property
     def low(self) -> Tensor:
@@ -189,6 +193,12 @@ class ForwardMethod(nn.Module, ABC):
     def restore(self, y: Tensor) -> Tensor:
         """Map the discretizer's result back; affine in ``y``."""
         return y
+
+    @property
+    def is_plain(self) -> bool:
+        """Neither ``transform`` nor ``restore`` does anything: the grid is over x itself."""
+        cls = type(self)
+        return cls.transform is ForwardMethod.transform and cls.restore is ForwardMethod.restore
 
     def encoding(self) -> Encoding:
         """How deployed code finds an activation's codes without ``transform``."""

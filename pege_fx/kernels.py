@@ -1,0 +1,87 @@
+"""Compiling a small function locally, so that eager mode runs it as one kernel.
+
+``torch.compile`` of a whole model traces through the same functions; nothing here is active then.
+"""
+
+import contextlib
+import types
+import warnings
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from pege_fx.errors import PegeWarning
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# Below this many elements a kernel saves less than its compilation costs.
+SMALLEST = 2**14
+
+_enabled = True
+
+
+@contextlib.contextmanager
+def eager_kernels() -> Iterator[None]:
+    """Run plain torch operations within: nothing is compiled, results are the same to rounding."""
+    global _enabled
+    before, _enabled = _enabled, False
+    try:
+        yield
+    finally:
+        _enabled = before
+
+
+def worth_compiling(x: Tensor) -> bool:
+    """Tell whether a tensor is a plain one, large enough, and nothing else is tracing or differentiating at the moment."""
+    return (
+        _enabled
+        and x.numel() >= SMALLEST
+        and type(x) in (Tensor, nn.Parameter)
+        and x.device.type in ("cpu", "cuda")
+        and not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+    )
+
+
+class LocalKernel:
+    """A function that is compiled once per variant, with dynamic sizes.
+
+    Dynamo counts recompilations per code object and stops at a few. Each variant (number of dimensions, dtype, which
+    optional arguments are there) therefore gets a code object of its own.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self._variants: dict[Hashable, Callable[..., Any]] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        """Run compiled; the first failure to compile warns, and from then on everything runs as plain operations."""
+        global _enabled
+        key = tuple((a.ndim, a.dtype, a.device.type) if isinstance(a, Tensor) else type(a) for a in args)
+        known = self._variants.get(key)
+        if known is not None:
+            return known(*args)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the compiler's own remarks are not about the user's model
+                compiled = torch.compile(self._copy(len(self._variants)), dynamic=True, fullgraph=True)
+                result = compiled(*args)
+        except Exception as error:
+            _enabled = False
+            warnings.warn(
+                f"fake quantization can not be compiled here ({type(error).__name__}: {str(error).splitlines()[0][:200]}).\n"
+                "  it runs as plain operations, about twenty times slower; install a C++ compiler (g++), or Triton on a GPU.",
+                PegeWarning,
+                stacklevel=2,
+            )
+            return self.function(*args)
+        self._variants[key] = compiled
+        return result
+
+    def _copy(self, number: int) -> Callable[..., Any]:
+        original: Any = self.function
+        code = original.__code__.replace(co_name=f"{original.__name__}_{number}")
+        return types.FunctionType(code, original.__globals__, code.co_name, original.__defaults__, original.__closure__)
