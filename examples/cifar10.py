@@ -105,7 +105,9 @@ def members(source: Path) -> Iterator[tuple[str, Path | bytes | None]]:
                 file = archive.extractfile(member) if member.isfile() else None
                 yield member.name.removeprefix("./"), file.read() if file else None
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise UserError(f"{source} is no readable tar archive ({error}): give a folder or archive with train/ and test/.") from error
+        raise UserError(
+            f"{source} is no readable tar archive ({error}): give a folder or archive with train/ and test/."
+        ) from error
 
 
 def decode(name: str, content: Path | bytes) -> np.ndarray:
@@ -130,7 +132,9 @@ def read_images(source: Path) -> Arrays:
             found[path.parts[0]].setdefault(path.parts[1], []).append((name, content))
     for split, folders in found.items():
         if not folders:
-            raise UserError(f"{source} has no images in {split}/<class>/: give an ImageFolder with train/ and test/ subfolders.")
+            raise UserError(
+                f"{source} has no images in {split}/<class>/: give an ImageFolder with train/ and test/ subfolders."
+            )
         for label, files in folders.items():
             if not files:
                 raise UserError(f"{source}: class {split}/{label} has no images: add some, or remove the folder.")
@@ -162,7 +166,9 @@ def load_data(args: argparse.Namespace) -> Arrays:
         try:
             sets = {split: CIFAR10(args.download_dir, train=split == "train", download=True) for split in ("train", "test")}
         except (OSError, RuntimeError) as error:
-            raise UserError(f"can not download CIFAR-10 ({error}): give --data-dir, an ImageFolder or its tar archive.") from error
+            raise UserError(
+                f"can not download CIFAR-10 ({error}): give --data-dir, an ImageFolder or its tar archive."
+            ) from error
         arrays: Arrays = {"classes": sets["train"].classes}
         for split, data in sets.items():
             arrays |= {f"{split}_images": torch.from_numpy(data.data), f"{split}_labels": torch.tensor(data.targets)}
@@ -303,7 +309,12 @@ class Run:
         return 100 * right.item() / len(labels)
 
     def fit(
-        self, phase: str, model: nn.Module, optimizer: torch.optim.Optimizer, epochs: int, scheduler: PEGEScheduler | None = None
+        self,
+        phase: str,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        epochs: int,
+        scheduler: PEGEScheduler | None = None,
     ) -> dict[str, Any]:
         """Train, or go on where the checkpoint of this phase stands; return the last checkpoint."""
         path, size = self.folder / f"{phase}.pt", self.args.batch_size
@@ -388,14 +399,20 @@ class Run:
             return model, self.fit("float", model, sgd, self.args.float_epochs)
         path = Path(self.args.float_checkpoint.format(seed=self.seed))
         if not path.exists():
-            raise UserError(f"--float-checkpoint {path} does not exist: give the float.pt of a run, or leave it out to train one.")
+            raise UserError(
+                f"--float-checkpoint {path} does not exist: give the float.pt of a run, or leave it out to train one."
+            )
         state = load(path)
         if state.get("epoch", 0) < state.get("epochs", 0):
-            raise UserError(f"--float-checkpoint {path} stands at epoch {state['epoch']} of {state['epochs']}: finish that run first.")
+            raise UserError(
+                f"--float-checkpoint {path} stands at epoch {state['epoch']} of {state['epochs']}: finish that run first."
+            )
         try:
             model.load_state_dict(state.get("model", state))
         except RuntimeError as error:
-            raise UserError(f"--float-checkpoint {path} is of another network: {str(error).splitlines()[-1].strip()}") from error
+            raise UserError(
+                f"--float-checkpoint {path} is of another network: {str(error).splitlines()[-1].strip()}"
+            ) from error
         return model, None
 
     def scheduler(self, gm: Any) -> PEGEScheduler:
@@ -422,7 +439,9 @@ class Run:
         trained, converted = (self.evaluate(model, self.predictor(model)) for model in (gm, deployed))
         size = pege_fx.size_report(deployed)
         print(pege_fx.summary(gm))
-        print(f"trained {trained:.2f} %, converted {converted:.2f} %: {'equal' if trained == converted else 'NOT EQUAL'}\n{size}")
+        print(
+            f"trained {trained:.2f} %, converted {converted:.2f} %: {'equal' if trained == converted else 'NOT EQUAL'}\n{size}"
+        )
         return {"converted": converted, "float_bytes": size.float_bytes, "quantized_bytes": size.quantized_bytes}
 
     def __call__(self) -> dict[str, Any]:
@@ -464,7 +483,10 @@ def curve_between(first: float, last: float, steps: int) -> Curve:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
-    add("--data-dir", help="ImageFolder with train/ and test/, a tar archive of one, or a cached .pt; default: download CIFAR-10")
+    add(
+        "--data-dir",
+        help="ImageFolder with train/ and test/, a tar archive of one, or a cached .pt; default: download CIFAR-10",
+    )
     add("--download-dir", default="data", help="where torchvision keeps CIFAR-10")
     add("--cache", help="folder for the decoded images; default: --output")
     add("--output", default="runs/cifar10", help="folder of the results and checkpoints")
@@ -506,7 +528,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def choose_device(args: argparse.Namespace) -> None:
     """Resolve what "auto" and the switches that were left out stand for."""
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch sees no GPU here; use --device cpu, or a CUDA build of torch on a machine with one.")
+        raise UserError(
+            "--device cuda: PyTorch sees no GPU here; use --device cpu, or a CUDA build of torch on a machine with one."
+        )
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     cuda = args.device == "cuda"
