@@ -1,5 +1,6 @@
 """Graph passes: capture, normal form, BatchNorm folding, sign analysis, plan, insertion, verification, lowering."""
 
+from pege_fx.passes.capture import capture
 from pege_fx.passes.fold_bn import FoldBatchNorm
 from pege_fx.passes.insert import InsertFakeQuants
 from pege_fx.passes.lower import drop_unused, lower_activations, lower_folds, lower_weights
@@ -8,7 +9,6 @@ from pege_fx.passes.pipeline import Pass, Pipeline, run
 from pege_fx.passes.plan import MakePlan
 from pege_fx.passes.ranks import infer_ranks
 from pege_fx.passes.sign import analyse_signs
-from pege_fx.passes.trace import trace
 from pege_fx.passes.verify import verify
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Pass",
     "Pipeline",
     "analyse_signs",
+    "capture",
     "drop_unused",
     "infer_ranks",
     "lower_activations",
@@ -25,6 +26,5 @@ __all__ = [
     "lower_weights",
     "normalize",
     "run",
-    "trace",
     "verify",
 ]

@@ -1,7 +1,6 @@
 """Reading and writing fx graphs: the only file that looks at ``node.args``, with helpers of exact types."""
 
 import operator
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -253,11 +252,6 @@ def short_name(node: Node) -> str:
     return node.name.removeprefix(f"{prefix}_") if prefix else node.name
 
 
-def owners(node: Node) -> list[str]:
-    """Return the paths of the modules around a node, outermost first."""
-    return [str(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
-
-
 def copy_origin(source: Node, target: Node) -> None:
     """Make ``target`` come from where ``source`` comes from."""
     for key in ("nn_module_stack", "stack_trace", "path"):
@@ -359,16 +353,3 @@ def changes_its_input(gm: GraphModule, node: Node) -> bool:
 def remove_dead_nodes(gm: GraphModule) -> None:
     """Erase nodes whose result nobody uses, except those that work in place."""
     gm.graph.eliminate_dead_code(lambda node: node.is_impure() or changes_its_input(gm, node))
-
-
-def where_raised(error: BaseException, root: type) -> str:
-    """Return "file:line, code" of the innermost frame of an error that is in a model's own code, not in torch."""
-    library = str(sys.modules["torch"].__path__[0])
-    place = ""
-    trace = error.__traceback__
-    while trace is not None:
-        code = trace.tb_frame.f_code
-        if not code.co_filename.startswith((library, "<")) and "pege_fx" not in code.co_filename:
-            place = f"{code.co_filename}:{trace.tb_lineno} in {code.co_qualname}"
-        trace = trace.tb_next
-    return place or root.__qualname__

@@ -35,7 +35,7 @@ class InsertFakeQuants:
 
     def __call__(self, gm: GraphModule) -> None:
         plan: Plan = gm.meta["plan"]
-        work = _Insertion(gm, self.seed, plan)
+        work = _Insertion(gm, self.seed, gm.meta.setdefault("groups", {}))
         nodes = {node.name: node for node in gm.graph.nodes}
         for operation in plan.operations:
             for edge in operation.edges:
@@ -48,8 +48,7 @@ class InsertFakeQuants:
 class _Insertion:
     gm: GraphModule
     seed: int
-    plan: Plan
-    groups: dict[str, ScheduleState] = field(default_factory=dict)
+    groups: dict[str, ScheduleState]
     placed: dict[tuple[Node, QuantSpec, str], Node] = field(default_factory=dict)
     folds: dict[Node, Fold] = field(default_factory=dict)
 
@@ -68,12 +67,13 @@ class _Insertion:
         if key not in self.placed:
             assert isinstance(origin, Node)
             path = f"{edge.source}_fq" if is_weight else join(scope(source), f"{short_name(source)}_fq")
+            path = free_path(self.gm, path)
             module = self._weight(node, origin, path, edge, spec, fold) if is_weight else self._activation(path, edge, spec)
             self.placed[key] = self._insert(module, path, origin, before=node)
         set_operand(node, edge.operand, self.placed[key])
 
     def _place_output(self, node: Node, edge: Edge, spec: QuantSpec) -> None:
-        path = join(scope(node), f"{short_name(node)}_fq")
+        path = free_path(self.gm, join(scope(node), f"{short_name(node)}_fq"))
         readers = list(node.users)
         placed = self._insert(self._activation(path, edge, spec), path, node, before=after(node))
         for reader in readers:
@@ -81,9 +81,8 @@ class _Insertion:
             make_out_of_place(self.gm, reader)
 
     def _insert(self, module: FakeQuant, path: str, source: Node, before: Node) -> Node:
-        self.gm.add_submodule(module.site.name, module)
-        name = f"{source.name}_fq"
-        placed = call_module(self.gm.graph, module.site.name, source, before, name)
+        self.gm.add_submodule(path, module.train(self.gm.training))
+        placed = call_module(self.gm.graph, path, source, before, f"{source.name}_fq")
         copy_origin(source, placed)
         placed.meta["site"] = module.site
         return placed
@@ -91,19 +90,20 @@ class _Insertion:
     def _weight(self, node: Node, origin: Node, path: str, edge: Edge, spec: QuantSpec, fold: Fold | None) -> FakeQuant:
         weight = tensor_of(self.gm, origin)
         assert weight is not None
-        site = Site(name=free_path(self.gm, path), kind="weight", spec=spec, rule=edge.rule, group=edge.group)
+        site = Site(name=self._name(path), kind="weight", spec=spec, rule=edge.rule, group=edge.group)
         channels = channels_of(node, weight)
-        made = FakeQuant(
-            site, self._group(edge), seed=self.seed, plan=self.plan, weight=weight, channels=channels, fold=fold
-        ).to(weight.device)
+        made = FakeQuant(site, self._group(edge), seed=self.seed, weight=weight, channels=channels, fold=fold).to(weight.device)
         made.initialize(Statistics.of(made.enter(weight), made.method.channels))
         return made
 
     def _activation(self, path: str, edge: Edge, spec: QuantSpec) -> FakeQuant:
-        site = Site(name=free_path(self.gm, path), kind="activation", spec=spec, rule=edge.rule, group=edge.group)
+        site = Site(name=self._name(path), kind="activation", spec=spec, rule=edge.rule, group=edge.group)
         parameter = next(self.gm.parameters(), None)
-        made = FakeQuant(site, self._group(edge), seed=self.seed, plan=self.plan)
+        made = FakeQuant(site, self._group(edge), seed=self.seed)
         return made if parameter is None else made.to(parameter.device)
+
+    def _name(self, path: str) -> str:
+        return join(self.gm.meta.get("prefix", ""), path)
 
     def _group(self, edge: Edge) -> ScheduleState:
         return self.groups.setdefault(edge.group, ScheduleState(edge.group))

@@ -1,6 +1,6 @@
 """Running passes: a pass changes a GraphModule in place, the runner lints, recompiles and says which pass failed."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 from torch.fx import GraphModule
@@ -17,7 +17,7 @@ class Pipeline(list[Pass]):
     """A list of passes, to print, extend and reorder.
 
     >>> print(Pipeline([run]))
-    1. run: Apply each pass in place, then lint and recompile; an error names its pass.
+    1. run: Apply each pass in place, to every graph before the next pass, then lint and recompile; an error names its pass.
     """
 
     def __str__(self) -> str:
@@ -28,14 +28,15 @@ def _summary(step: Any) -> str:
     return (step.__doc__ or "").strip().split("\n")[0]
 
 
-def run(gm: GraphModule, passes: Iterable[Pass] | Sequence[Pass]) -> GraphModule:
-    """Apply each pass in place, then lint and recompile; an error names its pass."""
+def run(graphs: GraphModule | Iterable[GraphModule], passes: Iterable[Pass]) -> None:
+    """Apply each pass in place, to every graph before the next pass, then lint and recompile; an error names its pass."""
+    family = [graphs] if isinstance(graphs, GraphModule) else list(graphs)
     for step in passes:
-        try:
-            step(gm)
-            gm.graph.lint()
-        except Exception as error:
-            error.add_note(f"in pass {name_of(step)}")
-            raise
-        gm.recompile()
-    return gm
+        for gm in family:
+            try:
+                step(gm)
+                gm.graph.lint()
+            except Exception as error:
+                error.add_note(f"in pass {name_of(step)}")
+                raise
+            gm.recompile()

@@ -1,6 +1,7 @@
 """The plan: each operation of the graph under the policy. Changes nothing but ``meta``."""
 
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -16,7 +17,6 @@ from pege_fx.passes.graph import (
     operand,
     operator_of,
     owner,
-    owners,
     tensor_of,
     unfolded,
 )
@@ -27,68 +27,87 @@ from pege_fx.spec import Kind, QuantSpec
 
 @dataclass(frozen=True)
 class MakePlan:
-    """Decide every edge of every operation by the policy; the result is ``gm.meta["plan"]``."""
+    """Decide every edge of every operation by the policy; the result is ``gm.meta["plan"]``.
+
+    A rule has to decide somewhere in the model, which may be more than this graph: ``gm.meta["family"]`` lists its graphs.
+    """
 
     policy: QuantPolicy
 
     def __call__(self, gm: GraphModule) -> None:
-        ops = describe(gm)
-        if ops:
-            self.policy.check_all_decide(ops.values())
+        family = gm.meta.get("family", [gm])
+        if family[0] is gm:
+            described = describe(family)
+            if described:
+                self.policy.check_all_decide(described.values())
+            for node, op in described.items():
+                node.meta["op"] = op
         operations = []
         for node in gm.graph.nodes:
-            if node in ops:
-                operations.append(_operation(gm, node, ops[node], self.policy.choose(ops[node])))
+            if (op := node.meta.get("op")) is not None:
+                operations.append(_operation(gm, node, op, self.policy.choose(op)))
             elif (skipped := _not_an_operator(gm, node)) is not None:
                 operations.append(skipped)
-        plan = Plan(type(gm).__name__, self.policy, tuple(operations))
-        gm.meta["plan"] = plan
-        if not any(plan.quantized):
-            _warn_nothing(plan)
+        gm.meta["plan"] = Plan(type(gm).__name__, self.policy, tuple(operations))
 
 
-def _warn_nothing(plan: Plan) -> None:
+def warn_if_nothing(plan: Plan) -> None:
+    """Warn if no edge is quantized, and say why, node by node."""
+    if any(plan.quantized):
+        return
     reasons = [f"  {op.path or op.node}: {op.reason or '; '.join(e.reason for e in op.edges)}" for op in plan.operations]
     listed = "\n".join(reasons) or "  the graph has no convolution, linear, embedding or matrix product."
-    warnings.warn(f"nothing is quantized:\n{listed}", PegeWarning, stacklevel=2)
+    warnings.warn(f"nothing is quantized:\n{listed}", PegeWarning, stacklevel=3)
 
 
-def describe(gm: GraphModule) -> dict[Node, Op]:
-    """Return what a rule can see of each operation, in the graph's order."""
-    found = [(node, described) for node in gm.graph.nodes if (described := operator_of(node)) is not None]
-    roles = _roles(gm, [node for node, described in found if described.weight] or [node for node, _ in found])
-    used: dict[str, int] = {}
+def describe(family: list[GraphModule]) -> dict[Node, Op]:
+    """Return what a rule can see of each operation, in the order of the graphs."""
+    found = [(gm, node, op) for gm in family for node in gm.graph.nodes if (op := operator_of(node)) is not None]
+    roles = _roles(family, [(gm, node) for gm, node, op in found if op.weight] or [(gm, node) for gm, node, _ in found])
+    used: Counter[str] = Counter()
     ops = {}
-    for node, described in found:
+    for gm, node, described in found:
+        prefix = gm.meta.get("prefix", "")
         path = node.meta.get("path")
-        if path is None:
+        if path is None and not (gm.meta.get("is_operation") and described.weight):
             path = join(owner(node), described.name)
-            used[path] = used.get(path, -1) + 1
-            path = f"{path}_{used[path]}" if used[path] else path
-        ops[node] = Op(path, described.name, _classes(gm, node), frozenset(roles.get(node, ())))
+        path = join(prefix, path or "")
+        used[path] += 1
+        if used[path] > 1 and "path" not in node.meta:
+            path = f"{path}_{used[path] - 1}"
+        ops[node] = Op(path, described.name, node.meta.get("module_classes", frozenset()), frozenset(roles.get(node, ())))
     return ops
 
 
-def _classes(gm: GraphModule, node: Node) -> frozenset[str]:
-    recorded = node.meta.get("module_classes")
-    return recorded if recorded is not None else frozenset()
+def _roles(family: list[GraphModule], candidates: list[tuple[GraphModule, Node]]) -> dict[Node, set[str]]:
+    """First: no other candidate before it on any path; last: none behind it.
 
-
-def _roles(gm: GraphModule, candidates: list[Node]) -> dict[Node, set[str]]:
-    """First: no other candidate before it on any path; last: none behind it."""
-    wanted = set(candidates)
-    roles: dict[Node, set[str]] = {node: set() for node in candidates}
-    for role, order, neighbours in (
-        ("first", list(gm.graph.nodes), lambda node: node.all_input_nodes),
-        ("last", list(reversed(gm.graph.nodes)), lambda node: list(node.users)),
+    A module that stays Python stands for the candidates inside it, in the order of the model. If the model itself stays
+    Python, that order is all that is known.
+    """
+    root = family[0]
+    roles: dict[Node, set[str]] = {node: set() for _, node in candidates}
+    if not candidates:
+        return roles
+    if root.meta.get("prefix", ""):
+        roles[candidates[0][1]].add("first")
+        roles[candidates[-1][1]].add("last")
+        return roles
+    inside: dict[Node, list[Node]] = {node: [node] for gm, node in candidates if gm is root}
+    for call in root.graph.find_nodes(op="call_module"):
+        held = [node for gm, node in candidates if gm.meta.get("prefix", "").startswith(f"{call.target}.")]
+        if held:
+            inside[call] = held
+    for role, order, neighbours, end in (
+        ("first", list(root.graph.nodes), lambda node: node.all_input_nodes, 0),
+        ("last", list(reversed(root.graph.nodes)), lambda node: list(node.users), -1),
     ):
         passed: set[Node] = set()
         for node in order:
-            behind = any(other in passed or other in wanted for other in neighbours(node))
-            if behind:
+            if any(other in passed or other in inside for other in neighbours(node)):
                 passed.add(node)
-            elif node in wanted:
-                roles[node].add(role)
+            elif node in inside:
+                roles[inside[node][end]].add(role)
     return roles
 
 
@@ -149,17 +168,28 @@ def _not_an_operator(gm: GraphModule, node: Node) -> Operation | None:
     module = module_of(gm, node, nn.Module)
     if module is None or isinstance(module, BatchNorm):
         return None
-    weights = [value for value in module.parameters() if value.ndim > 1 and value.is_floating_point()]
+    opened = "stays_python" in node.meta  # its children have rows of their own
+    weights = [v for v in module.parameters(recurse=not opened) if v.ndim > 1 and v.is_floating_point()]
     if not weights:
         return None
-    reason = node.meta.get("not_normalized", f"{type(module).__name__} is not among the operations that are quantized")
-    count = sum(value.numel() for value in module.parameters())
-    return Operation(node.name, str(node.target), function_name(node), (), "", count, reason)
+    reason = node.meta.get("stays_python") or node.meta.get(
+        "not_normalized", f"{type(module).__name__} is not among the operations that are quantized"
+    )
+    count = sum(value.numel() for value in module.parameters(recurse=not opened))
+    return Operation(node.name, join(gm.meta.get("prefix", ""), str(node.target)), function_name(node), (), "", count, reason)
 
 
-def record_classes(model: nn.Module, gm: GraphModule) -> None:
+def record_classes(model: nn.Module, family: list[GraphModule]) -> None:
     """Note on every node which classes ``Rule(module=...)`` may name for it: those of the modules around it."""
     names = {path: class_names(module) for path, module in model.named_modules(remove_duplicate=False)}
-    for node in gm.graph.nodes:
-        around = [*owners(node), str(node.target)] if node.op == "call_module" else owners(node)
-        node.meta["module_classes"] = frozenset().union(*(names.get(path, frozenset()) for path in around))
+    around: dict[str, frozenset[str]] = {"": names[""]}
+
+    def classes(path: str) -> frozenset[str]:
+        if path not in around:
+            around[path] = classes(path.rpartition(".")[0]) | names.get(path, frozenset())
+        return around[path]
+
+    for gm in family:
+        for node in gm.graph.nodes:
+            inner = str(node.target) if node.op == "call_module" else owner(node)
+            node.meta["module_classes"] = classes(join(gm.meta.get("prefix", ""), inner))

@@ -1,19 +1,16 @@
-"""Capture: from any ``nn.Module`` to a GraphModule with ``.training`` live and no dead nodes."""
+"""Tracing one module: fx's tracer with ``.training`` live, and on request with example values beside the graph."""
 
-import copy
 import inspect
-import warnings
-from collections.abc import Mapping
+import operator
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
-from torch.fx import GraphModule, Proxy, Tracer
-from torch.fx.proxy import TraceError as FxTraceError
-
-from pege_fx.errors import InputError, ModelError, PegeWarning, TraceError
-from pege_fx.fake_quant import FakeQuant
-from pege_fx.passes.graph import has_attribute, remove_dead_nodes, where_raised
+from torch import Tensor, nn
+from torch.fx import Graph, Node, Proxy, Tracer
+from torch.fx.node import map_arg
+from torch.fx.proxy import Attribute
 
 TRAINING_MODE = "training_mode"
 
@@ -25,128 +22,217 @@ class TrainingMode(nn.Module):
         return self.training
 
 
+class NotTraceableError(Exception):
+    """A module whose ``forward`` can not be followed: which, where, and why."""
+
+    def __init__(self, path: str, place: str, reason: str) -> None:
+        super().__init__(f"{path}: {reason} ({place})")
+        self.path, self.place, self.reason = path, place, reason
+
+
+class DataDependenceError(Exception):
+    """Python asked for the value of a tensor: no example may decide that."""
+
+
+class ExampleProxy(Proxy):
+    """A proxy whose value on the example inputs is known, for sizes and what is computed from them."""
+
+    tracer: "PegeTracer"
+
+    def __getattr__(self, name: str) -> "Attribute":
+        return ExampleAttribute(self, name)
+
+    def __len__(self) -> int:
+        return len(self.tracer.fixed(self, "len()", sized=True))
+
+    def __index__(self) -> int:
+        return int(self.tracer.fixed(self, "a whole number"))
+
+    def __int__(self) -> int:
+        return int(self.tracer.fixed(self, "int()"))
+
+    def __float__(self) -> float:
+        return float(self.tracer.fixed(self, "float()"))
+
+
+class ExampleAttribute(Attribute, ExampleProxy):
+    """An attribute of such a proxy: ``x.shape``, or a method about to be called."""
+
+
 class PegeTracer(Tracer):
     """fx's tracer; with ``live_training``, ``self.training`` is a value of the graph.
 
     Unpickling a GraphModule makes one without: it traces the generated code, where that value is a module's call.
+
+    Args:
+        live_training: see above.
+        opaque: paths of modules that are not looked into.
+        examples: values of ``forward``'s parameters by name; then sizes may steer Python, and ``specialised`` says where.
     """
 
-    def __init__(self, live_training: bool = False) -> None:
+    def __init__(
+        self, live_training: bool = False, opaque: Mapping[str, Any] | None = None, examples: Mapping[str, Any] | None = None
+    ) -> None:
         super().__init__()
         self.live_training = live_training
-        self.specialised: list[str] = []
+        self.opaque = opaque or {}
+        self.examples = examples
+        self.specialised: dict[str, str] = {}
+        self.failed: str | None = None
+        self._values: dict[Node, Any] = {}
+        self._evaluating = False
         self._modes: list[tuple[nn.Module, bool]] = []
-        self._mode_node: Any = None
+        self._mode_node: Node | None = None
 
-    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
-        prepared = super().create_args_for_root(root_fn, is_module, concrete_args)
-        if not self.live_training:
-            return prepared
-        mode = self.create_proxy("call_module", TRAINING_MODE, (), {})
-        self._mode_node = mode.node
-        for name, module in self.root.named_modules():
-            if not self.is_leaf_module(module, name):
-                self._modes.append((module, module.training))
-                module.__dict__["training"] = mode
-        return prepared
-
-    def to_bool(self, obj: Proxy) -> bool:
-        """Python asks for a value: known for ``self.training`` alone, as the model stands now."""
-        if obj.node is self._mode_node:
-            training = self._modes[0][1]
-            self.specialised.append("if self.training")
-            return training
-        return bool(super().to_bool(obj))
+    def follow(self, root: nn.Module) -> Graph:
+        """Trace, or raise ``NotTraceableError`` with the innermost module that can not be traced."""
+        try:
+            return self.trace(root)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+            raise NotTraceableError(self.failed or "", _where_raised(error), reason) from error
+        finally:
+            for module, training in self._modes:
+                module.__dict__["training"] = training
 
     def mode_is_read(self) -> bool:
         """Whether the graph needs the mode; if not, its node goes."""
+        assert self._mode_node is not None
         if self._mode_node.users:
             return True
         self._mode_node.graph.erase_node(self._mode_node)
         return False
 
-    def restore_modes(self) -> None:
-        for module, training in self._modes:
-            module.__dict__["training"] = training
+    # --- fx's hooks ------------------------------------------------------------------------------------------
 
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return module_qualified_name in self.opaque or super().is_leaf_module(m, module_qualified_name)
 
-def check_model(model: Any) -> None:
-    """Refuse what can not be prepared: no module, prepared before, weights that are not finite."""
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"{type(model).__name__} is not an nn.Module: give the model itself.")
-    for name, module in model.named_modules():
-        if isinstance(module, FakeQuant):
-            raise ModelError(f"the model is prepared already ({name} is a fake-quant): prepare the float model.")
-    for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point() or bool(torch.isfinite(parameter.detach().sum())):
-            continue  # a finite sum has finite terms, and is one pass without a copy
-        if count := int((~torch.isfinite(parameter)).sum()):
-            raise ModelError(
-                f"{name} has {count} of {parameter.numel()} values that are not finite.\n"
-                "  load a good checkpoint, or set them before prepare."
-            )
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._evaluating:
+            return forward(*args, **kwargs)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            if self.failed is None:
+                self.failed = self.path_of_module(m)
+            raise
 
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        return attr_val if self._evaluating else super().getattr(attr, attr_val, parameter_proxy_cache)
 
-def check_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Raise ``InputError`` if the example inputs do not fit the signature of ``forward``."""
-    signature = inspect.signature(model.forward)
-    try:
-        signature.bind(*args, **kwargs)
-    except TypeError as error:
-        raise InputError(
-            f"the example inputs do not fit {type(model).__name__}.forward{signature}: {error}.\n"
-            f"  given: {len(args)} positional, keywords {sorted(kwargs) or 'none'}; "
-            "example_inputs is a tuple of positional arguments, example_kwargs a dict."
-        ) from error
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
+        prepared = super().create_args_for_root(root_fn, is_module, concrete_args)
+        if not self.live_training:
+            return prepared
+        training = self.root.training
+        for name, module in self.root.named_modules():
+            self._modes.append((module, module.training))
+            if self.is_leaf_module(module, name) and self.examples is not None:
+                module.training = False  # example values must not move running statistics
+        mode = self.create_proxy("call_module", TRAINING_MODE, (), {})
+        self._mode_node = mode.node
+        self._values[mode.node] = training
+        for name, module in self.root.named_modules():
+            if not self.is_leaf_module(module, name):
+                module.__dict__["training"] = mode
+        return prepared
 
+    def proxy(self, node: Node) -> Proxy:
+        return super().proxy(node) if self.examples is None else ExampleProxy(node, self)
 
-def trace(model: nn.Module) -> GraphModule:
-    """Trace a copy of the model symbolically; the result keeps every parameter and buffer under its own name.
+    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Node:
+        node = super().create_node(kind, target, args, kwargs, *rest, **more)
+        if self.examples is not None and kind != "output" and target != TRAINING_MODE:
+            self._values[node] = self._evaluate(node)
+        return node
 
-    Raises:
-        TraceError: for control flow on values; says where.
-    """
-    root = copy.deepcopy(model)
-    tracer = PegeTracer(live_training=True)
-    try:
-        graph = tracer.trace(root)
-    except (FxTraceError, TypeError, RuntimeError, AttributeError, ValueError, NotImplementedError) as error:
-        raise TraceError(
-            f"{type(model).__name__} can not be traced: {error}\n"
-            f"  at {where_raised(error, type(model))}\n"
-            "  take the control flow out of forward, or wrap the function around it with torch.fx.wrap."
-        ) from error
-    finally:
-        tracer.restore_modes()
-    if tracer.specialised:
-        warnings.warn(
-            f"{type(model).__name__}.forward branches on self.training: the graph keeps the branch of "
-            f"training={root.training}. Prepare the model in the mode that it will run in.",
-            PegeWarning,
-            stacklevel=3,
+    def to_bool(self, obj: Proxy) -> bool:
+        if obj.node is self._mode_node or self.examples is not None:
+            return bool(self.fixed(obj, "if"))
+        return bool(super().to_bool(obj))
+
+    def iter(self, obj: Proxy) -> Iterator[Any]:
+        try:
+            return super().iter(obj)
+        except Exception:
+            if self.examples is None:
+                raise
+        return iter(
+            [
+                self.create_proxy("call_function", operator.getitem, (obj, i), {})
+                for i in range(len(self.fixed(obj, "a loop", sized=True)))
+            ]
         )
-    if tracer.mode_is_read():
-        root.add_module(TRAINING_MODE, TrainingMode())  # not before: a Sequential would call it
-    gm = GraphModule(root, graph, class_name=type(model).__name__)
-    remove_dead_nodes(gm)
-    _keep_everything(root, gm)
-    gm.recompile()
-    return gm
+
+    # --- example values --------------------------------------------------------------------------------------
+
+    def fixed(self, proxy: Proxy, use: str, *, sized: bool = False) -> Any:
+        """Return what Python asks for, and note where: a size, a mode, a number made of them; never a tensor's value."""
+        value = self._values.get(proxy.node, _UNKNOWN)
+        if value is _UNKNOWN or (isinstance(value, Tensor) and not sized):
+            raise DataDependenceError(f"{use} asks for the value of {proxy.node}, which depends on data")
+        shown = f"{len(value)} items" if sized else repr(value)
+        self.specialised[_here()] = f"{use} of {proxy.node} is {shown}"
+        return value
+
+    def _evaluate(self, node: Node) -> Any:
+        assert self.examples is not None
+        if node.op == "placeholder":
+            return self.examples.get(str(node.target).lstrip("*"), _UNKNOWN)
+        inputs = [self._values.get(source, _UNKNOWN) for source in node.all_input_nodes]
+        if any(value is _UNKNOWN for value in inputs):
+            return _UNKNOWN
+        args, kwargs = (map_arg(part, self._values.__getitem__) for part in (node.args, node.kwargs))
+        before, self._evaluating = self._evaluating, True
+        try:
+            with torch.no_grad():
+                return _run(self.root, node, args, kwargs)
+        finally:
+            self._evaluating = before
 
 
-def _keep_everything(root: nn.Module, gm: GraphModule) -> None:
-    """Give the GraphModule what the graph does not use too, so that float checkpoints load key by key."""
-    for path, module in root.named_modules(remove_duplicate=False):
-        if path and not has_attribute(gm, path):
-            gm.add_submodule(path, module)
-        kept = gm.get_submodule(path)
-        if kept is module:
-            continue
-        kept.training = module.training
-        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            if not hasattr(kept, name):
-                kept.register_parameter(name, parameter)
-        persistent = set(module.state_dict(keep_vars=True))
-        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
-            if not hasattr(kept, name):
-                kept.register_buffer(name, buffer, persistent=name in persistent)
+_UNKNOWN = object()
+
+
+def _run(root: nn.Module, node: Node, args: Any, kwargs: Any) -> Any:
+    if node.op == "call_function":
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    value: Any = root
+    for name in str(node.target).split("."):
+        value = getattr(value, name)
+    return value(*args, **kwargs) if node.op == "call_module" else value
+
+
+# --- where things happen -------------------------------------------------------------------------------------
+
+_LIBRARY = (f"{sys.modules['torch'].__path__[0]}/", "<")
+
+
+def _is_user_code(filename: str) -> bool:
+    return not filename.startswith(_LIBRARY) and filename not in _OWN_FILES
+
+
+_OWN_FILES = {__file__}
+
+
+def _here() -> str:
+    """ "file:line" of the model's code that is running."""
+    frame = inspect.currentframe()
+    while frame is not None and not _is_user_code(frame.f_code.co_filename):
+        frame = frame.f_back
+    return "" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def _where_raised(error: BaseException) -> str:
+    """ "file:line in function" of the innermost frame of an error that is a model's own code, or torch's if there is none."""
+    frames = []
+    trace = error.__traceback__
+    while trace is not None:
+        frames.append((trace.tb_frame.f_code, trace.tb_lineno))
+        trace = trace.tb_next
+    own = [entry for entry in frames if _is_user_code(entry[0].co_filename)] or frames
+    code, line = own[-1]
+    return f"{code.co_filename}:{line} in {code.co_qualname}"

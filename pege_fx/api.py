@@ -5,17 +5,18 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from pege_fx import passes as graph_passes
 from pege_fx.errors import PegeWarning, PolicyError
 from pege_fx.fake_quant import fake_quants
 from pege_fx.inspection import Explanation
+from pege_fx.passes.capture import Captured, capture, check_inputs, check_model, stays_python
 from pege_fx.passes.pipeline import Pass, Pipeline, run
-from pege_fx.passes.plan import record_classes
+from pege_fx.passes.plan import record_classes, warn_if_nothing
 from pege_fx.passes.ranks import record_shapes
-from pege_fx.passes.trace import check_inputs, check_model, trace
+from pege_fx.plan import Plan
 from pege_fx.policy import QuantPolicy
 from pege_fx.scheduler import plan_of
 from pege_fx.training import observe
@@ -62,15 +63,35 @@ def _as_policy(policy: QuantPolicy | str) -> QuantPolicy:
     return policy
 
 
-def _capture(model: nn.Module, args: tuple[Any, ...] | None, kwargs: Mapping[str, Any] | None) -> GraphModule:
+def _capture(
+    model: nn.Module, args: tuple[Any, ...] | None, kwargs: Mapping[str, Any] | None
+) -> tuple[Captured, tuple[tuple[Any, ...], Mapping[str, Any]] | None]:
+    """Return the model as graphs, and the example call if there is one."""
     check_model(model)
-    if args is not None or kwargs is not None:
-        check_inputs(model, args or (), kwargs or {})
-    gm = trace(model)
-    record_classes(model, gm)
-    if args is not None or kwargs is not None:
-        record_shapes(gm, args or (), kwargs or {})
-    return gm
+    if args is None and kwargs is None:
+        captured, example = capture(model), None
+    else:
+        example = ((args,) if isinstance(args, Tensor) else tuple(args or ()), kwargs or {})
+        captured = capture(model, check_inputs(model, *example))
+    record_classes(model, captured.graphs)
+    groups: dict[str, Any] = {}
+    for gm in captured.graphs:
+        gm.meta |= {"family": captured.graphs, "groups": groups}
+    if example is not None:
+        record_shapes(captured.root, *example)
+    return captured, example
+
+
+def _whole_plan(captured: Captured, policy: QuantPolicy) -> Plan:
+    """The plans of all graphs as one; the graphs forget what only the passes needed."""
+    operations = [operation for gm in captured.graphs for operation in gm.meta["plan"].operations]
+    plan = Plan(type(captured.root).__name__, policy, tuple(operations), tuple(captured.notes))
+    for gm in captured.graphs:
+        for key in ("family", "groups", "plan"):
+            gm.meta.pop(key, None)
+    captured.root.meta["plan"] = plan
+    warn_if_nothing(plan)
+    return plan
 
 
 def prepare(
@@ -105,10 +126,15 @@ def prepare(
     >>> [node.name for node in gm.graph.nodes if node.name.endswith("_fq")]
     ['_0_weight_fq', 'input_1_fq', '_2_weight_fq', '_1_fq']
     """
+    policy = _as_policy(policy)
     pipeline = prepare_passes(policy, batch_norm=batch_norm, seed=seed) if passes is None else passes
-    gm = run(_capture(model, example_inputs, example_kwargs), pipeline)
-    if example_inputs is not None or example_kwargs is not None:
-        observe(gm, [(example_inputs or (), example_kwargs or {})])
+    captured, example = _capture(model, example_inputs, example_kwargs)
+    run(captured.graphs, pipeline)
+    plan, gm = _whole_plan(captured, policy), captured.root
+    for fq in fake_quants(gm).values():
+        fq.plan = plan
+    if example is not None:
+        observe(gm, [example])
     return gm
 
 
@@ -131,7 +157,10 @@ def convert(gm: GraphModule) -> GraphModule:
                 stacklevel=2,
             )
             break
-    return run(copy.deepcopy(gm).eval(), convert_passes())
+    deployed = copy.deepcopy(gm).eval()
+    inner = [module for module in deployed.modules() if isinstance(module, GraphModule) and not stays_python(module)]
+    run(reversed(inner), convert_passes())
+    return deployed
 
 
 def explain(
@@ -147,7 +176,9 @@ def explain(
     >>> print(explain(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), "W4A4")["0"].edge("weight").spec)
     8
     """
+    policy = _as_policy(policy)
     passes = prepare_passes(policy, batch_norm=batch_norm)
     decided = passes.index(next(step for step in passes if isinstance(step, graph_passes.MakePlan)))
-    gm = run(_capture(model, example_inputs, example_kwargs), passes[: decided + 1])
-    return Explanation(gm.meta["plan"], f"{type(model).__name__}: dry run")
+    captured, _ = _capture(model, example_inputs, example_kwargs)
+    run(captured.graphs, passes[: decided + 1])
+    return Explanation(_whole_plan(captured, policy), f"{type(model).__name__}: dry run")

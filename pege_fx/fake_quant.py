@@ -61,7 +61,6 @@ class FakeQuant(nn.Module):
         site: name, kind and resolved spec.
         schedule: shared by all sites of a schedule group.
         seed: of the run; with the site's name it keys the masks.
-        plan: what was decided for the whole graph; fx keeps modules through copies and pickles, and little else.
         weight: the weight it will see (activations: None); gives shape, device and the method's first state.
         channels: where the weight keeps its output channels.
         fold: the BatchNorm folded into the weight.
@@ -79,14 +78,14 @@ class FakeQuant(nn.Module):
         schedule: ScheduleState,
         *,
         seed: int,
-        plan: Plan | None = None,
         weight: Tensor | None = None,
         channels: Channels | None = None,
         fold: Fold | None = None,
     ) -> None:
         super().__init__()
         spec = site.spec
-        self.site, self.schedule, self.fold, self.plan = site, schedule, fold, plan
+        self.site, self.schedule, self.fold = site, schedule, fold
+        self.plan: Plan | None = None  # of the whole model; fx keeps modules through copies and pickles, and little else
         self.estimator = ESTIMATORS[str(spec.estimator)]
         shape = None if weight is None else tuple(weight.shape)
         by_channel = channels if spec.granularity == "channel" else None

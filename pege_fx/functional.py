@@ -230,7 +230,11 @@ class _View(NamedTuple):
     scale_shape: tuple[int, ...]
 
     def of(self, x: Tensor) -> Tensor:
-        return (x if self.order is None else x.permute(self.order)).reshape(self.shape)
+        # ``data``: the compiler would guard on the base of a view, and compile anew for each.
+        return (x if self.order is None else x.permute(self.order)).reshape(self.shape).data
+
+    def of_scale(self, scale: Tensor) -> Tensor:
+        return scale.reshape(self.scale_shape).data
 
     def back(self, y: Tensor, like: Tensor) -> Tensor:
         if self.order is None:
@@ -289,9 +293,9 @@ def _discretizer(estimator: "type[Estimator]") -> type[torch.autograd.Function]:
             if view is None:
                 y = _forward(x, scale, zero_point, rate, key, False, q_min, q_max)
             else:
-                zero = None if zero_point is None else zero_point.reshape(view.scale_shape)
+                zero = None if zero_point is None else view.of_scale(zero_point)
                 channels_last = view.order is not None
-                flat = _FORWARD(view.of(x), scale.reshape(view.scale_shape), zero, rate, key, channels_last, q_min, q_max)
+                flat = _FORWARD(view.of(x), view.of_scale(scale), zero, rate, key, channels_last, q_min, q_max)
                 y = view.back(flat, x)
             ctx.save_for_backward(x, y, scale, zero_point, strength)
             ctx.q_min, ctx.q_max, ctx.scale_gradient = q_min, q_max, scale_gradient
@@ -304,9 +308,9 @@ def _discretizer(estimator: "type[Estimator]") -> type[torch.autograd.Function]:
             if view is None:
                 grad_x, grad_scale = backward_of(grad, x, y, scale, zero_point, strength, ctx.q_min, ctx.q_max)
             else:
-                zero = None if zero_point is None else zero_point.reshape(view.scale_shape)
+                zero = None if zero_point is None else view.of_scale(zero_point)
                 flat, sums = backward_kernel(
-                    view.of(grad), view.of(x), view.of(y), scale.reshape(view.scale_shape), zero, strength, ctx.q_min, ctx.q_max
+                    view.of(grad), view.of(x), view.of(y), view.of_scale(scale), zero, strength, ctx.q_min, ctx.q_max
                 )
                 grad_x, grad_scale = view.back(flat, x), sums.view(scale.shape)
             wanted = ctx.needs_input_grad

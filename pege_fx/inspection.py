@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 
 from pege_fx.errors import ModelError, closest
 from pege_fx.functional import dequantize, quantize
-from pege_fx.passes.graph import arguments
+from pege_fx.passes.graph import arguments, join
 from pege_fx.plan import Edge, Operation, Plan
 from pege_fx.scheduler import plan_of
 
@@ -91,7 +91,10 @@ def table(plan: Plan, title: str) -> Listing:
     edges = [edge for operation in plan.operations for edge in operation.edges]
     quantized = sum(edge.spec is not None for edge in edges)
     note = f"{quantized} of {len(edges)} edges quantized; sign: s signed, u unsigned, in the order weight / inputs."
-    return Listing(title, _COLUMNS, tuple(map(_row, plan.operations)), (note,))
+    captures = [
+        f"{note.path or 'the model'}: {note.rung}, {note.reason} ({note.place})" for note in plan.captures if note.reason
+    ]
+    return Listing(title, _COLUMNS, tuple(map(_row, plan.operations)), (note, *captures))
 
 
 @dataclass(frozen=True)
@@ -171,15 +174,26 @@ def size_report(gm: GraphModule) -> SizeReport:
     return SizeReport(float_bytes, quantized_bytes)
 
 
+def _graphs(gm: GraphModule) -> Iterator[tuple[str, GraphModule]]:
+    """The graph and those inside modules that stay Python, by path."""
+    for path, module in gm.named_modules():
+        if isinstance(module, GraphModule):
+            yield path, module
+
+
 def _code_bits(gm: GraphModule) -> Iterator[tuple[str, int]]:
-    for node in gm.graph.find_nodes(op="call_function", target=dequantize):
-        source = node.all_input_nodes[0]
-        if source.op == "get_attr":
-            yield str(source.target), int(arguments(node)[1]["bits"])
+    for path, inner in _graphs(gm):
+        for node in inner.graph.find_nodes(op="call_function", target=dequantize):
+            source = node.all_input_nodes[0]
+            if source.op == "get_attr":
+                yield join(path, str(source.target)), int(arguments(node)[1]["bits"])
 
 
 def _grids(gm: GraphModule) -> set[str]:
     """Scales, zero points and intervals: what the float model does not have."""
-    readers = [*gm.graph.find_nodes(op="call_function", target=dequantize)]
-    readers += gm.graph.find_nodes(op="call_function", target=quantize)
-    return {str(source.target) for node in readers for source in node.all_input_nodes[1:] if source.op == "get_attr"}
+    found = set()
+    for path, inner in _graphs(gm):
+        for function in (quantize, dequantize):
+            for node in inner.graph.find_nodes(op="call_function", target=function):
+                found |= {join(path, str(source.target)) for source in node.all_input_nodes[1:] if source.op == "get_attr"}
+    return found

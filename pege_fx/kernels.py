@@ -61,10 +61,9 @@ class LocalKernel:
         """Run compiled; the first failure to compile warns, and from then on everything runs as plain operations."""
         global _enabled
         key = tuple((a.ndim, a.dtype, a.device.type) if isinstance(a, Tensor) else type(a) for a in args)
-        known = self._variants.get(key)
-        if known is not None:
-            return known(*args)
         try:
+            if (known := self._variants.get(key)) is not None:
+                return known(*args)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the compiler's own remarks are not about the user's model
                 compiled = torch.compile(self._copy(len(self._variants)), dynamic=True, fullgraph=True)

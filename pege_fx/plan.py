@@ -57,12 +57,30 @@ class Operation:
 
 
 @dataclass(frozen=True)
+class Capture:
+    """How a module became a graph.
+
+    Attributes:
+        path: of the module; "" is the model itself.
+        rung: "symbolic", "specialised" (on the example inputs) or "python" (left as it is).
+        place: file and line that made it so, "" where nothing did.
+        reason: what was fixed there, or why it can not be traced.
+    """
+
+    path: str
+    rung: str
+    place: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class Plan:
-    """Every operation in the graph's order, under a policy."""
+    """Every operation in the graph's order, under a policy, and how each part was captured."""
 
     model: str
     policy: QuantPolicy
     operations: tuple[Operation, ...]
+    captures: tuple[Capture, ...] = ()
 
     @property
     def quantized(self) -> Iterator[tuple[Operation, Edge, QuantSpec]]:

@@ -1,0 +1,289 @@
+"""Capture, a ladder: (1) symbolic; (2) specialised on example inputs; (3) what can not be traced stays Python.
+
+Rung 3 leaves the smallest such module as it is and captures its children on their own, so that their convolutions are
+quantized all the same. The result is a GraphModule in every case, and every parameter keeps its name.
+"""
+
+import copy
+import inspect
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+
+from pege_fx.errors import InputError, ModelError, PegeWarning
+from pege_fx.fake_quant import FakeQuant
+from pege_fx.passes.graph import has_attribute, join, remove_dead_nodes
+from pege_fx.passes.trace import TRAINING_MODE, NotTraceableError, PegeTracer, TrainingMode
+from pege_fx.plan import Capture
+
+PYTHON_FORWARD = "python_forward"
+
+
+@dataclass
+class Captured:
+    """A model as GraphModules: the root, those grafted into modules that stay Python, and how each was made."""
+
+    root: GraphModule
+    graphs: list[GraphModule] = field(default_factory=list)
+    notes: list[Capture] = field(default_factory=list)
+
+
+def check_model(model: Any) -> None:
+    """Refuse what can not be prepared: no module, prepared before, wrapped for training, not made yet, not finite."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{type(model).__name__} is not an nn.Module: give the model itself.")
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise ModelError(f"the model is wrapped in {type(model).__name__}: prepare model.module first, and wrap the result.")
+    for name, module in model.named_modules():
+        if isinstance(module, FakeQuant):
+            raise ModelError(f"the model is prepared already ({name} is a fake-quant): prepare the float model.")
+    for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
+        if isinstance(parameter, (nn.UninitializedParameter, nn.UninitializedBuffer)):
+            raise ModelError(f"{name} has no shape yet (a lazy module): run the model once on example inputs, then prepare.")
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point() or bool(torch.isfinite(parameter.detach().sum())):
+            continue  # a finite sum has finite terms, and is one pass without a copy
+        if count := int((~torch.isfinite(parameter)).sum()):
+            raise ModelError(
+                f"{name} has {count} of {parameter.numel()} values that are not finite.\n"
+                "  load a good checkpoint, or set them before prepare."
+            )
+
+
+def check_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``forward``'s arguments by name; raise ``InputError`` if the example inputs do not fit its signature."""
+    signature = inspect.signature(model.forward)
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise InputError(
+            f"the example inputs do not fit {type(model).__name__}.forward{signature}: {error}.\n"
+            f"  given: {len(args)} positional, keywords {sorted(kwargs) or 'none'}; "
+            "example_inputs is a tuple of positional arguments, example_kwargs a dict."
+        ) from error
+    bound.apply_defaults()
+    return dict(bound.arguments)
+
+
+def capture(model: nn.Module, examples: Mapping[str, Any] | None = None) -> Captured:
+    """Capture a copy of the model; ``examples`` are values of ``forward``'s parameters by name."""
+    captured = _Ladder(examples).climb(copy.deepcopy(model), "")
+    _warn(captured.notes, examples is not None)
+    return captured
+
+
+def _warn(notes: list[Capture], has_examples: bool) -> None:
+    for note in notes:
+        if note.rung == "specialised":
+            warnings.warn(
+                f"{note.path or 'the model'}: fixed as in the example inputs: {note.reason} ({note.place})",
+                PegeWarning,
+                stacklevel=5,
+            )
+        elif note.rung == "python":
+            hint = "" if has_examples else "\n  example_inputs may allow to trace it."
+            warnings.warn(
+                f"{note.path or 'the model'} stays Python: {note.reason} ({note.place}){hint}", PegeWarning, stacklevel=5
+            )
+
+
+class _Ladder:
+    def __init__(self, examples: Mapping[str, Any] | None) -> None:
+        self.examples = examples
+
+    def climb(self, root: nn.Module, prefix: str) -> Captured:
+        opaque: dict[str, NotTraceableError] = {}
+        while True:
+            try:
+                tracer, graph = self._trace(root, opaque, None if prefix else self.examples)
+                break
+            except NotTraceableError as error:
+                if error.path == "":
+                    return self._keep_root(root, prefix, error)
+                for path in [path for path in opaque if path.startswith(f"{error.path}.")]:
+                    del opaque[path]
+                opaque[error.path] = error
+        captured = Captured(_graph_module(root, graph, tracer, prefix))
+        captured.graphs.append(captured.root)
+        for place, what in tracer.specialised.items():
+            captured.notes.append(Capture(prefix, "specialised", place, what))
+        if not tracer.specialised:
+            captured.notes.append(Capture(prefix, "symbolic", "", ""))
+        for path, failure in opaque.items():
+            captured.notes.append(Capture(join(prefix, path), "python", failure.place, failure.reason))
+            for node in captured.root.graph.find_nodes(op="call_module", target=path):
+                node.meta["stays_python"] = f"stays Python: {failure.reason} ({failure.place})"
+            self._capture_children(captured, captured.root.get_submodule(path), join(prefix, path))
+        return captured
+
+    def _trace(
+        self, root: nn.Module, opaque: Mapping[str, NotTraceableError], examples: Mapping[str, Any] | None
+    ) -> tuple[PegeTracer, Graph]:
+        """Rung 1, then rung 2 if there are examples."""
+        tracer = PegeTracer(live_training=True, opaque=opaque)
+        try:
+            return tracer, tracer.follow(root)
+        except NotTraceableError:
+            if examples is None:
+                raise
+        tracer = PegeTracer(live_training=True, opaque=opaque, examples=examples)
+        return tracer, tracer.follow(root)
+
+    def _keep_root(self, root: nn.Module, prefix: str, failure: NotTraceableError) -> Captured:
+        captured = Captured(GraphModule(nn.Module(), Graph()))
+        captured.notes.append(Capture(prefix, "python", failure.place, failure.reason))
+        self._capture_children(captured, root, prefix)
+        captured.root = _python_root(root, prefix)
+        return captured
+
+    def _capture_children(self, captured: Captured, module: nn.Module, prefix: str) -> None:
+        """Replace every child that has something to quantize by a GraphModule of its own."""
+        for name, child in list(module.named_children()):
+            path = join(prefix, name)
+            if isinstance(child, GraphModule) or not any(p.ndim > 1 for p in child.parameters()):
+                continue
+            if isinstance(child, (nn.ModuleList, nn.ModuleDict)) or _is_iterated(module, name, child):
+                self._capture_children(captured, child, path)
+                continue
+            if PegeTracer().is_leaf_module(child, path) and any(True for _ in child.children()):
+                continue  # torch's own composite module (attention, a transformer layer): its parts are not called
+            inner = self.climb(child, path)
+            _keep_attributes(child, inner.root)
+            setattr(module, name, inner.root)
+            captured.graphs += inner.graphs
+            captured.notes += inner.notes
+
+
+def _is_iterated(parent: nn.Module, name: str, child: nn.Module) -> bool:
+    """Tell whether a parent's code walks through a Sequential instead of calling it."""
+    if not isinstance(child, nn.Sequential):
+        return False
+    try:
+        source = inspect.getsource(type(parent))
+    except (OSError, TypeError):
+        return True
+    return (
+        re.search(rf"\bin\s+(\w+\()*\s*self\.{name}\b(?!\()|self\.{name}\[|self\.{name}\.(items|values|children)", source)
+        is not None
+    )
+
+
+class Grafted(GraphModule):
+    """A graph inside a module that stays Python, with the plain attributes that its parent's code may read."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GraphModule:
+        copied = super().__deepcopy__(memo)
+        _keep_attributes(self, copied)
+        return copied
+
+
+def _keep_attributes(source: nn.Module, target: GraphModule) -> None:
+    for name, value in vars(source).items():
+        if not name.startswith("_") and not hasattr(target, name) and not isinstance(value, (Tensor, nn.Module)):
+            setattr(target, name, value)
+
+
+def _graph_module(root: nn.Module, graph: Graph, tracer: PegeTracer, prefix: str) -> GraphModule:
+    if tracer.mode_is_read():
+        mode = TrainingMode().train(root.training)
+        root.add_module(TRAINING_MODE, mode)  # not before: a Sequential would call it
+    gm = (Grafted if prefix else GraphModule)(root, graph, class_name=type(root).__name__)
+    gm.meta["prefix"] = prefix
+    gm.meta["is_operation"] = PegeTracer().is_leaf_module(root, prefix)
+    remove_dead_nodes(gm)
+    _keep_everything(root, gm)
+    gm.recompile()
+    return gm
+
+
+def _keep_everything(root: nn.Module, gm: GraphModule) -> None:
+    """Give the GraphModule what the graph does not use too, so that float checkpoints load key by key."""
+    for path, module in root.named_modules(remove_duplicate=False):
+        if path and not has_attribute(gm, path):
+            gm.add_submodule(path, module)
+        kept = gm.get_submodule(path)
+        if kept is module:
+            continue
+        kept.training = module.training
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if not hasattr(kept, name):
+                kept.register_parameter(name, parameter)
+        persistent = set(module.state_dict(keep_vars=True))
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+            if not hasattr(kept, name):
+                kept.register_buffer(name, buffer, persistent=name in persistent)
+
+
+# --- a root that stays Python --------------------------------------------------------------------------------
+
+
+class PythonForward(nn.Module):
+    """Runs the ``forward`` of a module that can not be traced, on children and tensors that the graph hands in.
+
+    The graph owns those under their own names, so that ``state_dict``, ``to()`` and copies see them; the module here
+    is the code alone.
+    """
+
+    def __init__(self, code: nn.Module) -> None:
+        super().__init__()
+        self._code = (code,)  # in a tuple: no child, so no key of it is doubled
+
+    def forward(
+        self, owned: dict[str, Any], args: tuple[Any, ...], extra: tuple[Any, ...], kwargs: dict[str, Any], more: dict[str, Any]
+    ) -> Any:
+        (code,) = self._code
+        code.training = self.training
+        for name, value in owned.items():
+            if getattr(code, name, None) is not value:
+                setattr(code, name, value)
+        return code.forward(*args, *extra, **kwargs, **more)
+
+
+def stays_python(gm: GraphModule) -> bool:
+    """Tell whether a graph only calls its root's own code."""
+    return bool(gm.graph.find_nodes(op="call_module", target=PYTHON_FORWARD))
+
+
+def _python_root(root: nn.Module, prefix: str) -> GraphModule:
+    """A graph that calls the root's own code: its parameters and children are the graph's, under their own names."""
+    graph = Graph()
+    args: list[Node] = []
+    kwargs: dict[str, Node] = {}
+    extra: Any = ()
+    more: Any = {}
+    for name, parameter in inspect.signature(root.forward).parameters.items():
+        default = parameter.default
+        stars = "*" if parameter.kind is parameter.VAR_POSITIONAL else "**" if parameter.kind is parameter.VAR_KEYWORD else ""
+        node = graph.create_node("placeholder", f"{stars}{name}", () if default is parameter.empty else (default,), name=name)
+        if stars == "*":
+            extra = node
+        elif stars == "**":
+            more = node
+        elif parameter.kind is parameter.KEYWORD_ONLY:
+            kwargs[name] = node
+        else:
+            args.append(node)
+    names = [name for name, _ in root.named_children()]
+    names += [name for name, _ in [*root.named_parameters(recurse=False), *root.named_buffers(recurse=False)]]
+    owned = {name: graph.create_node("get_attr", name) for name in names}
+    result = graph.create_node("call_module", PYTHON_FORWARD, (owned, tuple(args), extra, kwargs, more))
+    graph.output(result)
+    holder = nn.Module()
+    holder.training = root.training
+    for name, child in root.named_children():
+        holder.add_module(name, child)
+    for name, value in root.named_parameters(recurse=False):
+        holder.register_parameter(name, value)
+    persistent = set(root.state_dict(keep_vars=True))
+    for name, buffer in root.named_buffers(recurse=False):
+        holder.register_buffer(name, buffer, persistent=name in persistent)
+    holder.add_module(PYTHON_FORWARD, PythonForward(root).train(root.training))
+    gm = (Grafted if prefix else GraphModule)(holder, graph, class_name=type(root).__name__)
+    gm.meta["prefix"] = prefix
+    return gm
