@@ -1,0 +1,223 @@
+"""Capture: three rungs, each recorded with its place, and the same function on each of them."""
+
+import copy
+import pickle
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+import pege_fx
+from pege_fx import Constant, ModelError, PEGEScheduler, PegeWarning
+from pege_fx.plan import Capture
+
+
+class Branching(nn.Module):
+    """Decides on values: only Python can run it. Its parts: a convolution, a Sequential, a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.seq = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+        self.list = nn.ModuleList([nn.Conv2d(4, 4, 1) for _ in range(2)])
+        self.gain = 1.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(self.conv(x))
+        if y.mean() > 0:
+            y = y * self.gain
+        y = self.seq(y)
+        for layer in self.list:
+            y = layer(y)
+        return y
+
+
+class Outer(nn.Module):
+    """Traces but for its middle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.inner = Branching()
+        self.fc = nn.Linear(4, 5)
+        self.weight = nn.Parameter(torch.ones(1))
+        self.register_buffer("offset", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc(self.inner(F.relu(self.bn(self.stem(x)))).mean((2, 3))) * self.weight + self.offset
+        return y
+
+
+class BranchingRoot(Outer):
+    """Decides on values itself, with every kind of parameter in its signature."""
+
+    def forward(self, x: Tensor, scale: float = 1.0, *rest: Any, flag: bool = True, **more: Any) -> Tensor:  # type: ignore[override]
+        if flag and x.sum() > 1e9:
+            x = x * scale
+        return super().forward(x)
+
+
+class ByShape(nn.Module):
+    """Decides on sizes: an example settles it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[2] > 4:
+            x = F.avg_pool2d(x, 2)
+        assert x.shape[1] == 3
+        parts = [x[:, i : i + 1] for i in range(x.shape[1])]
+        x = torch.cat(parts, 1)
+        if len(x.shape) == 4:
+            x = x + int(x.shape[3] // 2)
+        y: Tensor = self.conv(x)
+        return y
+
+
+class ByMode(nn.Module):
+    """Decides on ``self.training`` in Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(x)
+        if self.training:
+            y = y * 2
+        return y
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PegeWarning)
+        yield
+
+
+def prepared(model: nn.Module, *args: Any, examples: bool = True) -> GraphModule:
+    with quiet():
+        return pege_fx.prepare(model, "W4A4", args if examples else None)
+
+
+def captures(gm: GraphModule) -> tuple[Capture, ...]:
+    found: tuple[Capture, ...] = gm.meta["plan"].captures
+    return found
+
+
+def image(channels: int = 3) -> Tensor:
+    return torch.randn(2, channels, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("examples", [True, False])
+@pytest.mark.parametrize("cls", [Outer, BranchingRoot, ByShape, Branching])
+class TestEveryRung:
+    def test_the_function_is_kept_bit_for_bit_at_p_0(self, cls: type[nn.Module], examples: bool) -> None:
+        torch.manual_seed(1)
+        model, x = cls(), image(4 if cls is Branching else 3)
+        gm = prepared(model, x, examples=examples)
+        zero = Constant(0.0)
+        PEGEScheduler(gm, 1, zero, zero, zero)
+        assert torch.equal(gm(x), copy.deepcopy(model)(x))
+
+    def test_all_of_its_convolutions_are_quantized_and_convert(self, cls: type[nn.Module], examples: bool) -> None:
+        model, x = cls(), image(4 if cls is Branching else 3)
+        gm = prepared(model, x, examples=examples)
+        weights = [edge.spec for op in gm.meta["plan"].operations for edge in op.edges if edge.operand == "weight"]
+        layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+        assert len(weights) == len(layers)
+        assert all(spec is not None for spec in weights)
+        gm(x)
+        gm.eval()
+        with torch.no_grad():
+            assert torch.equal(pege_fx.convert(gm)(x), gm(x))
+
+    def test_names_copies_and_pickles_stay(self, cls: type[nn.Module], examples: bool) -> None:
+        model, x = cls(), image(4 if cls is Branching else 3)
+        gm = prepared(model, x, examples=examples)
+        gm(x)
+        gm.eval()
+        assert isinstance(gm, GraphModule)
+        assert set(model.state_dict()) <= set(gm.state_dict())
+        with torch.no_grad():
+            assert torch.equal(copy.deepcopy(gm)(x), gm(x))
+            assert torch.equal(pickle.loads(pickle.dumps(gm))(x), gm(x))
+
+
+def test_rung_3_names_module_file_line_and_reason() -> None:
+    with pytest.warns(PegeWarning, match=r"inner stays Python: .*test_capture\.py:\d+ in Branching\.forward"):
+        gm = pege_fx.prepare(Outer(), "W4A4", (image(),))
+    by_path = {note.path: note for note in captures(gm)}
+    assert by_path[""].rung == "symbolic"
+    assert by_path["inner"].rung == "python"
+    assert "depends on data" in by_path["inner"].reason
+    assert by_path["inner.conv"].rung == by_path["inner.seq"].rung == by_path["inner.list.1"].rung == "symbolic"
+
+
+def test_rung_2_says_what_was_fixed_and_where() -> None:
+    with pytest.warns(PegeWarning, match="fixed as in the example inputs") as caught:
+        gm = pege_fx.prepare(ByShape(), "W4A4", (image(),))
+    assert {note.rung for note in captures(gm)} == {"specialised"}
+    assert all("test_capture.py:" in note.place for note in captures(gm))
+    assert len(caught) == len(captures(gm)) == 5  # if, assert, range, len, int
+
+
+def test_without_examples_a_size_leaves_the_module_in_python_and_says_what_would_help() -> None:
+    with pytest.warns(PegeWarning, match="example_inputs may allow to trace it"):
+        gm = pege_fx.prepare(ByShape(), "W4A4")
+    assert {note.rung for note in captures(gm)} == {"python", "symbolic"}
+
+
+def test_a_value_is_never_specialised() -> None:
+    model, x = Branching(), image(4)
+    gm = prepared(model, x)
+    zero = Constant(0.0)
+    PEGEScheduler(gm, 1, zero, zero, zero)
+    for shift in (-100.0, 100.0):  # either branch
+        with torch.no_grad():
+            model.bn.bias.fill_(shift)
+            gm.get_parameter("bn.bias").fill_(shift)
+        reference = copy.deepcopy(model)
+        reference.bn.load_state_dict(gm.get_submodule("bn").state_dict())
+        assert torch.equal(gm(x), reference(x))
+
+
+def test_a_branch_on_the_mode_takes_the_present_one_with_a_warning() -> None:
+    with pytest.warns(PegeWarning, match="training_mode is True"):
+        gm = pege_fx.prepare(ByMode(), "W4A4", (image(),))
+    assert "mul" in gm.code
+
+
+def test_example_values_do_not_move_running_statistics() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), ByShapeTail())
+    gm = prepared(model, image())
+    assert int(gm.state_dict()["1.num_batches_tracked"]) == 0
+    assert torch.equal(gm.state_dict()["1.running_mean"], torch.zeros(4))
+    assert gm.get_submodule("1").training
+
+
+class ByShapeTail(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if x.shape[1] == 4 else x
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel])
+def test_a_wrapped_model_is_refused_with_the_fix(wrap: type[nn.Module]) -> None:
+    with pytest.raises(ModelError, match=r"prepare model\.module first"):
+        pege_fx.prepare(wrap(ByMode()), "W4A4")
+
+
+def test_a_lazy_module_is_refused_by_name() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = nn.Sequential(nn.LazyConv2d(4, 3))
+    with pytest.raises(ModelError, match=r"0\.weight has no shape yet"):
+        pege_fx.prepare(model, "W4A4")
