@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
+from pege_fx.attention import make_explicit
 from pege_fx.errors import InputError, ModelError, PegeWarning
 from pege_fx.fake_quant import FakeQuant
 from pege_fx.passes.graph import has_attribute, join, remove_dead_nodes
@@ -73,7 +74,9 @@ def check_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
 
 def capture(model: nn.Module, examples: Mapping[str, Any] | None = None) -> Captured:
     """Capture a copy of the model; ``examples`` are values of ``forward``'s parameters by name."""
-    captured = _Ladder(examples).climb(copy.deepcopy(model), "")
+    root = copy.deepcopy(model)
+    make_explicit(root)
+    captured = _Ladder(examples).climb(root, "")
     _warn(captured.notes, examples is not None)
     return captured
 

@@ -12,6 +12,8 @@ from torch.fx import Graph, Node, Proxy, Tracer
 from torch.fx.node import map_arg
 from torch.fx.proxy import Attribute
 
+from pege_fx.attention import ExplicitAttention
+
 TRAINING_MODE = "training_mode"
 
 
@@ -106,7 +108,9 @@ class PegeTracer(Tracer):
     # --- fx's hooks ------------------------------------------------------------------------------------------
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name in self.opaque or super().is_leaf_module(m, module_qualified_name)
+        return module_qualified_name in self.opaque or (
+            super().is_leaf_module(m, module_qualified_name) and not isinstance(m, ExplicitAttention)
+        )
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._evaluating:
