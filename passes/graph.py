@@ -47,8 +47,15 @@ EMBEDDING = Operator(
     (),
     "weight",
 )
+EMBEDDING_BAG = Operator("embedding_bag", ("input", "weight", "offsets"), (), "weight")
+BILINEAR = Operator("bilinear", ("input1", "input2", "weight", "bias"), ("input1", "input2"), "weight")
 MATMUL = Operator("matmul", ("input", "other"), ("input", "other"))
+MM = Operator("mm", ("input", "mat2"), ("input", "mat2"))
 BMM = Operator("bmm", ("input", "mat2"), ("input", "mat2"))
+ADDMM = Operator("addmm", ("input", "mat1", "mat2"), ("mat1", "mat2"))
+BADDBMM = Operator("baddbmm", ("input", "batch1", "batch2"), ("batch1", "batch2"))
+EINSUM = Operator("einsum", ("equation", "a", "b", "c", "d"), ("a", "b", "c", "d"))
+ATTENTION = Operator("scaled_dot_product_attention", ("query", "key", "value", "attn_mask"), ("query", "key", "value"))
 
 FUNCTIONS: dict[Any, Operator] = {
     F.conv1d: _conv("conv1d"),
@@ -61,9 +68,23 @@ FUNCTIONS: dict[Any, Operator] = {
     F.embedding: EMBEDDING,
     torch.matmul: MATMUL,
     operator.matmul: MATMUL,
+    F.embedding_bag: EMBEDDING_BAG,
+    F.bilinear: BILINEAR,
+    torch.mm: MM,
     torch.bmm: BMM,
+    torch.addmm: ADDMM,
+    torch.baddbmm: BADDBMM,
+    torch.einsum: EINSUM,
+    F.scaled_dot_product_attention: ATTENTION,
 }
-METHODS: dict[str, Operator] = {"matmul": MATMUL, "__matmul__": MATMUL, "bmm": BMM}
+METHODS: dict[str, Operator] = {
+    "matmul": MATMUL,
+    "__matmul__": MATMUL,
+    "mm": MM,
+    "bmm": BMM,
+    "addmm": ADDMM,
+    "baddbmm": BADDBMM,
+}
 
 
 def operator_of(node: Node) -> Operator | None:

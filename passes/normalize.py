@@ -1,5 +1,6 @@
 """One form for every operation: modules with weights become their functions, with the weight as an edge."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -38,7 +39,7 @@ def normalize(gm: GraphModule) -> None:
         if builder is None:
             continue
         args, kwargs = arguments(node)
-        if kwargs or len(args) != 1:
+        if not isinstance(module, nn.Bilinear | nn.EmbeddingBag) and (kwargs or len(args) != 1):
             node.meta["not_normalized"] = f"{node.target} is called with more than its input"
         elif any(name in vars(module) for name in ("forward", "_conv_forward")) or _has_hooks(module):
             node.meta["not_normalized"] = f"{node.target} has hooks or a forward of its own"
@@ -51,8 +52,8 @@ def normalize(gm: GraphModule) -> None:
         if (described := operator_of(node)) is not None:
             args, kwargs = arguments(node)
             named = dict(zip(described.parameters, args, strict=False)) | kwargs
-            leading = tuple(named.pop(name, None) for name in described.parameters[: 3 if described.weight else 2])
-            set_arguments(node, leading, named)
+            leading = list(itertools.takewhile(named.__contains__, described.parameters[:4]))
+            set_arguments(node, tuple(map(named.pop, leading)), named)
     remove_dead_nodes(gm)
 
 
@@ -149,6 +150,25 @@ def _embedding(readers: _Readers, node: Node, module: Any) -> None:
     become(node, F.embedding, (source, weight, module.padding_idx), kwargs)
 
 
+def _embedding_bag(readers: _Readers, node: Node, module: Any) -> None:
+    if module.max_norm is not None:
+        node.meta["not_normalized"] = f"{node.target} changes its weight in place (max_norm)"
+        return
+    args, kwargs = arguments(node)
+    given = dict(zip(("input", "offsets", "per_sample_weights"), args, strict=False)) | kwargs
+    names = ("mode", "sparse", "scale_grad_by_freq", "include_last_offset", "padding_idx")
+    settings = {name: getattr(module, name) for name in names} | given
+    weight = readers.read(module, str(node.target), "weight", node)
+    become(node, F.embedding_bag, (settings.pop("input"), weight), settings)
+
+
+def _bilinear(readers: _Readers, node: Node, module: Any) -> None:
+    args, kwargs = arguments(node)
+    given = dict(zip(("input1", "input2"), args, strict=False)) | kwargs
+    weight, bias = (readers.read(module, str(node.target), name, node) for name in ("weight", "bias"))
+    become(node, F.bilinear, (given["input1"], given["input2"], weight, bias), {})
+
+
 _BUILDERS: dict[type[nn.Module], Callable[[_Readers, Node, Any], None]] = {
     nn.Conv1d: _convolution(F.conv1d),
     nn.Conv2d: _convolution(F.conv2d),
@@ -158,4 +178,6 @@ _BUILDERS: dict[type[nn.Module], Callable[[_Readers, Node, Any], None]] = {
     nn.ConvTranspose3d: _convolution(F.conv_transpose3d),
     nn.Linear: _linear,
     nn.Embedding: _embedding,
+    nn.EmbeddingBag: _embedding_bag,
+    nn.Bilinear: _bilinear,
 }

@@ -128,7 +128,9 @@ def _operation(gm: GraphModule, node: Node, op: Op, choice: Choice) -> Operation
         bias = _parameter(gm, operand(node, "bias")) if "bias" in described.parameters else None
         parameters = sum(value.numel() for _, value in filter(None, (found, bias)))
         edges.append(_weight_edge(node, described, found, choice))
-    edges += [_activation_edge(operand(node, name), name, "input", choice) for name in described.inputs]
+    for name in described.inputs:
+        if (source := operand(node, name)) is not None:
+            edges.append(_activation_edge(source, name, "input", choice))
     if choice.specs["output"] is not None:
         edges.append(_activation_edge(node, "output", "output", choice))
     return Operation(node.name, op.path, op.function, tuple(edges), node.meta.get("batch_norm", ""), parameters)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.fx import Graph, Node, Proxy, Tracer
 from torch.fx.node import map_arg
@@ -34,6 +35,14 @@ class NotTraceableError(Exception):
 
 class DataDependenceError(Exception):
     """Python asked for the value of a tensor: no example may decide that."""
+
+
+class ContextError(Exception):
+    """A ``with`` block or a call that means something to autograd and would be lost in a graph."""
+
+
+def _context() -> tuple[bool, ...]:
+    return torch.is_grad_enabled(), *(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
 
 
 class ExampleProxy(Proxy):
@@ -77,6 +86,7 @@ class PegeTracer(Tracer):
     ) -> None:
         super().__init__()
         self.live_training = live_training
+        self._context = _context()
         self.opaque = opaque or {}
         self.examples = examples
         self.specialised: dict[str, str] = {}
@@ -115,6 +125,8 @@ class PegeTracer(Tracer):
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._evaluating:
             return forward(*args, **kwargs)
+        if self.live_training and _called_by_checkpoint():
+            raise ContextError("it checkpoints inside forward, which a graph does not hold")
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception:
@@ -146,6 +158,8 @@ class PegeTracer(Tracer):
         return super().proxy(node) if self.examples is None else ExampleProxy(node, self)
 
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Node:
+        if self.live_training and kind != "output" and _context() != self._context:
+            raise ContextError("it changes the gradient or autocast mode inside forward, which a graph does not hold")
         node = super().create_node(kind, target, args, kwargs, *rest, **more)
         if self.examples is not None and kind != "output" and target != TRAINING_MODE:
             self._values[node] = self._evaluate(node)
@@ -220,6 +234,7 @@ def _is_user_code(filename: str) -> bool:
 
 
 _OWN_FILES = {__file__}
+_CHECKPOINT_FILE = torch.utils.checkpoint.__file__
 
 
 def _here() -> str:
@@ -228,6 +243,17 @@ def _here() -> str:
     while frame is not None and not _is_user_code(frame.f_code.co_filename):
         frame = frame.f_back
     return "" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def _called_by_checkpoint() -> bool:
+    """Whether ``torch.utils.checkpoint`` stands between this module's call and the forward around it."""
+    frame, calls = inspect.currentframe(), 0
+    while frame is not None and calls < 2:
+        if frame.f_code.co_filename == _CHECKPOINT_FILE:
+            return True
+        calls += frame.f_code.co_name == "module_call_wrapper"
+        frame = frame.f_back
+    return False
 
 
 def _where_raised(error: BaseException) -> str:

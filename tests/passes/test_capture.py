@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.utils.checkpoint import checkpoint
 
 import pege_fx
 from pege_fx import Constant, ModelError, PEGEScheduler, PegeWarning
@@ -221,3 +222,49 @@ def test_a_lazy_module_is_refused_by_name() -> None:
         model = nn.Sequential(nn.LazyConv2d(4, 3))
     with pytest.raises(ModelError, match=r"0\.weight has no shape yet"):
         pege_fx.prepare(model, "W4A4")
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(x).relu()
+        return y
+
+
+class WithBlocks(nn.Module):
+    """One block runs without gradient, one in bfloat16, one is checkpointed."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.first, self.second = kind, Block(), Block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "no_grad":
+            with torch.no_grad():
+                x = self.first(x)
+        elif self.kind == "autocast":
+            with torch.autocast("cpu", torch.bfloat16):
+                x = self.first(x).float()
+        else:
+            x = checkpoint(self.first, x, use_reentrant=False)
+        y: Tensor = self.second(x)
+        return y
+
+
+@pytest.mark.parametrize("kind", ["no_grad", "autocast", "checkpoint"])
+def test_blocks_that_a_graph_would_lose_keep_their_meaning(kind: str) -> None:
+    torch.manual_seed(0)
+    model, x = WithBlocks(kind), image()
+    with pytest.warns(PegeWarning, match="which a graph does not hold"):
+        gm = pege_fx.prepare(model, "W4A4", (x,))
+    zero = Constant(0.0)
+    PEGEScheduler(gm, 1, zero, zero, zero)
+    got, want = gm(x), model(x)
+    assert torch.equal(got, want)
+    got.sum().backward()
+    want.sum().backward()
+    assert (gm.get_parameter("first.conv.weight").grad is None) == (model.first.conv.weight.grad is None)
+    assert len(pege_fx.fake_quants(gm)) == 4
