@@ -107,6 +107,8 @@ class _Ladder:
                 tracer, graph = self._trace(root, opaque, None if prefix else self.examples)
                 break
             except NotTraceableError as error:
+                while error.path in opaque:  # it is not looked into any more: whoever calls it is to blame
+                    error.path = error.path.rpartition(".")[0]
                 if error.path == "":
                     return self._keep_root(root, prefix, error)
                 for path in [path for path in opaque if path.startswith(f"{error.path}.")]:

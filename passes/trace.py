@@ -127,12 +127,17 @@ class PegeTracer(Tracer):
             return forward(*args, **kwargs)
         if self.live_training and _called_by_checkpoint():
             raise ContextError("it checkpoints inside forward, which a graph does not hold")
+        self._check_context()  # here, so that the module with the block is to blame and not the one it calls
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception:
             if self.failed is None:
                 self.failed = self.path_of_module(m)
             raise
+
+    def _check_context(self) -> None:
+        if self.live_training and _context() != self._context:
+            raise ContextError("it changes the gradient or autocast mode inside forward, which a graph does not hold")
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         return attr_val if self._evaluating else super().getattr(attr, attr_val, parameter_proxy_cache)
@@ -158,8 +163,7 @@ class PegeTracer(Tracer):
         return super().proxy(node) if self.examples is None else ExampleProxy(node, self)
 
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Node:
-        if self.live_training and kind != "output" and _context() != self._context:
-            raise ContextError("it changes the gradient or autocast mode inside forward, which a graph does not hold")
+        self._check_context()
         node = super().create_node(kind, target, args, kwargs, *rest, **more)
         if self.examples is not None and kind != "output" and target != TRAINING_MODE:
             self._values[node] = self._evaluate(node)

@@ -46,11 +46,18 @@ def worth_compiling(x: Tensor) -> bool:
     )
 
 
+def _kind(argument: Any) -> Hashable:
+    """What the compiler specialises on: sizes that happen to be equal count as one, and so do small integers."""
+    if isinstance(argument, Tensor):
+        return argument.ndim, argument.dtype, argument.device.type, len(set(argument.shape))
+    return argument
+
+
 class LocalKernel:
     """A function that is compiled once per variant, with dynamic sizes.
 
-    Dynamo counts recompilations per code object and stops at a few. Each variant (number of dimensions, dtype, which
-    optional arguments are there) therefore gets a code object of its own.
+    Dynamo counts recompilations per code object and stops at a few. Each variant (number of dimensions, dtype, bounds
+    of the grid, which optional arguments are there) therefore gets a code object of its own.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -60,7 +67,7 @@ class LocalKernel:
     def __call__(self, *args: Any) -> Any:
         """Run compiled; the first failure to compile warns, and from then on everything runs as plain operations."""
         global _enabled
-        key = tuple((a.ndim, a.dtype, a.device.type) if isinstance(a, Tensor) else type(a) for a in args)
+        key = tuple(map(_kind, args))
         try:
             if (known := self._variants.get(key)) is not None:
                 return known(*args)
