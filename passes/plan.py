@@ -20,7 +20,7 @@ from pege_fx.passes.graph import (
     tensor_of,
     unfolded,
 )
-from pege_fx.plan import Edge, Operation, Plan
+from pege_fx.plan import FLOAT_BY_POLICY, Edge, Operation, Plan
 from pege_fx.policy import Choice, Op, QuantPolicy, class_names
 from pege_fx.spec import Kind, QuantSpec
 
@@ -161,7 +161,7 @@ def _activation_edge(source: object, name: str, field: str, choice: Choice) -> E
 
 def _edge(name: str, source: str, spec: QuantSpec | None, kind: Kind, non_negative: bool, rule: str, group: str) -> Edge:
     if spec is None:
-        return Edge(name, source, None, rule, "float by the policy" if rule.startswith("rule") else rule, group)
+        return Edge(name, source, None, rule, FLOAT_BY_POLICY if rule.startswith("rule") else rule, group)
     return Edge(name, source, spec.resolve(kind, non_negative=non_negative), rule, "", group)
 
 

@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 from pege_fx.errors import ModelError, closest
 from pege_fx.functional import dequantize, quantize
 from pege_fx.passes.graph import arguments, join
-from pege_fx.plan import Edge, Operation, Plan
+from pege_fx.plan import FLOAT_BY_POLICY, Edge, Operation, Plan
 from pege_fx.scheduler import plan_of
 
 PLAIN_WIDTH = 200
@@ -29,7 +29,7 @@ class Listing:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table = Table(title=self.title, title_justify="left", box=None, pad_edge=False)
         for column in self.columns:
-            table.add_column(column, overflow="fold")
+            table.add_column(column, overflow="fold", no_wrap=column == self.columns[0])
         for row in self.rows:
             table.add_row(*row)
         yield table
@@ -55,16 +55,25 @@ def _words(edges: Iterable[Edge], field: str) -> str:
     return "/".join(dict.fromkeys(str(getattr(edge.spec, field)) for edge in edges if edge.spec is not None)) or "-"
 
 
+def _rule_number(edge: Edge) -> str:
+    return edge.rule.partition(":")[0] if edge.rule.startswith("rule") else ""
+
+
 def _why(operation: Operation) -> str:
-    """The rules that decided; and for float edges, the reason."""
+    """The rules that decided, by number; and for edges that are float for another cause, the reason."""
     if operation.reason:
         return operation.reason
     words: dict[str, None] = {}
     for edge in operation.edges:
-        rule = edge.rule if edge.rule.startswith("rule") else ""
-        text = rule if edge.spec is not None else f"{edge.operand} {edge.reason} {f'({rule})' if rule else ''}".strip()
-        words[text] = None
-    return "; ".join(words)
+        by_rule = edge.spec is not None or edge.reason == FLOAT_BY_POLICY
+        words[_rule_number(edge) if by_rule else f"{edge.operand}: {edge.reason}"] = None
+    return "; ".join(word for word in words if word)
+
+
+def _verdict(operation: Operation) -> str:
+    """The BatchNorm's verdict; a BatchNorm beside the operation by its name alone."""
+    beside = operation.path.rpartition(".")[0]
+    return operation.batch_norm.replace(f" {beside}.", " ") or "-"
 
 
 _COLUMNS = ("path", "op", "weight", "input", "sign", "method", "estimator", "BatchNorm", "parameters", "rule or reason")
@@ -80,7 +89,7 @@ def _row(operation: Operation) -> tuple[str, ...]:
         _signs(operation.edges),
         _words(operation.edges, "method"),
         _words(operation.edges, "estimator"),
-        operation.batch_norm or "-",
+        _verdict(operation),
         f"{operation.parameters:,}",
         _why(operation),
     )
@@ -91,10 +100,13 @@ def table(plan: Plan, title: str) -> Listing:
     edges = [edge for operation in plan.operations for edge in operation.edges]
     quantized = sum(edge.spec is not None for edge in edges)
     note = f"{quantized} of {len(edges)} edges quantized; sign: s signed, u unsigned, in the order weight / inputs."
+    rules = sorted(
+        {edge.rule for edge in edges if edge.rule.startswith("rule")}, key=lambda rule: int(rule.split()[1].rstrip(":"))
+    )
     captures = [
         f"{note.path or 'the model'}: {note.rung}, {note.reason} ({note.place})" for note in plan.captures if note.reason
     ]
-    return Listing(title, _COLUMNS, tuple(map(_row, plan.operations)), (note, *captures))
+    return Listing(title, _COLUMNS, tuple(map(_row, plan.operations)), (note, *rules, *captures))
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,8 @@ def _kind(argument: Any) -> Hashable:
     """What the compiler specialises on: sizes that happen to be equal count as one, and so do small integers."""
     if isinstance(argument, Tensor):
         return argument.ndim, argument.dtype, argument.device.type, len(set(argument.shape))
-    return argument
+    kind: Hashable = argument
+    return kind
 
 
 class LocalKernel:

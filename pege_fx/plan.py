@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pege_fx.policy import QuantPolicy
 from pege_fx.spec import QuantSpec
 
+FLOAT_BY_POLICY = "float by the policy"
+
 
 @dataclass(frozen=True)
 class Edge:

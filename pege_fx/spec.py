@@ -72,7 +72,7 @@ class QuantSpec:
         signed: None takes the sign from the graph (unsigned where values are proved non-negative).
         granularity: one scale per output "channel" or per "tensor"; None: per channel for weights, per
             tensor for activations.
-        narrow: leave out the lowest signed code, so that the grid is symmetric.
+        narrow: leave out the lowest signed code, so that the grid is symmetric; nothing where codes turn out unsigned.
         method: forward method, a registered name or its class.
         estimator: gradient estimator, a registered name or its class.
 
@@ -120,7 +120,7 @@ class QuantSpec:
         if signed is None:
             signed = METHODS[str(self.method)].signed_by_default(kind, non_negative)
         granularity = self.granularity or ("channel" if kind == "weight" else "tensor")
-        return dataclasses.replace(self, signed=signed, granularity=granularity)
+        return dataclasses.replace(self, signed=signed, granularity=granularity, narrow=self.narrow and signed)
 
     def __str__(self) -> str:
         """Short form for tables: bits and what differs from the defaults.

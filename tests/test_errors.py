@@ -32,9 +32,7 @@ NAMES = st.lists(st.text("abc.1", min_size=1, max_size=8), min_size=1, max_size=
 
 
 @given(NAMES, st.integers(1, 4), st.data())
-def test_closest_names_the_name_itself_first_and_no_more_than_asked_for(
-    names: list[str], count: int, data: st.DataObject
-) -> None:
+def test_closest_begins_with_the_name_itself(names: list[str], count: int, data: st.DataObject) -> None:
     wanted = data.draw(st.sampled_from(names))
     found = closest(wanted, names, count).split(", ")
     assert found[0] == wanted

@@ -1,7 +1,6 @@
 """Number formats: the grid of each, what is refused and how, and the layout of a weight's output channels."""
 
 import dataclasses
-import itertools
 
 import pytest
 import torch
@@ -86,7 +85,8 @@ def test_a_spec_is_a_value() -> None:
         QuantSpec(4)  # type: ignore[misc]
 
 
-@pytest.mark.parametrize(("kind", "non_negative"), itertools.product(("weight", "activation"), (True, False)))
+@pytest.mark.parametrize("kind", ["weight", "activation"])
+@pytest.mark.parametrize("non_negative", [True, False])
 def test_resolve_fills_in_what_was_left_open_and_nothing_else(kind: str, non_negative: bool) -> None:
     found = QuantSpec(bits=4).resolve(kind, non_negative=non_negative)  # type: ignore[arg-type]
     assert found == QuantSpec(bits=4, signed=not non_negative, granularity="channel" if kind == "weight" else "tensor")
@@ -125,7 +125,7 @@ def test_a_name_belongs_to_one_class_unless_its_cell_runs_again() -> None:
     again = type("First", (), {})
     registry.add("name", again)
     assert registry["name"] is again
-    with pytest.raises(SpecError, match="thing 'name' is already .*First: choose another name"):
+    with pytest.raises(SpecError, match=r"thing 'name' is already .*First: choose another name"):
         registry.add("name", type("Second", (), {}))
 
 
