@@ -208,7 +208,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         for seed in range(args.seeds):
             runs, gm = run_seed(seed, args, data, lambda: progress.advance(task))
             results.append(runs)
-    console.print(pege_fx.summary(gm))
+    print(pege_fx.summary(gm))
     console.print(table(results, args.bits))
     seconds = time.perf_counter() - started
     last = results[-1]["pege"]
