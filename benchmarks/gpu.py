@@ -105,7 +105,7 @@ def training_step(model: nn.Module, compiled: bool, batch: int) -> Callable[[], 
 def prepared(rate: float | None) -> nn.Module:
     torch.manual_seed(0)
     policy = QuantPolicy.parse("W2A2", first=None, last=None)
-    gm = pege_fx.prepare(ResNet20(), policy, (torch.randn(8, 3, 32, 32),))
+    gm = pege_fx.prepare(ResNet20(10), policy, (torch.randn(8, 3, 32, 32),))
     if rate is not None:
         PEGEScheduler(gm, 10, Constant(rate), Constant(1e-7), Constant(1e-9))
     return gm
@@ -124,7 +124,7 @@ def steps(batch: int) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for compiled in (True, False):
         calls = {
-            "float": training_step(ResNet20(), compiled, batch),
+            "float": training_step(ResNet20(10), compiled, batch),
             "W2A2 p=0.5": training_step(prepared(0.5), compiled, batch),
             "W2A2 p=1": training_step(prepared(None), compiled, batch),
         }

@@ -176,7 +176,7 @@ def main() -> None:
     parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "kernel, 2 M elements": lambda: kernel(2_000_000, args.repeats),
         "step, ResNet-20 at 128x3x32x32": lambda: training_step(
-            "ResNet-20", ResNet20, torch.randn(128, 3, 32, 32), "W2A2", args.repeats
+            "ResNet-20", lambda: ResNet20(10), torch.randn(128, 3, 32, 32), "W2A2", args.repeats
         ),
         "step, resnet18 at 32x3x64x64": lambda: training_step(
             "resnet18", lambda: torchvision.models.resnet18(num_classes=10), torch.randn(32, 3, 64, 64), "W4A4", args.repeats

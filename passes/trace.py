@@ -14,6 +14,7 @@ from torch.fx.node import map_arg
 from torch.fx.proxy import Attribute
 
 from pege_fx.attention import ExplicitAttention
+from pege_fx.batch_norm import BatchNorm
 
 TRAINING_MODE = "training_mode"
 
@@ -118,9 +119,11 @@ class PegeTracer(Tracer):
     # --- fx's hooks ------------------------------------------------------------------------------------------
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name in self.opaque or (
-            super().is_leaf_module(m, module_qualified_name) and not isinstance(m, ExplicitAttention)
-        )
+        if module_qualified_name in self.opaque:
+            return True
+        if isinstance(m, BatchNorm):  # a subclass too, unless it computes something else: torch's forward branches on the mode
+            return type(m).forward is BatchNorm.forward or super().is_leaf_module(m, module_qualified_name)
+        return super().is_leaf_module(m, module_qualified_name) and not isinstance(m, ExplicitAttention)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._evaluating:
