@@ -1,0 +1,200 @@
+"""Insertion: exactly the plan's nodes, and without them the graph from before."""
+
+import copy
+import pickle
+import warnings
+
+import networkx as nx
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+import pege_fx
+from pege_fx import Constant, PEGEScheduler, QuantPolicy, Rule
+from pege_fx.fake_quant import FakeQuant
+from pege_fx.testing import Network, assert_same_function, networks, policies
+
+ZERO = Constant(0.0)
+
+
+def before_and_after(model: nn.Module, policy: QuantPolicy) -> tuple[GraphModule, GraphModule]:
+    passes = pege_fx.prepare_passes(policy)
+    graphs = []
+    for last in (5, 7):
+        captured, _ = pege_fx.api._capture(model, None, None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            pege_fx.passes.run(captured.graphs, passes[:last])
+        graphs.append(captured.root)
+    return graphs[0], graphs[1]
+
+
+def as_networkx(gm: GraphModule, contract: bool) -> nx.DiGraph:
+    """Nodes by operation; with ``contract``, fake-quants (and the weight folds they take over) become edges."""
+    graph = nx.DiGraph()
+    for node in gm.graph.nodes:
+        graph.add_node(node.name, what=(node.op, str(node.target)))
+        graph.add_edges_from((source.name, node.name) for source in node.all_input_nodes)
+    for node in gm.graph.nodes:
+        module = gm.get_submodule(node.target) if node.op == "call_module" else None
+        spare = isinstance(module, FakeQuant) or type(module).__name__ == "WeightFold"
+        if contract and spare:
+            (source,) = graph.predecessors(node.name)
+            graph.add_edges_from((source, reader) for reader in list(graph.successors(node.name)))
+            graph.remove_node(node.name)
+    return graph
+
+
+@given(networks(), policies())
+def test_contracting_the_fake_quants_gives_back_the_graph(
+    case: tuple[Network, tuple[Tensor, ...]], policy: QuantPolicy
+) -> None:
+    before, after = before_and_after(case[0], policy)
+    same = nx.is_isomorphic(as_networkx(before, True), as_networkx(after, True), node_match=lambda a, b: a == b)
+    assert same
+    plan = after.meta["plan"]
+    placed = [m for m in after.modules() if isinstance(m, FakeQuant)]
+    edges = {
+        (op.path if edge.operand == "weight" else edge.source, edge.spec, edge.operand == "weight")
+        for op, edge, _ in plan.quantized
+    }
+    weights = {(edge.source, edge.spec) for _, edge, _ in plan.quantized if edge.operand == "weight"}
+    inputs = {(edge.source, edge.spec) for _, edge, _ in plan.quantized if edge.operand != "weight"}
+    assert len(placed) == len(weights) + len(inputs) <= len(edges)
+
+
+@given(networks(), policies())
+def test_at_p_0_the_function_is_kept_bit_for_bit(case: tuple[Network, tuple[Tensor, ...]], policy: QuantPolicy) -> None:
+    network, inputs = case
+    default = QuantPolicy(tuple(Rule(role=r.role, weight=_bits(r.weight), input=_bits(r.input)) for r in policy.rules))
+    gm = pege_fx.prepare(network, default, inputs)
+    PEGEScheduler(gm, 1, ZERO, ZERO, ZERO)
+    assert_same_function(network, gm, inputs, tolerance=0)
+
+
+def _bits(setting: object) -> str | None:
+    return None if setting is None else str(setting.bits)  # type: ignore[attr-defined]
+
+
+@given(networks(), policies())
+@settings(max_examples=25)
+@pytest.mark.filterwarnings("ignore:nothing is quantized")
+def test_evaluation_deploys_copies_and_pickles_bit_for_bit(
+    case: tuple[Network, tuple[Tensor, ...]], policy: QuantPolicy
+) -> None:
+    network, inputs = case
+    state = copy.deepcopy(network.state_dict())
+    gm = pege_fx.prepare(network, policy, inputs)
+    gm(*inputs).sum().backward()
+    gm.eval()
+    deployed = pege_fx.convert(gm)
+    with torch.no_grad():
+        for other in (deployed, copy.deepcopy(gm), pickle.loads(pickle.dumps(gm)), pickle.loads(pickle.dumps(deployed))):
+            assert_same_function(gm, other, inputs, tolerance=0)
+    assert all(torch.equal(value, network.state_dict()[name]) for name, value in state.items())
+    assert set(state) <= set(gm.state_dict())
+    assert network.training
+
+
+@given(networks(max_layers=3))
+@settings(max_examples=15)
+def test_at_p_1_it_is_plain_torch_on_values_of_the_grid(case: tuple[Network, tuple[Tensor, ...]]) -> None:
+    """An independent reference: the original's own modules, with weights and inputs rounded by hooks."""
+    network, inputs = case
+    assume("twice" not in network.layers and "dropout" not in network.layers)  # one hook per module, and no chance
+    gm = pege_fx.prepare(network, QuantPolicy.parse("W4A4", first="4", last="4"), inputs)
+    reference = copy.deepcopy(network)
+    grids = pege_fx.fake_quants(gm)
+    sources = {op.path: edge.source for op in gm.meta["plan"].operations for edge in op.edges if edge.operand == "input"}
+    by_name = {node.name: node for node in gm.graph.nodes}
+
+    def rounded(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+        return torch.clamp(torch.round(x / scale), low, high) * scale
+
+    signs = {fq.site.name.removesuffix(".weight_fq"): fq.fold.sign() if fq.fold else None for fq in grids.values()}
+    for path, module in reference.named_modules():
+        if not isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+            continue
+        fq = grids[f"{path}.weight_fq"]
+        rows = fq.method.channels.rows(module.weight.data)
+        sign = torch.ones(len(rows)) if signs[path] is None else signs[path]
+        step = fq.method.scale.detach().abs()[:, None]
+        values = rounded(rows * sign[:, None], step, -8, 7) * sign[:, None]
+        flat = fq.method.channels.rows(torch.arange(module.weight.numel()).view(module.weight.shape).float()).long()
+        module.weight.data.view(-1)[flat.reshape(-1)] = values.reshape(-1)
+        name = by_name[f"{sources[path]}_fq"].target
+        act = grids[name]
+
+        def hook(_: nn.Module, args: tuple[Tensor], act: FakeQuant = act) -> tuple[Tensor]:
+            return (rounded(args[0], act.method.scale.detach().abs(), *act.site.spec.bounds),)
+
+        module.register_forward_pre_hook(hook)
+    torch.testing.assert_close(gm(*inputs), reference(*inputs), rtol=1e-4, atol=1e-4)
+
+
+class Tied(nn.Module):
+    """An embedding and a head that share their weight; the head is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(6, 4), nn.Linear(4, 6, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        out: Tensor = self.head(x) + self.head(torch.relu(x))
+        return out
+
+
+def test_a_shared_weight_has_one_fake_quant_and_a_shared_producer_too() -> None:
+    gm = pege_fx.prepare(Tied(), QuantPolicy((Rule(weight="4", input="4"),)))
+    names = [name for name, fq in pege_fx.fake_quants(gm).items() if fq.site.kind == "weight"]
+    assert names == ["embedding.weight_fq"]
+    assert len(gm.graph.find_nodes(op="call_module", target="embedding.weight_fq")) == 1
+
+
+def test_one_fake_quant_for_each_producer_and_format() -> None:
+    class Fork(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.a(x) + self.b(x) + self.c(x)
+            return out
+
+    gm = pege_fx.prepare(Fork(), QuantPolicy((Rule(weight="4", input="4"), Rule(match="c", input="8"))))
+    activations = {name: fq.site.spec.bits for name, fq in pege_fx.fake_quants(gm).items() if fq.site.kind == "activation"}
+    assert activations == {"x_fq": 4, "x_fq_1": 8}
+
+
+def test_an_output_rule_quantizes_the_result_and_an_in_place_reader_leaves_it_alone() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 2))
+    gm = pege_fx.prepare(model, QuantPolicy((Rule(match="0", output="4"),)), (torch.randn(3, 4),))
+    gm(torch.randn(3, 4)).sum().backward()
+    assert list(pege_fx.fake_quants(gm)) == ["_0_fq"]
+
+
+def test_names_say_what_they_quantize() -> None:
+    gm = pege_fx.prepare(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), "W4A4")
+    assert [node.name for node in gm.graph.nodes if "_fq" in node.name] == [
+        "_0_weight_fq",
+        "input_1_fq",
+        "_2_weight_fq",
+        "_1_fq",
+    ]
+
+
+def test_verify_catches_a_pass_that_removes_a_fake_quant() -> None:
+    def remove_one(gm: GraphModule) -> None:
+        (node,) = [n for n in gm.graph.nodes if n.name == "_1_fq"]
+        node.replace_all_uses_with(node.args[0])
+        gm.graph.erase_node(node)
+
+    passes = pege_fx.prepare_passes("W4A4")
+    passes.insert(6, remove_one)
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    with pytest.raises(pege_fx.VerifyError, match="2: input should read a fake-quant of 8"):
+        pege_fx.prepare(model, "W4A4", passes=passes)
