@@ -37,7 +37,8 @@ def lower_weights(gm: GraphModule) -> None:
         codes_path = free_path(gm, f"{path}_codes")
         register_buffer(gm, codes_path, codes)
         read = get_attr(gm.graph, codes_path, node)
-        _dequantize(gm, node, read, path, Decoding(scale, zero_point), fq.site.spec.bits, weight.dtype)
+        grid = _constants(gm, path, Decoding(scale, zero_point), weight.dtype, node)
+        _finish(gm, node, read, grid, fq.site.spec.bits, weight.dtype)
 
 
 @torch.no_grad()
@@ -72,7 +73,11 @@ def lower_activations(gm: GraphModule) -> None:
             gm.graph, quantize, (first_argument(node), *inputs), settings, node, node.name.replace("_fq", "_q")
         )
         copy_origin(node, codes)
-        _dequantize(gm, node, codes, f"{path}_output", fq.decoding(), spec.bits, dtype)
+        decoding = fq.decoding()
+        if _same(decoding, Decoding(encoding.scale, encoding.zero_point)):
+            _finish(gm, node, codes, inputs[:2], spec.bits, dtype)
+        else:
+            _finish(gm, node, codes, _constants(gm, f"{path}_output", decoding, dtype, node), spec.bits, dtype)
 
 
 def drop_unused(gm: GraphModule) -> None:
@@ -97,13 +102,21 @@ def _constant(gm: GraphModule, path: str, value: Tensor | None, dtype: torch.dty
     return get_attr(gm.graph, free, before)
 
 
-def _dequantize(gm: GraphModule, node: Node, codes: Node, path: str, decoding: Decoding, bits: int, dtype: torch.dtype) -> None:
-    """Let the users of ``node`` read the value of the codes."""
-    scale, zero = (_constant(gm, f"{path}_{name}", value, dtype, node) for name, value in decoding._asdict().items())
+def _same(a: Decoding, b: Decoding) -> bool:
+    """Whether two grids are equal, so that one set of constants serves both."""
+    return all(x is y or (x is not None and y is not None and torch.equal(x, y)) for x, y in zip(a, b, strict=True))
+
+
+def _constants(gm: GraphModule, path: str, decoding: Decoding, dtype: torch.dtype, before: Node) -> list[Node | None]:
+    return [_constant(gm, f"{path}_{name}", value, dtype, before) for name, value in decoding._asdict().items()]
+
+
+def _finish(gm: GraphModule, node: Node, codes: Node, grid: list[Node | None], bits: int, dtype: torch.dtype) -> None:
+    """Let the users of ``node`` read the value of the codes; ``grid`` is the scale and, if there is one, the zero point."""
     settings: dict[str, Any] = {"bits": bits}
     if dtype != torch.promote_types(dtype, torch.float32):
         settings["dtype"] = dtype
-    args = (codes, scale) if zero is None else (codes, scale, zero)
+    args = (codes, *(part for part in grid if part is not None))
     value = call_function(gm.graph, dequantize, args, settings, node, node.name.replace("_fq", "_dq"))
     copy_origin(node, value)
     replace(gm, node, value)

@@ -1,0 +1,106 @@
+"""Lowering: integers with scales, the values of evaluation."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pege_fx
+from pege_fx import ConvertError, ForwardMethod, ModelError, PegeWarning, QuantPolicy, Statistics
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(64, 3)
+    )
+
+
+X = torch.randn(5, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("method", ["lsq", "pact", "minmax", "dorefa", "interval"])
+def test_the_deployed_model_computes_what_evaluation_does(method: str, bits: int) -> None:
+    gm = pege_fx.prepare(model(), QuantPolicy.parse(f"W{bits}A{bits}", method=method), (X,))
+    optimizer = torch.optim.SGD(gm.parameters(), lr=1e-2)
+    for _ in range(2):
+        gm(X).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    gm.eval()
+    deployed = pege_fx.convert(gm)
+    with torch.no_grad():
+        assert torch.equal(deployed(X), gm(X))
+    assert torch.equal(gm(X).detach(), deployed(X))  # with gradient too
+
+
+def test_weights_are_integers_and_nothing_of_training_is_left() -> None:
+    gm = pege_fx.prepare(model(), QuantPolicy.parse("W3A4", first="3", last="3"), (X,))
+    deployed = pege_fx.convert(gm)
+    kinds = {type(module).__module__ for module in deployed.modules()}
+    assert not any(kind.startswith("pege_fx") for kind in kinds)
+    assert [name for name, _ in deployed.named_parameters()] == ["3.bias", "5.bias"]  # what no BatchNorm took over
+    codes = {name: value for name, value in deployed.named_buffers() if name.endswith("codes")}
+    assert set(codes) == {"0.weight_codes", "3.weight_codes", "5.weight_codes"}
+    for value in codes.values():
+        assert value.dtype is torch.int8
+        assert -4 <= int(value.min()) <= int(value.max()) <= 3
+    assert not deployed.training
+
+
+def test_the_size_report_counts_codes_by_their_bits() -> None:
+    gm = pege_fx.prepare(nn.Linear(5, 3), QuantPolicy.parse("W3A8", first="3", last="3"), (torch.randn(2, 5),))
+    size = pege_fx.size_report(pege_fx.convert(gm))
+    assert size.float_bytes == 4 * (15 + 3)
+    scales = 4 * 3 + 4  # three channels, one activation
+    assert size.quantized_bytes == math.ceil(15 * 3 / 8) + 4 * 3 + scales
+    assert "times smaller" in str(size)
+
+
+def test_half_models_deploy_too() -> None:
+    gm = pege_fx.prepare(model().to(torch.bfloat16), "W4A4", (X.bfloat16(),)).eval()
+    with torch.no_grad():
+        assert torch.equal(pege_fx.convert(gm)(X.bfloat16()), gm(X.bfloat16()))
+
+
+def test_the_prepared_model_is_left_alone() -> None:
+    gm = pege_fx.prepare(model(), "W4A4", (X,)).train()
+    before = {name: value.clone() for name, value in gm.state_dict().items()}
+    pege_fx.convert(gm)
+    assert gm.training
+    assert all(torch.equal(value, gm.state_dict()[name]) for name, value in before.items())
+    gm(X).sum().backward()
+
+
+def test_a_float_model_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"call pege_fx\.prepare"):
+        pege_fx.convert(torch.fx.symbolic_trace(model()))
+
+
+def test_unfinished_replacement_warns() -> None:
+    gm = pege_fx.prepare(model(), "W4A4", (X,))
+    pege_fx.PEGEScheduler(gm, 10, pege_fx.Constant(0.5))
+    with pytest.warns(PegeWarning, match=r"p = 0\.500"):
+        pege_fx.convert(gm)
+
+
+class Bent(ForwardMethod, name="bent-for-this-test"):
+    """A transform without a word on how it is deployed."""
+
+    def initialize(self, statistics: Statistics) -> None:
+        pass
+
+    def transform(self, x: Tensor) -> Tensor:
+        return torch.tanh(x)
+
+    def step(self) -> tuple[Tensor, None]:
+        return torch.tensor(0.25), None
+
+
+def test_a_method_that_does_not_say_how_it_is_deployed_is_named() -> None:
+    gm = pege_fx.prepare(nn.Linear(4, 4), QuantPolicy((pege_fx.Rule(input=pege_fx.QuantSpec(bits=4, method=Bent)),)))
+    gm(torch.randn(2, 4))
+    with pytest.raises(ConvertError, match=r"Bent transforms its input.*override encoding"):
+        pege_fx.convert(gm)

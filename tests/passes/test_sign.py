@@ -1,0 +1,109 @@
+"""Sign analysis: what is marked non-negative never is negative, and the usual cases are marked."""
+
+import operator
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from torch import Tensor, nn
+from torch.fx import Interpreter, Node, symbolic_trace
+
+from pege_fx.passes import analyse_signs
+from pege_fx.testing import Network, networks
+
+
+def is_proved(function: Callable[[Tensor], Tensor]) -> bool:
+    """The verdict on a function's result, held against what it computes on values of both signs."""
+    gm = symbolic_trace(function)
+    analyse_signs(gm)
+    (result,) = next(iter(gm.graph.find_nodes(op="output"))).all_input_nodes
+    proved = bool(result.meta.get("non_negative"))
+    if proved:
+        assert float(gm(torch.randn(4, 4, 6, 6)).min()) >= 0
+    return proved
+
+
+PROVED: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": lambda x: torch.relu(x),
+    "relu method": lambda x: x.relu(),
+    "sigmoid": lambda x: torch.sigmoid(x),
+    "softmax": lambda x: F.softmax(x, dim=1),
+    "relu6": F.relu6,
+    "hardsigmoid": F.hardsigmoid,
+    "abs": lambda x: x.abs(),
+    "square": lambda x: x * x,
+    "even power": lambda x: x**2,
+    "clamp": lambda x: x.clamp(min=0),
+    "pools": lambda x: F.avg_pool2d(F.max_pool2d(F.relu(x), 3, 1, 1), 2),
+    "concatenation": lambda x: torch.cat([x.relu(), x.abs()], 1),
+    "sum": lambda x: x.relu() + x.abs() + 1,
+    "product": lambda x: x.relu() * torch.sigmoid(x),
+    "dropout": lambda x: F.dropout(x.relu(), 0.5, True),
+    "reshape by its own size": lambda x: x.relu().view(x.size(0), -1),
+    "slice": lambda x: x.relu()[:, 1:],
+    "chunk": lambda x: x.relu().chunk(2, 1)[1],
+    "mean": lambda x: x.relu().mean((2, 3)),
+    "zero padding": lambda x: F.pad(x.relu(), (1, 1)),
+    "bilinear": lambda x: F.interpolate(x.relu(), scale_factor=2.0, mode="bilinear"),
+    "leaky of positive": lambda x: F.leaky_relu(x.relu(), -2.0),
+}
+NOT_PROVED: dict[str, Callable[[Tensor], Tensor]] = {
+    "nothing": lambda x: x + 0,
+    "difference": lambda x: x.relu() - x.relu(),
+    "negative number added": lambda x: x.relu() + (-1),
+    "negative factor": lambda x: x.relu() * -2.0,
+    "alpha": lambda x: torch.add(x.relu(), x.relu(), alpha=-1),
+    "leaky": lambda x: F.leaky_relu(x, 0.1),
+    "one signed part": lambda x: torch.cat([x.relu(), x], 1),
+    "odd power": lambda x: x**3,
+    "clamp below zero": lambda x: x.clamp(min=-1),
+    "negative padding": lambda x: F.pad(x.relu(), (1, 1), value=-1.0),
+    "bicubic": lambda x: F.interpolate(x.relu(), scale_factor=2.0, mode="bicubic"),
+    "silu": F.silu,
+}
+
+
+@pytest.mark.parametrize("name", PROVED)
+def test_it_proves(name: str) -> None:
+    assert is_proved(PROVED[name])
+
+
+@pytest.mark.parametrize("name", NOT_PROVED)
+def test_it_does_not_prove(name: str) -> None:
+    assert not is_proved(NOT_PROVED[name])
+
+
+def test_a_tensor_that_is_written_to_is_not_proved() -> None:
+    gm = symbolic_trace(lambda x: x.relu())
+    (relu,) = gm.graph.find_nodes(op="call_method", target="relu")
+    with gm.graph.inserting_after(relu):
+        gm.graph.call_function(operator.setitem, (relu, 0, -1.0))
+    analyse_signs(gm)
+    assert not any(node.meta.get("non_negative") for node in gm.graph.nodes)
+
+
+class Checked(Interpreter):
+    def run_node(self, n: Node) -> object:
+        value = super().run_node(n)
+        if n.meta.get("non_negative") and isinstance(value, Tensor):
+            assert float(value.min()) >= 0, f"{n} is marked non-negative"
+        return value
+
+
+@given(networks(max_layers=8))
+def test_a_marked_value_is_never_negative(case: tuple[Network, tuple[Tensor, ...]]) -> None:
+    network, inputs = case
+    gm = symbolic_trace(network)
+    analyse_signs(gm)
+    with torch.no_grad():
+        Checked(gm).run(*inputs)
+
+
+@pytest.mark.parametrize(
+    ("module", "proved"),
+    [(nn.ReLU(), True), (nn.Hardtanh(0, 6), True), (nn.Hardtanh(-1, 1), False), (nn.Tanh(), False), (nn.Softmax(1), True)],
+)
+def test_modules(module: nn.Module, proved: bool) -> None:
+    assert is_proved(nn.Sequential(module, nn.Flatten(), nn.Dropout())) is proved
