@@ -89,7 +89,12 @@ class LogReplacement(Curve):
         if not (math.isfinite(steps) and steps > 1):
             raise ScheduleError(f"steps={steps!r} must be a finite number above 1: at T = 1 the rate is `start`.")
         _rate("start", start, below_one=True)
-        return cls(k=steps ** (1.0 / (1.0 - start)), start=start)
+        try:
+            return cls(k=steps ** (1.0 / (1.0 - start)), start=start)
+        except OverflowError:
+            raise ScheduleError(
+                f"start={start!r} is so close to 1 that k = {steps} ** (1 / (1 - start)) is no float."
+            ) from None
 
     @property
     def length(self) -> float:

@@ -133,7 +133,7 @@ class FakeQuant(nn.Module):
         if self.fold is not None and self.fold.live and self.method.channels is not None and self.method.is_plain:
             # A grid of step -s over w is the grid of step s over -w: one pass over the weight instead of three.
             return self._discretize(x, self.fold.broadcast(self.fold.sign(), x))
-        result = self.leave(x, self.method.restore(self._discretize(self.enter(x))))
+        result = self.leave(x, self.method.restore(self._discretize(self.enter(x)))).to(x.dtype)
         if self.training:
             return result
         # The gradient of ``result`` with the value of ``deployed``: they differ by rounding, so the sum is exact.
@@ -245,6 +245,8 @@ def _follow_loaded_state(module: nn.Module, state: dict[str, Any], prefix: str, 
     assert isinstance(module, FakeQuant)
     loaded = state.get(f"{prefix}calibrated")
     module.is_calibrated = bool(loaded) if isinstance(loaded, Tensor) else False
+    if not module.is_calibrated:
+        module.calibrated.fill_(False)
 
 
 def fake_quants(module: nn.Module) -> dict[str, FakeQuant]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
+from rich.text import Text
 from torch.fx import GraphModule
 
 from pege_fx.errors import ModelError, closest
@@ -27,13 +28,13 @@ class Listing:
     notes: tuple[str, ...] = ()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        table = Table(title=self.title, title_justify="left", box=None, pad_edge=False)
+        table = Table(title=Text(self.title), title_justify="left", box=None, pad_edge=False)
         for column in self.columns:
-            table.add_column(column, overflow="fold", no_wrap=column == self.columns[0])
+            table.add_column(Text(column), overflow="fold", no_wrap=column == self.columns[0])
         for row in self.rows:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))
         yield table
-        yield from self.notes
+        yield from map(Text, self.notes)
 
     def __str__(self) -> str:
         text = io.StringIO()

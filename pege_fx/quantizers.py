@@ -8,7 +8,7 @@ point (``step``), and maps the discretizer's result back (``restore``, affine). 
 import math
 from abc import ABC, abstractmethod
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -156,6 +156,8 @@ class ForwardMethod(nn.Module, ABC):
         self.spec, self.kind, self.shape, self.channels = spec, kind, shape, channels
         self.q_min, self.q_max = spec.bounds
 
+    symmetric_clip: ClassVar[bool] = False  # signed edges are clipped alike on both sides: their grid is narrow
+
     @classmethod
     def signed_by_default(cls, kind: Kind, non_negative: bool) -> bool:
         """The sign of the codes where neither a rule nor the graph's proof of x >= 0 decides."""
@@ -266,6 +268,7 @@ class PACT(ForwardMethod, name="pact"):
     """
 
     FIRST_CLIP = 6.0
+    symmetric_clip = True
 
     def __init__(self, spec: QuantSpec, kind: Kind, shape: tuple[int, ...] | None, channels: Channels | None) -> None:
         super().__init__(spec, kind, shape, channels)
@@ -281,7 +284,8 @@ class PACT(ForwardMethod, name="pact"):
 
     def transform(self, x: Tensor) -> Tensor:
         bound = self._bound().to(x.dtype)
-        return torch.clamp(x, torch.zeros_like(bound) if self.q_min == 0 else -bound, bound)
+        clipped = torch.where(x >= bound, bound, x)
+        return torch.where(x < 0, 0.0, clipped) if self.q_min == 0 else torch.where(x <= -bound, -bound, clipped)
 
     def step(self) -> tuple[Tensor, Tensor | None]:
         return (self._bound().detach() / self.q_max), None
@@ -296,15 +300,17 @@ class DoReFa(ForwardMethod, name="dorefa"):
     Weights use unsigned codes around a zero point of q_max / 2, one grid per tensor. Signed activations clip to [-1, 1].
     """
 
+    symmetric_clip = True
+
     @classmethod
     def signed_by_default(cls, kind: Kind, non_negative: bool) -> bool:
         return kind == "activation" and not non_negative
 
     def __init__(self, spec: QuantSpec, kind: Kind, shape: tuple[int, ...] | None, channels: Channels | None) -> None:
         super().__init__(spec, kind, shape, channels)
-        self.register_buffer("scale", torch.tensor(1.0 / self.q_max), persistent=False)
+        self.register_buffer("one", torch.ones(()), persistent=False)  # says on which device
 
-    scale: Tensor
+    one: Tensor
 
     def initialize(self, statistics: Statistics) -> None:
         """Nothing to learn: the grid is fixed."""
@@ -319,7 +325,7 @@ class DoReFa(ForwardMethod, name="dorefa"):
         return bent / largest
 
     def step(self) -> tuple[Tensor, Tensor | None]:
-        return self.scale.float(), None
+        return self.one.float() / self.q_max, None
 
     def restore(self, y: Tensor) -> Tensor:
         return 2.0 * y - 1.0 if self.kind == "weight" and self.q_min == 0 else y
@@ -362,7 +368,7 @@ class LearnedInterval(ForwardMethod, name="interval"):
 
     def transform(self, x: Tensor) -> Tensor:
         wide = x.to(functional.compute_dtype(x))
-        return ((wide - self.broadcast(self.lower)) / self._width()).clamp(0.0, 1.0).to(x.dtype)
+        return ((wide - self.broadcast(self.lower)) / self._width()).clamp(0.0, 1.0)
 
     def step(self) -> tuple[Tensor, Tensor | None]:
         width = self._width().detach()
@@ -370,9 +376,7 @@ class LearnedInterval(ForwardMethod, name="interval"):
         return torch.full_like(width, 1.0 / self.levels), zero_point
 
     def restore(self, y: Tensor) -> Tensor:
-        scale = self.broadcast(safe_scale(self.output_scale))
-        wide = y.to(scale.dtype)
-        return ((2.0 * wide - 1.0 if self.symmetric else wide) * scale).to(y.dtype)
+        return (2.0 * y - 1.0 if self.symmetric else y) * self.broadcast(safe_scale(self.output_scale))
 
     def encoding(self) -> Encoding:
         return Encoding(*self.step(), self.broadcast(self.lower), self._width())
@@ -408,8 +412,9 @@ class MovingMinMax(ForwardMethod, name="minmax"):
                 return
             low, high = rows.amin(1).clamp(max=0).view_as(self.low), rows.amax(1).clamp(min=0).view_as(self.high)
             share = self.momentum if self.kind == "activation" else 1.0
-            self.low.lerp_(low.clamp(min=-LARGEST_SCALE), share)
-            self.high.lerp_(high.clamp(max=LARGEST_SCALE), share)
+            largest = min(LARGEST_SCALE, torch.finfo(low.dtype).max)
+            self.low.lerp_(low.clamp(min=-largest), share)
+            self.high.lerp_(high.clamp(max=largest), share)
 
     def step(self) -> tuple[Tensor, Tensor | None]:
         low, high = self.low.to(functional.compute_dtype(self.low)), self.high.to(functional.compute_dtype(self.high))

@@ -120,7 +120,8 @@ class QuantSpec:
         if signed is None:
             signed = METHODS[str(self.method)].signed_by_default(kind, non_negative)
         granularity = self.granularity or ("channel" if kind == "weight" else "tensor")
-        return dataclasses.replace(self, signed=signed, granularity=granularity, narrow=self.narrow and signed)
+        narrow = signed and (self.narrow or METHODS[str(self.method)].symmetric_clip)
+        return dataclasses.replace(self, signed=signed, granularity=granularity, narrow=narrow)
 
     def __str__(self) -> str:
         """Short form for tables: bits and what differs from the defaults.

@@ -1,4 +1,4 @@
-"""The module behind a fake-quant node: masks by schedule, evaluation at p = 1, calibration as state, copies that stay together."""
+"""The module behind a fake-quant node: masks by schedule, p = 1 in evaluation, calibration as state, copies, dtypes."""
 
 import copy
 import pickle
@@ -195,21 +195,20 @@ def float_state(scale: float) -> dict[str, Tensor]:
     return {name: value * scale for name, value in Net().state_dict().items()}
 
 
-def test_a_float_checkpoint_loads_by_its_own_keys_and_the_grids_follow_it() -> None:
+@pytest.mark.parametrize("training", [True, False])
+def test_a_float_checkpoint_loads_by_its_own_keys_and_the_grids_follow_it(training: bool) -> None:
     gm, state, x = prepared(), float_state(5.0), inputs(4, 3, 6, 6)
+    before = {name: fq.method.scale.clone() for name, fq in fake_quants(gm).items()}
     result = gm.load_state_dict(state, strict=False)
     assert not result.unexpected_keys
     assert all(".method." in key or key.endswith("_fq.calibrated") for key in result.missing_keys)
-    gm(x)
-    fc = fake_quants(gm)["fc.weight_fq"].method
-    torch.testing.assert_close(fc.scale, 2 * state["fc.weight"].abs().mean(1) / 7**0.5)
-    fresh = Net()
-    fresh.load_state_dict(state)
-    torch.testing.assert_close(gm.eval()(x), pege_fx.prepare(fresh.eval(), plan_policy(gm), (x,))(x))
-
-
-def plan_policy(gm: torch.fx.GraphModule) -> QuantPolicy:
-    return next(fq.plan.policy for fq in fake_quants(gm).values() if fq.plan is not None)
+    gm.train(training)(x)
+    for name, fq in fake_quants(gm).items():
+        if fq.site.kind == "weight":
+            weight, q_max = state[name.removesuffix("_fq")], fq.site.spec.bounds[1]
+            torch.testing.assert_close(fq.method.scale, 2 * weight.flatten(1).abs().mean(1) / q_max**0.5)
+        elif name != "x_fq":  # the inputs are what they were
+            assert fq.method.scale > 2 * before[name]
 
 
 def test_a_state_saved_right_after_a_float_checkpoint_is_not_calibrated() -> None:
@@ -294,17 +293,6 @@ def test_a_prepared_model_trains_and_evaluates_in_other_dtypes(method: str, dtyp
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in gm.parameters())
     with torch.no_grad():
         assert gm.eval()(x).dtype == dtype
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_rate_and_lambda_are_not_rounded_away_in_half_types(dtype: torch.dtype) -> None:
-    # float16 has no 1e-8, and bfloat16 rounds p = 0.999 to 1.
-    gm = prepared().to(dtype)
-    PEGEScheduler(gm, 10, Constant(0.999), Constant(1e-8), Constant(2e-9))
-    schedule = next(iter(fake_quants(gm).values())).schedule
-    assert schedule.weight_lambda.item() == pytest.approx(1e-8)
-    assert schedule.activation_lambda.item() == pytest.approx(2e-9)
-    assert schedule.rate.item() == pytest.approx(0.999)
 
 
 @pytest.mark.parametrize("method", METHOD_NAMES)

@@ -266,6 +266,15 @@ def test_an_interval_shifts_and_scales_before_rounding() -> None:
     assert torch.equal(quantize(x, torch.tensor(1 / 3), None, lower, width, bits=2, signed=False), want.to(torch.uint8))
 
 
+def test_channels_on_the_second_axis_of_a_square_weight_are_not_taken_for_rows() -> None:
+    # A transposed convolution's weight, large enough for a compiled kernel.
+    torch.manual_seed(0)
+    x, scale = torch.randn(64, 64, 2, 2), torch.rand(1, 64, 1, 1) + 0.1
+    y = fake_quantize(x, scale, QuantSpec(bits=3))
+    for channel in (0, 1, 63):
+        assert torch.equal(y[:, channel], fake_quantize(x[:, channel], scale[0, channel, 0, 0], QuantSpec(bits=3)))
+
+
 # --- replacement -------------------------------------------------------------------------------------------------
 
 

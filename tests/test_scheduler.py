@@ -74,6 +74,9 @@ def test_a_scheduler_sets_p_and_lambda_when_it_is_made_and_at_every_step() -> No
         scheduler.step()
 
 
+GM = prepared()
+
+
 @given(st.integers(1, 12), st.integers(0, 30))
 def test_stepping_past_the_end_stays_at_the_end(total: int, steps: int) -> None:
     scheduler = PEGEScheduler(GM, total, lambda t: t / total, lambda t: 2.0 * t, Constant(0.0))
@@ -81,9 +84,6 @@ def test_stepping_past_the_end_stays_at_the_end(total: int, steps: int) -> None:
         scheduler.step()
     assert scheduler.t == min(steps, total)
     assert numbers(states(GM)["default"])[:2] == approx(min(steps, total) / total, 2.0 * min(steps, total))
-
-
-GM = prepared()
 
 
 def test_any_callable_is_a_curve() -> None:

@@ -128,12 +128,6 @@ def test_the_discretization_loss_needs_a_training_forward_that_is_still_alive() 
 # --- calibration -------------------------------------------------------------------------------------------------
 
 
-def first_scale(gm: GraphModule) -> float:
-    (found,) = [fq for name, fq in fake_quants(gm).items() if name == "x_1_fq" or name.startswith("x_fq")] or [None]
-    assert found is not None
-    return found.method.scale.item()
-
-
 def uncalibrated() -> GraphModule:
     torch.manual_seed(0)
     return pege_fx.prepare(Net(), QuantPolicy.parse("W3A3", first="3", last="3"))
@@ -217,10 +211,15 @@ def test_calibration_of_a_model_that_was_not_prepared_is_refused() -> None:
 def test_evaluating_gives_every_module_its_own_mode_back() -> None:
     net = Net().train()
     net.bn1.eval()
-    with pytest.raises(ZeroDivisionError), evaluating(net):
-        assert not any(module.training for module in net.modules())
-        assert not torch.is_grad_enabled()
-        raise ZeroDivisionError
+
+    def fail_inside() -> None:
+        with evaluating(net):
+            assert not any(module.training for module in net.modules())
+            assert not torch.is_grad_enabled()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_inside()
     assert net.training
     assert net.conv1.training
     assert not net.bn1.training
