@@ -253,7 +253,7 @@ def _view_of(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> _View | Non
             return _View((-1,), None, ())
         if x.ndim == 4 and min(x.shape) > 1 and x.is_contiguous(memory_format=torch.channels_last):
             return _View((x.shape[0], -1, x.shape[1]), (0, 2, 3, 1), ())
-    elif x.is_contiguous() and scale.ndim == x.ndim and scale.numel() == x.shape[0] < x.numel():
+    elif x.is_contiguous() and scale.ndim == x.ndim and scale.numel() == scale.shape[0] == x.shape[0] < x.numel():
         return _View((x.shape[0], -1), None, (-1, 1))
     return None
 
@@ -292,6 +292,8 @@ def _discretizer(estimator: "type[Estimator]") -> type[torch.autograd.Function]:
             view = _view_of(x, scale, zero_point) if worth_compiling(x) else None
             if view is None:
                 y = _forward(x, scale, zero_point, rate, key, False, q_min, q_max)
+                if y.stride() != x.stride():  # what reads it should see the layout it would see without us
+                    y = torch.empty_like(x).copy_(y)
             else:
                 zero = None if zero_point is None else view.of_scale(zero_point)
                 channels_last = view.order is not None

@@ -340,6 +340,8 @@ def test_the_last_forward_keeps_nothing_alive() -> None:
 # --- compilers ---------------------------------------------------------------------------------------------------
 
 
+# The compiler of torch 2.11 uses what torch 2.11 deprecates.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_schedule_steps_recompile_nothing_and_compiled_gradients_are_eager_ones() -> None:
     gm, x = prepared(), inputs(4, 3, 6, 6)
     scheduler = PEGEScheduler(gm, 10, lambda t: 0.1 * t, lambda t: 0.01 * t, lambda t: 0.01 * t)

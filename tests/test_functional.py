@@ -299,6 +299,8 @@ def test_the_mask_does_not_depend_on_the_memory_format() -> None:
         assert torch.equal(fake_quantize(other, scale, QuantSpec(bits=3), rate=rate, key=key), plain)
 
 
+# The compiler of torch 2.11 uses what torch 2.11 deprecates.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_mask_values_and_gradients_are_the_same_when_compiled() -> None:
     torch.manual_seed(0)
     key, rate = key_of(site_key(0, "conv")), torch.tensor(0.4)

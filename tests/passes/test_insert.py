@@ -7,7 +7,7 @@ import warnings
 import networkx as nx
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -17,6 +17,10 @@ from pege_fx.fake_quant import FakeQuant
 from pege_fx.testing import Network, assert_same_function, networks, policies
 
 ZERO = Constant(0.0)
+PLAIN = {
+    "conv", "conv without bias", "grouped", "depthwise", "transposed", "transposed grouped", "norm", "norm without affine",
+    "relu", "sigmoid", "max pool", "mean pool",
+}  # fmt: skip
 
 
 def before_and_after(model: nn.Module, policy: QuantPolicy) -> tuple[GraphModule, GraphModule]:
@@ -66,6 +70,7 @@ def test_contracting_the_fake_quants_gives_back_the_graph(
 
 
 @given(networks(), policies())
+@pytest.mark.filterwarnings("ignore:nothing is quantized")
 def test_at_p_0_the_function_is_kept_bit_for_bit(case: tuple[Network, tuple[Tensor, ...]], policy: QuantPolicy) -> None:
     network, inputs = case
     default = QuantPolicy(tuple(Rule(role=r.role, weight=_bits(r.weight), input=_bits(r.input)) for r in policy.rules))
@@ -98,12 +103,12 @@ def test_evaluation_deploys_copies_and_pickles_bit_for_bit(
     assert network.training
 
 
-@given(networks(max_layers=3))
-@settings(max_examples=15)
+@given(networks(max_layers=4, dims=[2]))
+@settings(max_examples=25, suppress_health_check=[HealthCheck.filter_too_much])
 def test_at_p_1_it_is_plain_torch_on_values_of_the_grid(case: tuple[Network, tuple[Tensor, ...]]) -> None:
     """An independent reference: the original's own modules, with weights and inputs rounded by hooks."""
     network, inputs = case
-    assume("twice" not in network.layers and "dropout" not in network.layers)  # one hook per module, and no chance
+    assume(PLAIN.issuperset(map(str, network.layers)))  # a hook sees what a module is called with, once, without chance
     gm = pege_fx.prepare(network, QuantPolicy.parse("W4A4", first="4", last="4"), inputs)
     reference = copy.deepcopy(network)
     grids = pege_fx.fake_quants(gm)
