@@ -46,10 +46,28 @@ def _context() -> tuple[bool, ...]:
     return torch.is_grad_enabled(), *(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
 
 
-class ExampleProxy(Proxy):
-    """A proxy whose value on the example inputs is known, for sizes and what is computed from them."""
+class InPlaceProxy(Proxy):
+    """A proxy that keeps ``x += y`` and ``x[i] = y`` in place: under another name of x they are seen too."""
 
     tracer: "PegeTracer"
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+
+def _augmented(function: Callable[..., Any]) -> Callable[[Proxy, Any], Proxy]:
+    def assign(self: Proxy, other: Any) -> Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return assign
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul"):
+    setattr(InPlaceProxy, f"__{_name}__", _augmented(getattr(operator, _name)))
+
+
+class ExampleProxy(InPlaceProxy):
+    """A proxy whose value on the example inputs is known, for sizes and what is computed from them."""
 
     def __getattr__(self, name: str) -> "Attribute":
         return ExampleAttribute(self, name)
@@ -163,7 +181,7 @@ class PegeTracer(Tracer):
         return prepared
 
     def proxy(self, node: Node) -> Proxy:
-        return super().proxy(node) if self.examples is None else ExampleProxy(node, self)
+        return InPlaceProxy(node, self) if self.examples is None else ExampleProxy(node, self)
 
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Node:
         self._check_context()

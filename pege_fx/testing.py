@@ -23,7 +23,7 @@ from pege_fx.batch_norm import BatchNorm
 from pege_fx.policy import QuantPolicy, Rule
 from pege_fx.spec import MAX_BITS, MIN_BITS, QuantSpec
 
-__all__ = ["Case", "Network", "as_trained", "assert_same_function", "networks", "policies", "specs", "tensors"]
+__all__ = ["Case", "Gradients", "Network", "as_trained", "assert_same_function", "networks", "policies", "specs", "tensors"]
 
 # --- tensors, formats, policies --------------------------------------------------------------------------------
 
@@ -343,6 +343,36 @@ def networks(draw: st.DrawFn, max_layers: int = 5, dims: Sequence[int] = (2, 1, 
     first = draw(st.sampled_from([*_WEIGHTED]))
     rest = draw(st.lists(st.one_of(simple, blocks), max_size=max_layers - 1))
     return Case.of(Network([first, *rest], draw(st.integers(0, 2**16)), draw(st.sampled_from(list(dims)))))
+
+
+class Gradients(nn.Module):
+    """The gradients of a module as a function of its inputs: of the sum of its squared outputs, by parameter name.
+
+    >>> model = nn.Linear(2, 1, bias=False)
+    >>> list(Gradients(model)(torch.ones(1, 2)))
+    ['input 0', 'weight']
+
+    Args:
+        module: returns tensors, or tuples, lists and mappings of them.
+        names: of the parameters to look at; default: all.
+    """
+
+    def __init__(self, module: nn.Module, names: Sequence[str] | None = None) -> None:
+        super().__init__()
+        self.module = module
+        self.names = [name for name, _ in module.named_parameters()] if names is None else list(names)
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        inputs = {f"input {i}": x.detach().requires_grad_() for i, x in enumerate(args) if _is_float(x)}
+        outputs = self.module(*(inputs.get(f"input {i}", x) for i, x in enumerate(args)), **kwargs)
+        loss = torch.stack([y.square().sum() for _, y in _flat("", outputs) if y.requires_grad]).sum()
+        wanted = inputs | {name: self.module.get_parameter(name) for name in self.names}
+        found = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True, materialize_grads=True)
+        return dict(zip(wanted, found, strict=True))
+
+
+def _is_float(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
 
 
 # --- one assertion ----------------------------------------------------------------------------------------------

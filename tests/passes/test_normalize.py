@@ -77,7 +77,11 @@ class InPlace(nn.Module):
         y.mul_(2.0)  # nobody uses the result, but everybody after sees it
         F.relu_(y)
         y += 1
-        out: Tensor = self.other(y)
+        same = y
+        same += 1  # another name of y
+        z = torch.zeros_like(y)
+        z[:, 0] = y[:, 0]
+        out: Tensor = self.other(y) + z
         return out
 
 
