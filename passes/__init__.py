@@ -1,5 +1,6 @@
 """Graph passes: capture, normal form, BatchNorm folding, sign analysis, plan, insertion, verification, lowering."""
 
+from pege_fx.passes.branches import drop_training_branches
 from pege_fx.passes.capture import capture
 from pege_fx.passes.fold_bn import FoldBatchNorm
 from pege_fx.passes.insert import InsertFakeQuants
@@ -19,6 +20,7 @@ __all__ = [
     "Pipeline",
     "analyse_signs",
     "capture",
+    "drop_training_branches",
     "drop_unused",
     "infer_ranks",
     "lower_activations",

@@ -8,10 +8,12 @@ import copy
 import inspect
 import re
 import warnings
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
@@ -19,11 +21,13 @@ from torch.fx import Graph, GraphModule, Node
 from pege_fx.attention import make_explicit
 from pege_fx.errors import InputError, ModelError, PegeWarning
 from pege_fx.fake_quant import FakeQuant
-from pege_fx.passes.graph import has_attribute, join, remove_dead_nodes
-from pege_fx.passes.trace import TRAINING_MODE, NotTraceableError, PegeTracer, TrainingMode
+from pege_fx.mode import PYTHON_FORWARD, TRAINING_MODE, PythonForward, TrainingMode
+from pege_fx.passes.branches import MergeError, merge_branches
+from pege_fx.passes.graph import join, parent_and_name, remove_dead_nodes
+from pege_fx.passes.trace import NotTraceableError, PegeTracer
 from pege_fx.plan import Capture
 
-PYTHON_FORWARD = "python_forward"
+_HUGE_PAGES = 2**22  # from so many bytes on NumPy asks for them
 
 
 @dataclass
@@ -74,25 +78,56 @@ def check_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
 
 def capture(model: nn.Module, examples: Mapping[str, Any] | None = None) -> Captured:
     """Capture a copy of the model; ``examples`` are values of ``forward``'s parameters by name."""
-    root = copy.deepcopy(model)
+    root = _copy(model)
     make_explicit(root)
-    captured = _Ladder(examples).climb(root, "")
-    _warn(captured.notes, examples is not None)
-    return captured
+    return _Ladder(examples).climb(root, "")
 
 
-def _warn(notes: list[Capture], has_examples: bool) -> None:
+def _copy(model: nn.Module) -> nn.Module:
+    """``copy.deepcopy``, which takes longer than tracing, with short cuts for what modules are mostly made of.
+
+    Large parameters: memory from NumPy, which asks for huge pages; touching it costs a quarter. Plain modules: numbers,
+    strings and empty containers (a module has a dozen of them for hooks) need no look by ``deepcopy``.
+    """
+    copies: dict[int, Any] = {}
+    for parameter in model.parameters():
+        if type(parameter) is nn.Parameter and not vars(parameter):
+            copies[id(parameter)] = nn.Parameter(_copy_tensor(parameter.detach()), parameter.requires_grad)
+    for module in reversed(list(model.modules())):  # children first
+        if id(module) not in copies and type(module).__module__.startswith("torch.nn.modules."):
+            made = type(module).__new__(type(module))
+            copies[id(module)] = made
+            made.__dict__.update({name: _copy_value(value, copies) for name, value in vars(module).items()})
+    return copy.deepcopy(model, copies)
+
+
+def _copy_tensor(value: Tensor) -> Tensor:
+    if value.device.type == "cpu" and value.dtype is torch.float32 and value.nbytes >= _HUGE_PAGES and value.is_contiguous():
+        return torch.from_numpy(numpy.empty(value.shape, numpy.float32)).copy_(value)
+    return value.clone(memory_format=torch.preserve_format)
+
+
+def _copy_value(value: Any, copies: dict[int, Any]) -> Any:
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if type(value) in (dict, OrderedDict) and not value:
+        return type(value)()
+    return copy.deepcopy(value, copies)
+
+
+def warn_of(notes: list[Capture], has_examples: bool) -> None:
+    """Warn of everything that was fixed, or stays Python."""
     for note in notes:
         if note.rung == "specialised":
             warnings.warn(
                 f"{note.path or 'the model'}: fixed as in the example inputs: {note.reason} ({note.place})",
                 PegeWarning,
-                stacklevel=5,
+                stacklevel=4,
             )
         elif note.rung == "python":
             hint = "" if has_examples else "\n  example_inputs may allow to trace it."
             warnings.warn(
-                f"{note.path or 'the model'} stays Python: {note.reason} ({note.place}){hint}", PegeWarning, stacklevel=5
+                f"{note.path or 'the model'} stays Python: {note.reason} ({note.place}){hint}", PegeWarning, stacklevel=4
             )
 
 
@@ -102,11 +137,18 @@ class _Ladder:
 
     def climb(self, root: nn.Module, prefix: str) -> Captured:
         opaque: dict[str, NotTraceableError] = {}
+        branches: NotTraceableError | None = None
         while True:
             try:
-                tracer, graph = self._trace(root, opaque, None if prefix else self.examples)
+                tracer, graph = self._trace(root, opaque, None if prefix else self.examples, branches)
                 break
             except NotTraceableError as error:
+                if error.asks_mode and error.path and not any(True for _ in root.get_submodule(error.path).parameters()):
+                    opaque[error.path] = error
+                    continue
+                if error.asks_mode:
+                    branches = error
+                    continue
                 while error.path in opaque:  # it is not looked into any more: whoever calls it is to blame
                     error.path = error.path.rpartition(".")[0]
                 if error.path == "":
@@ -114,31 +156,49 @@ class _Ladder:
                 for path in [path for path in opaque if path.startswith(f"{error.path}.")]:
                     del opaque[path]
                 opaque[error.path] = error
+                branches = None
         captured = Captured(_graph_module(root, graph, tracer, prefix))
         captured.graphs.append(captured.root)
         for place, what in tracer.specialised.items():
             captured.notes.append(Capture(prefix, "specialised", place, what))
         if not tracer.specialised:
-            captured.notes.append(Capture(prefix, "symbolic", "", ""))
+            both = ("", "") if branches is None else (branches.place, "both branches, one for training, one for evaluation")
+            captured.notes.append(Capture(prefix, "symbolic", *both))
         for path, failure in opaque.items():
-            captured.notes.append(Capture(join(prefix, path), "python", failure.place, failure.reason))
+            rung = "leaf" if failure.asks_mode else "python"
+            captured.notes.append(Capture(join(prefix, path), rung, failure.place, failure.reason))
             for node in captured.root.graph.find_nodes(op="call_module", target=path):
                 node.meta["stays_python"] = f"stays Python: {failure.reason} ({failure.place})"
             self._capture_children(captured, captured.root.get_submodule(path), join(prefix, path))
         return captured
 
     def _trace(
-        self, root: nn.Module, opaque: Mapping[str, NotTraceableError], examples: Mapping[str, Any] | None
+        self,
+        root: nn.Module,
+        opaque: Mapping[str, NotTraceableError],
+        examples: Mapping[str, Any] | None,
+        branches: NotTraceableError | None,
     ) -> tuple[PegeTracer, Graph]:
-        """Rung 1, then rung 2 if there are examples."""
-        tracer = PegeTracer(live_training=True, opaque=opaque)
+        """Rung 1, then rung 2 if there are examples; with ``branches`` in both modes, as one graph."""
+
+        def trace(given: Mapping[str, Any] | None) -> tuple[PegeTracer, Graph]:
+            if branches is None:
+                tracer = PegeTracer(live_training=True, opaque=opaque, examples=given)
+                return tracer, tracer.follow(root)
+            tracer, other = (PegeTracer(live_training=True, opaque=opaque, examples=given, mode=mode) for mode in (True, False))
+            training, evaluation = tracer.follow(root), other.follow(root)
+            tracer.specialised |= other.specialised
+            try:
+                return tracer, merge_branches(training, evaluation, root)
+            except MergeError as error:
+                raise NotTraceableError(branches.path, branches.place, f"{branches.reason}: {error}") from error
+
         try:
-            return tracer, tracer.follow(root)
-        except NotTraceableError:
-            if examples is None:
+            return trace(None)
+        except NotTraceableError as error:
+            if examples is None or error.asks_mode:
                 raise
-        tracer = PegeTracer(live_training=True, opaque=opaque, examples=examples)
-        return tracer, tracer.follow(root)
+        return trace(examples)
 
     def _keep_root(self, root: nn.Module, prefix: str, failure: NotTraceableError) -> Captured:
         captured = Captured(GraphModule(nn.Module(), Graph()))
@@ -203,51 +263,30 @@ def _graph_module(root: nn.Module, graph: Graph, tracer: PegeTracer, prefix: str
     gm.meta["is_operation"] = PegeTracer().is_leaf_module(root, prefix)
     remove_dead_nodes(gm)
     _keep_everything(root, gm)
-    gm.recompile()
     return gm
 
 
 def _keep_everything(root: nn.Module, gm: GraphModule) -> None:
     """Give the GraphModule what the graph does not use too, so that float checkpoints load key by key."""
+    present = dict(gm.named_modules(remove_duplicate=False))
     for path, module in root.named_modules(remove_duplicate=False):
-        if path and not has_attribute(gm, path):
-            gm.add_submodule(path, module)
-        kept = gm.get_submodule(path)
+        if path not in present:
+            parent, name = parent_and_name(path)
+            present[parent].add_module(name, module)
+            present |= {join(path, inner): child for inner, child in module.named_modules(remove_duplicate=False)}
+        kept = present[path]
         if kept is module:
             continue
         kept.training = module.training
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             if not hasattr(kept, name):
                 kept.register_parameter(name, parameter)
-        persistent = set(module.state_dict(keep_vars=True))
         for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
             if not hasattr(kept, name):
-                kept.register_buffer(name, buffer, persistent=name in persistent)
+                kept.register_buffer(name, buffer, persistent=name in module.state_dict(keep_vars=True))
 
 
 # --- a root that stays Python --------------------------------------------------------------------------------
-
-
-class PythonForward(nn.Module):
-    """Runs the ``forward`` of a module that can not be traced, on children and tensors that the graph hands in.
-
-    The graph owns those under their own names, so that ``state_dict``, ``to()`` and copies see them; the module here
-    is the code alone.
-    """
-
-    def __init__(self, code: nn.Module) -> None:
-        super().__init__()
-        self._code = (code,)  # in a tuple: no child, so no key of it is doubled
-
-    def forward(
-        self, owned: dict[str, Any], args: tuple[Any, ...], extra: tuple[Any, ...], kwargs: dict[str, Any], more: dict[str, Any]
-    ) -> Any:
-        (code,) = self._code
-        code.training = self.training
-        for name, value in owned.items():
-            if getattr(code, name, None) is not value:
-                setattr(code, name, value)
-        return code.forward(*args, *extra, **kwargs, **more)
 
 
 def stays_python(gm: GraphModule) -> bool:

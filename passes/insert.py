@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from torch.fx import GraphModule, Node
 
 from pege_fx.batch_norm import Fold
@@ -23,7 +24,6 @@ from pege_fx.passes.graph import (
     tensor_of,
 )
 from pege_fx.plan import Edge, Operation, Plan
-from pege_fx.quantizers import Statistics
 from pege_fx.spec import QuantSpec
 
 
@@ -44,6 +44,11 @@ class InsertFakeQuants:
         work.remove_spare_folds()
 
 
+def _on(device: torch.device | None, made: FakeQuant) -> FakeQuant:
+    """Move a new module, which is on the CPU, if it has to."""
+    return made if device is None or device.type == "cpu" else made.to(device)
+
+
 @dataclass
 class _Insertion:
     gm: GraphModule
@@ -51,9 +56,11 @@ class _Insertion:
     groups: dict[str, ScheduleState]
     placed: dict[tuple[Node, QuantSpec, str], Node] = field(default_factory=dict)
     folds: dict[Node, Fold] = field(default_factory=dict)
+    device: torch.device | None = None
 
     def __post_init__(self) -> None:
         self.folds = folded_weights(self.gm)
+        self.device = next((parameter.device for parameter in self.gm.parameters()), None)
 
     def place(self, node: Node, operation: Operation, edge: Edge, spec: QuantSpec) -> None:
         if edge.operand == "output":
@@ -81,7 +88,8 @@ class _Insertion:
             make_out_of_place(self.gm, reader)
 
     def _insert(self, module: FakeQuant, path: str, source: Node, before: Node) -> Node:
-        self.gm.add_submodule(path, module.train(self.gm.training))
+        module.training = module.method.training = self.gm.training
+        self.gm.add_submodule(path, module)
         placed = call_module(self.gm.graph, path, source, before, f"{source.name}_fq")
         copy_origin(source, placed)
         placed.meta["site"] = module.site
@@ -92,21 +100,20 @@ class _Insertion:
         assert weight is not None
         site = Site(name=self._name(path), kind="weight", spec=spec, rule=edge.rule, group=edge.group)
         channels = channels_of(node, weight)
-        made = FakeQuant(site, self._group(edge), seed=self.seed, weight=weight, channels=channels, fold=fold).to(weight.device)
-        made.initialize(Statistics.of(made.enter(weight), made.method.channels))
-        return made
+        made = FakeQuant(site, self._group(edge), seed=self.seed, weight=weight, channels=channels, fold=fold)
+        return _on(weight.device, made)
 
     def _activation(self, path: str, edge: Edge, spec: QuantSpec) -> FakeQuant:
         site = Site(name=self._name(path), kind="activation", spec=spec, rule=edge.rule, group=edge.group)
-        parameter = next(self.gm.parameters(), None)
-        made = FakeQuant(site, self._group(edge), seed=self.seed)
-        return made if parameter is None else made.to(parameter.device)
+        return _on(self.device, FakeQuant(site, self._group(edge), seed=self.seed))
 
     def _name(self, path: str) -> str:
         return join(self.gm.meta.get("prefix", ""), path)
 
     def _group(self, edge: Edge) -> ScheduleState:
-        return self.groups.setdefault(edge.group, ScheduleState(edge.group))
+        if edge.group not in self.groups:
+            self.groups[edge.group] = ScheduleState(edge.group)
+        return self.groups[edge.group]
 
     def remove_spare_folds(self) -> None:
         """Erase the weight folds that fake-quants have taken over."""

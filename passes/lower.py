@@ -31,6 +31,8 @@ def lower_weights(gm: GraphModule) -> None:
         weight = tensor_of(gm, first_argument(node))
         if fq.site.kind != "weight" or weight is None:
             continue
+        if not fq.is_calibrated:
+            fq.initialize_from(weight)
         scale, zero_point = fq.decoding()
         codes = fq.codes(weight).to(torch.int8 if fq.site.spec.signed else torch.uint8)
         path = str(first_argument(node).target)

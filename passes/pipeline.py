@@ -17,7 +17,7 @@ class Pipeline(list[Pass]):
     """A list of passes, to print, extend and reorder.
 
     >>> print(Pipeline([run]))
-    1. run: Apply each pass in place, to every graph before the next pass, then lint and recompile; an error names its pass.
+    1. run: Apply each pass in place, to every graph before the next pass; an error names its pass.
     """
 
     def __str__(self) -> str:
@@ -29,14 +29,25 @@ def _summary(step: Any) -> str:
 
 
 def run(graphs: GraphModule | Iterable[GraphModule], passes: Iterable[Pass]) -> None:
-    """Apply each pass in place, to every graph before the next pass, then lint and recompile; an error names its pass."""
+    """Apply each pass in place, to every graph before the next pass; an error names its pass.
+
+    Graphs are linted after every pass that is not this package's, before it, and at the end (a lint takes as long as a
+    pass), and recompiled at the end.
+    """
     family = [graphs] if isinstance(graphs, GraphModule) else list(graphs)
-    for step in passes:
+    steps = list(passes)
+    for step, following in zip(steps, [*steps[1:], None], strict=True):
         for gm in family:
             try:
                 step(gm)
-                gm.graph.lint()
+                if not (_is_own(step) and _is_own(following)):
+                    gm.graph.lint()
             except Exception as error:
                 error.add_note(f"in pass {name_of(step)}")
                 raise
-            gm.recompile()
+    for gm in family:
+        gm.recompile()
+
+
+def _is_own(step: Pass | None) -> bool:
+    return (getattr(step, "__module__", None) or "").startswith("pege_fx.passes.")

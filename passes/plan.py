@@ -17,6 +17,7 @@ from pege_fx.passes.graph import (
     operand,
     operator_of,
     owner,
+    parent_and_name,
     tensor_of,
     unfolded,
 )
@@ -94,10 +95,13 @@ def _roles(family: list[GraphModule], candidates: list[tuple[GraphModule, Node]]
         roles[candidates[-1][1]].add("last")
         return roles
     inside: dict[Node, list[Node]] = {node: [node] for gm, node in candidates if gm is root}
-    for call in root.graph.find_nodes(op="call_module"):
-        held = [node for gm, node in candidates if gm.meta.get("prefix", "").startswith(f"{call.target}.")]
-        if held:
-            inside[call] = held
+    calls = {str(call.target): call for call in root.graph.find_nodes(op="call_module")} if len(family) > 1 else {}
+    for gm, node in candidates:
+        path = gm.meta.get("prefix", "")
+        while path and path not in calls:
+            path, _ = parent_and_name(path)
+        if path and gm is not root:
+            inside.setdefault(calls[path], []).append(node)
     for role, order, neighbours, end in (
         ("first", list(root.graph.nodes), lambda node: node.all_input_nodes, 0),
         ("last", list(reversed(root.graph.nodes)), lambda node: list(node.users), -1),

@@ -1,7 +1,7 @@
 """Number of dimensions of a node's value: from example inputs, or from what the operation itself demands."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,34 +10,61 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from pege_fx.errors import InputError
-from pege_fx.passes.graph import arguments, first_argument, module_of, rank_of
+from pege_fx.mode import PYTHON_FORWARD
+from pege_fx.passes.graph import arguments, first_argument, join, module_of, owner, rank_of
 
 
 class _Recorder(Interpreter):
     """Runs the graph once and notes shape and dtype of every tensor."""
 
     def run_node(self, n: Node) -> Any:
-        value = super().run_node(n)
-        if isinstance(value, Tensor):
-            n.meta["rank"], n.meta["shape"], n.meta["dtype"] = value.ndim, tuple(value.shape), value.dtype
-        return value
+        try:
+            return _note(n, super().run_node(n))
+        except Exception as error:
+            if not hasattr(error, "__notes__"):  # the innermost says where
+                assert isinstance(self.module, GraphModule)
+                inner = str(n.target) if n.op == "call_module" and n.target != PYTHON_FORWARD else owner(n)
+                error.add_note(f"in {join(self.module.meta.get('prefix', ''), inner) or 'the model itself'}")
+            raise
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """Run on the arguments of ``forward``."""
+        assert isinstance(self.module, GraphModule)
+        bound = inspect.signature(type(self.module).forward).bind(self.module, *args, **kwargs)
+        bound.apply_defaults()
+        placeholders = self.module.graph.find_nodes(op="placeholder")
+        return self.run(initial_env={n: _note(n, bound.arguments[str(n.target).lstrip("*")]) for n in placeholders})
 
 
-def record_shapes(gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Run the graph on example inputs (evaluation mode, no gradient) and note the shapes in ``meta``."""
-    bound = inspect.signature(gm.forward).bind(*args, **kwargs)
-    bound.apply_defaults()
-    if bound.kwargs:
-        return  # the interpreter takes no keywords; what needs a shape says so
+def _note(node: Node, value: Any) -> Any:
+    if isinstance(value, Tensor):
+        node.meta["rank"], node.meta["shape"], node.meta["dtype"] = value.ndim, tuple(value.shape), value.dtype
+    return value
+
+
+def record_shapes(gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any], inner: Iterable[GraphModule] = ()) -> None:
+    """Run the graph on example inputs (evaluation mode, no gradient) and note the shapes in ``meta``.
+
+    ``inner`` are graphs that it calls, directly or through Python: theirs are noted at their last call.
+    """
     modes = {module: module.training for module in gm.modules()}
+    recorded = [graph for graph in inner if graph is not gm]
     try:
         gm.eval()
+        for graph in recorded:
+            graph.__dict__["forward"] = _Recorder(graph).call
         with torch.no_grad():
-            _Recorder(gm).run(*bound.args)
+            _Recorder(gm).call(*args, **kwargs)
     except Exception as error:
-        shapes = [tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in bound.args]
-        raise InputError(f"the model fails on the example inputs {shapes}: {type(error).__name__}: {error}") from error
+        given = [*args, *kwargs.values()]
+        shapes = [tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in given]
+        where, reason = error.__notes__[0], str(error).split("\n\nWhile executing ")[0]
+        raise InputError(
+            f"the model fails on the example inputs {shapes}, {where}: {type(error).__name__}: {reason}"
+        ) from error
     finally:
+        for graph in recorded:
+            graph.__dict__.pop("forward", None)
         for module, training in modes.items():
             module.training = training
 

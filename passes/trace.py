@@ -15,27 +15,24 @@ from torch.fx.proxy import Attribute
 
 from pege_fx.attention import ExplicitAttention
 from pege_fx.batch_norm import BatchNorm
-
-TRAINING_MODE = "training_mode"
-
-
-class TrainingMode(nn.Module):
-    """Returns its own ``training``: what ``self.training`` becomes in a traced graph, so that ``train()`` reaches it."""
-
-    def forward(self) -> bool:
-        return self.training
+from pege_fx.mode import TRAINING_MODE
 
 
 class NotTraceableError(Exception):
     """A module whose ``forward`` can not be followed: which, where, and why."""
 
-    def __init__(self, path: str, place: str, reason: str) -> None:
+    def __init__(self, path: str, place: str, reason: str, asks_mode: bool = False) -> None:
         super().__init__(f"{path}: {reason} ({place})")
         self.path, self.place, self.reason = path, place, reason
+        self.asks_mode = asks_mode
 
 
 class DataDependenceError(Exception):
     """Python asked for the value of a tensor: no example may decide that."""
+
+
+class ModeError(Exception):
+    """Python asked whether the model trains, to do one thing or another."""
 
 
 class ContextError(Exception):
@@ -98,13 +95,19 @@ class PegeTracer(Tracer):
         live_training: see above.
         opaque: paths of modules that are not looked into.
         examples: values of ``forward``'s parameters by name; then sizes may steer Python, and ``specialised`` says where.
+        mode: what ``if self.training`` takes; None: to ask is an error.
     """
 
     def __init__(
-        self, live_training: bool = False, opaque: Mapping[str, Any] | None = None, examples: Mapping[str, Any] | None = None
+        self,
+        live_training: bool = False,
+        opaque: Mapping[str, Any] | None = None,
+        examples: Mapping[str, Any] | None = None,
+        mode: bool | None = None,
     ) -> None:
         super().__init__()
         self.live_training = live_training
+        self.mode = mode
         self._context = _context()
         self.opaque = opaque or {}
         self.examples = examples
@@ -121,7 +124,9 @@ class PegeTracer(Tracer):
             return self.trace(root)
         except Exception as error:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
-            raise NotTraceableError(self.failed or "", _where_raised(error), reason) from error
+            raise NotTraceableError(
+                self.failed or "", _where_raised(error), reason, asks_mode=isinstance(error, ModeError)
+            ) from error
         finally:
             for module, training in self._modes:
                 module.__dict__["training"] = training
@@ -165,19 +170,15 @@ class PegeTracer(Tracer):
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
         prepared = super().create_args_for_root(root_fn, is_module, concrete_args)
+        _keywords_behind_star(self.graph, root_fn)
         if not self.live_training:
             return prepared
-        training = self.root.training
-        for name, module in self.root.named_modules():
-            self._modes.append((module, module.training))
-            if self.is_leaf_module(module, name) and self.examples is not None:
-                module.training = False  # example values must not move running statistics
         mode = self.create_proxy("call_module", TRAINING_MODE, (), {})
         self._mode_node = mode.node
-        self._values[mode.node] = training
-        for name, module in self.root.named_modules():
-            if not self.is_leaf_module(module, name):
-                module.__dict__["training"] = mode
+        self._values[mode.node] = bool(self.mode)
+        for module in self.root.modules():
+            self._modes.append((module, module.training))
+            module.__dict__["training"] = mode
         return prepared
 
     def proxy(self, node: Node) -> Proxy:
@@ -191,7 +192,11 @@ class PegeTracer(Tracer):
         return node
 
     def to_bool(self, obj: Proxy) -> bool:
-        if obj.node is self._mode_node or self.examples is not None:
+        if obj.node is self._mode_node:
+            if self.mode is None:
+                raise ModeError("it does one thing in training and another in evaluation")
+            return self.mode
+        if self.examples is not None:
             return bool(self.fixed(obj, "if"))
         return bool(super().to_bool(obj))
 
@@ -243,10 +248,28 @@ def _run(root: nn.Module, node: Node, args: Any, kwargs: Any) -> Any:
         return node.target(*args, **kwargs)  # type: ignore[operator]
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    value: Any = root
-    for name in str(node.target).split("."):
-        value = getattr(value, name)
-    return value(*args, **kwargs) if node.op == "call_module" else value
+    value: Any = operator.attrgetter(str(node.target))(root)
+    if node.op == "get_attr":
+        return value
+    modes = [(module, module.training) for module in value.modules()]
+    try:
+        for module, _ in modes:
+            module.__dict__["training"] = False  # example values must not move running statistics
+        return value(*args, **kwargs)
+    finally:
+        for module, training in modes:
+            module.__dict__["training"] = training
+
+
+def _keywords_behind_star(graph: Graph, forward: Any) -> None:
+    """Put keyword-only parameters behind ``*args``, where they belong; fx puts them before it, and takes positions for them."""
+    nodes = {str(node.target): node for node in graph.find_nodes(op="placeholder")}
+    star = next((node for name, node in nodes.items() if name.startswith("*") and not name.startswith("**")), None)
+    if star is None:
+        return
+    parameters = inspect.signature(forward).parameters.values()
+    for parameter in reversed([p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name in nodes]):
+        star.append(nodes[parameter.name])
 
 
 # --- where things happen -------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from pege_fx import passes as graph_passes
 from pege_fx.errors import PegeWarning, PolicyError
 from pege_fx.fake_quant import fake_quants
 from pege_fx.inspection import Explanation
-from pege_fx.passes.capture import Captured, capture, check_inputs, check_model, stays_python
+from pege_fx.passes.capture import Captured, capture, check_inputs, check_model, stays_python, warn_of
 from pege_fx.passes.pipeline import Pass, Pipeline, run
 from pege_fx.passes.plan import record_classes, warn_if_nothing
 from pege_fx.passes.ranks import record_shapes
@@ -47,6 +47,7 @@ def convert_passes() -> Pipeline:
     """Return the passes of ``convert``."""
     return Pipeline(
         [
+            graph_passes.drop_training_branches,
             graph_passes.lower_weights,
             graph_passes.lower_folds,
             graph_passes.lower_activations,
@@ -78,7 +79,8 @@ def _capture(
     for gm in captured.graphs:
         gm.meta |= {"family": captured.graphs, "groups": groups}
     if example is not None:
-        record_shapes(captured.root, *example)
+        record_shapes(captured.root, *example, captured.graphs)
+    warn_of(captured.notes, example is not None)
     return captured, example
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pege_fx import functional
 from pege_fx.batch_norm import Fold
+from pege_fx.errors import ModelError
 from pege_fx.plan import Plan
 from pege_fx.quantizers import Decoding, ForwardMethod, Statistics
 from pege_fx.spec import ESTIMATORS, METHODS, Channels, Kind, QuantSpec
@@ -108,6 +109,25 @@ class FakeQuant(nn.Module):
             self.calibrated.fill_(True)
         self.is_calibrated = True
 
+    def initialize_from(self, x: Tensor) -> None:
+        """Set the grid from one tensor: a weight, or the first activation.
+
+        Raises:
+            ModelError: while the model is being compiled, or if a weight is not finite.
+        """
+        if torch.compiler.is_compiling():
+            raise ModelError(
+                f"{self.site.name} is not calibrated, and data may not set a grid while the model is being compiled.\n"
+                "  give prepare example_inputs, or call pege_fx.calibrate(gm, batches) before torch.compile."
+            )
+        statistics = Statistics.of(self.enter(x), self.method.channels)
+        if self.site.kind == "weight" and not statistics.all_finite:
+            raise ModelError(
+                f"{self.site.name.removesuffix('_fq')} has values that are not finite.\n"
+                "  load a good checkpoint, or set them before the first forward."
+            )
+        self.initialize(statistics)
+
     def observe(self, x: Tensor) -> None:
         """Add a batch to the statistics that ``finish_observing`` initialises from."""
         with torch.no_grad():
@@ -122,12 +142,12 @@ class FakeQuant(nn.Module):
         self.statistics = None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.observing and self.site.kind == "activation":
+            self.observe(x)
+        elif not self.is_calibrated:
+            self.initialize_from(x)
         if self.observing:
-            if self.site.kind == "activation":
-                self.observe(x)
             return self.leave(x, self.enter(x))
-        if not self.is_calibrated:
-            self.initialize(Statistics.of(self.enter(x), self.method.channels))
         if not self.training and not torch.is_grad_enabled():
             return self.deployed(x)
         if self.fold is not None and self.fold.live and self.method.channels is not None and self.method.is_plain:

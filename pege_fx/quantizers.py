@@ -36,11 +36,12 @@ class Statistics:
     _SUMS = ("count", "total", "total_abs", "total_square")
 
     def __init__(self, rows: Tensor) -> None:
-        finite = torch.isfinite(rows)
-        self._all_finite = bool(finite.all())
         rows = rows.to(functional.compute_dtype(rows))
-        self._rows = rows if self._all_finite else torch.where(finite, rows, 0.0)
-        self._finite = finite
+        self._finite: Tensor | None = None
+        if not bool(torch.isfinite(rows.sum())):  # a finite sum has finite terms, and is one pass without a copy
+            self._finite = torch.isfinite(rows)
+            rows = torch.where(self._finite, rows, 0.0)
+        self._rows = rows
 
     @classmethod
     def of(cls, x: Tensor, channels: Channels | None = None) -> "Statistics":
@@ -48,9 +49,14 @@ class Statistics:
         x = x.detach()
         return cls(x.reshape(-1) if channels is None else channels.rows(x))
 
+    @property
+    def all_finite(self) -> bool:
+        """Whether no element had to be left out."""
+        return self._finite is None or bool(self._finite.all())
+
     @cached_property
     def count(self) -> Tensor:
-        if self._all_finite:
+        if self._finite is None:
             return torch.full(self._rows.shape[:-1], float(self._rows.shape[-1]), dtype=torch.float64, device=self._rows.device)
         return self._finite.sum(-1, dtype=torch.float64)
 

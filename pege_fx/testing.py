@@ -131,7 +131,7 @@ class Gate(nn.Module):
 
 
 class InPlace(nn.Module):
-    """Augmented assignment, a method and a module in place, under another name; nobody uses their results."""
+    """Methods and a module in place, whose results nobody uses; torch's own tracer follows them too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,10 +139,9 @@ class InPlace(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = x + 0.5
-        same = y
-        same += x
-        same.mul_(0.5)
-        self.relu(same)
+        y.add_(x)
+        y.mul_(0.5)
+        self.relu(y)
         return y
 
 
@@ -331,18 +330,31 @@ class Case(NamedTuple):
         return f"Case.of({self.network!r})"
 
 
-@st.composite
-def networks(draw: st.DrawFn, max_layers: int = 5, dims: Sequence[int] = (2, 1, 3)) -> Case:
+def networks(max_layers: int = 5, dims: Sequence[int] = (2, 1, 3)) -> st.SearchStrategy[Case]:
     """A small network and inputs for it; it begins with a layer that has a weight.
 
     Convolutions (plain, grouped, depthwise, transposed, functional, with a computed weight), linear layers, BatchNorms of
     every kind, activations, pools, dropouts and in-place operations, in residual, concatenating, shared and forked blocks.
+
+    Args:
+        max_layers: at most so many layers, a block counting as one.
+        dims: which convolutions, those of one, two or three dimensions; the first shrinks best.
+
+    Raises:
+        ValueError: for anything else, at once.
     """
+    if max_layers < 1 or not dims or not set(dims) <= set(_CONVS):
+        raise ValueError(f"max_layers={max_layers!r}, dims={dims!r}: give at least one layer, and dimensions from 1 to 3.")
+    return _cases(max_layers, list(dims))
+
+
+@st.composite
+def _cases(draw: st.DrawFn, max_layers: int, dims: list[int]) -> Case:
     simple = st.sampled_from([*_WEIGHTED, *_UNWEIGHTED])
     blocks = st.tuples(st.sampled_from([*_BLOCKS]), st.lists(simple, min_size=1, max_size=3))
     first = draw(st.sampled_from([*_WEIGHTED]))
     rest = draw(st.lists(st.one_of(simple, blocks), max_size=max_layers - 1))
-    return Case.of(Network([first, *rest], draw(st.integers(0, 2**16)), draw(st.sampled_from(list(dims)))))
+    return Case.of(Network([first, *rest], draw(st.integers(0, 2**16)), draw(st.sampled_from(dims))))
 
 
 class Gradients(nn.Module):

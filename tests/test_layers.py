@@ -10,9 +10,12 @@ ROOT = Path(__file__).parents[1]
 LAYERS: list[set[str]] = [
     {"errors", "spec"},
     {"kernels", "functional", "curves", "policy"},
-    {"plan", "quantizers", "batch_norm", "fake_quant", "attention"},
+    {"plan", "quantizers", "batch_norm", "fake_quant", "attention", "mode"},
     {"passes.graph", "passes.pipeline"},
-    {f"passes.{n}" for n in ("trace", "capture", "normalize", "ranks", "fold_bn", "sign", "plan", "insert", "verify", "lower")},
+    {
+        f"passes.{n}"
+        for n in ("trace", "branches", "capture", "normalize", "ranks", "fold_bn", "sign", "plan", "insert", "verify", "lower")
+    },
     {"passes"},
     {"scheduler", "inspection", "training"},
     {"api"},
@@ -22,7 +25,8 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Inside a layer a file may use another one; these are all the cases. Capture drives the tracer: the two are one pass.
 INSIDE = {
     ("spec", "errors"), ("functional", "kernels"), ("fake_quant", "plan"), ("fake_quant", "quantizers"),
-    ("fake_quant", "batch_norm"), ("passes.capture", "passes.trace"), ("inspection", "scheduler"), ("training", "scheduler"),
+    ("fake_quant", "batch_norm"), ("passes.capture", "passes.trace"),
+    ("passes.capture", "passes.branches"), ("inspection", "scheduler"), ("training", "scheduler"),
 }  # fmt: skip
 
 

@@ -16,7 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 import pege_fx
 from pege_fx import Constant, ModelError, PEGEScheduler, PegeWarning
+from pege_fx.mode import select_by_mode
 from pege_fx.plan import Capture
+from pege_fx.scheduler import plan_of
 
 
 class Branching(nn.Module):
@@ -191,10 +193,96 @@ def test_a_value_is_never_specialised() -> None:
         assert torch.equal(gm(x), reference(x))
 
 
-def test_a_branch_on_the_mode_takes_the_present_one_with_a_warning() -> None:
-    with pytest.warns(PegeWarning, match="training_mode is True"):
-        gm = pege_fx.prepare(ByMode(), "W4A4", (image(),))
-    assert "mul" in gm.code
+class Auxiliary(nn.Module):
+    """A second head in training alone, and another kind of result; the trunk goes on behind a branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+        self.aux = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU(inplace=True))
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        x = self.conv(x)
+        if self.training:
+            side = self.aux(x)
+            x = x * 2
+        out: Tensor = self.head(x.mean((2, 3)))
+        if self.training:
+            return out, side
+        return out
+
+
+class StateInEvaluation(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        if not self.training:
+            x = self.bn(x)
+        return x
+
+
+class InPlaceInTraining(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        y = x.view(-1)
+        if self.training:
+            y.mul_(2.0)
+        return x
+
+
+class DropPath(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        return x * x.new_empty((x.shape[0], 1, 1, 1)).bernoulli_(0.5)
+
+
+@pytest.mark.parametrize("started_in", [True, False])
+@pytest.mark.parametrize("examples", [None, (torch.ones(2, 3, 8, 8),)])
+@pytest.mark.parametrize(
+    ("model", "rung"),
+    [
+        (ByMode(), "symbolic"),
+        (Auxiliary(), "symbolic"),
+        (nn.Sequential(nn.Conv2d(3, 3, 3), Auxiliary()), "symbolic"),
+        (StateInEvaluation(), "python"),
+        (InPlaceInTraining(), "python"),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), DropPath()), "leaf"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*stays Python", "ignore:replacement is not complete")
+def test_both_branches_on_the_mode_stay_live(model: nn.Module, rung: str, examples: Any, started_in: bool) -> None:
+    gm = pege_fx.prepare(model.train(started_in), "W4A4", examples)
+    assert rung in {capture.rung for capture in plan_of(gm).captures}
+    zero = Constant(0.0)
+    PEGEScheduler(gm, 1, zero, zero, zero)
+    x = image()
+    pege_fx.calibrate(gm, [x])
+    for made in (gm, copy.deepcopy(gm), pickle.loads(pickle.dumps(gm))):
+        for _ in range(2):
+            reference = copy.deepcopy(model).train()
+            made.train()
+            torch.manual_seed(0)
+            want = reference(x)
+            torch.manual_seed(0)
+            torch.testing.assert_close(made(x), want, rtol=0, atol=0)
+        made.eval()
+        assert type(made(x)) is Tensor
+    assert torch.equal(pege_fx.convert(gm.eval())(x), gm(x))
+
+
+def test_what_training_alone_needs_is_not_deployed() -> None:
+    gm = pege_fx.prepare(Auxiliary(), "W4A4", (image(),))
+    deployed = pege_fx.convert(gm)
+    assert not [name for name, _ in deployed.named_modules() if name.startswith(("aux", "training_mode"))]
+    assert not deployed.graph.find_nodes(op="call_function", target=select_by_mode)
 
 
 def test_example_values_do_not_move_running_statistics() -> None:

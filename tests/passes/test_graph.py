@@ -1,0 +1,293 @@
+"""Reading and writing graphs: the operator table is torch's signature, effects are seen, names are free."""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node, symbolic_trace
+
+from pege_fx.passes import graph as g
+from pege_fx.passes.trace import PegeTracer
+from pege_fx.testing import Case, networks
+
+
+def image(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+# One call of every function of the table, by the table's names.
+CALLS: dict[str, dict[str, Any]] = {
+    f"conv{d}d": {
+        "input": image(2, 4, *[7] * d),
+        "weight": image(6, 2, *[3] * d),
+        "bias": image(6),
+        "stride": 2,
+        "padding": 1,
+        "dilation": 1,
+        "groups": 2,
+    }
+    for d in (1, 2, 3)
+} | {
+    f"conv_transpose{d}d": {
+        "input": image(2, 4, *[5] * d),
+        "weight": image(4, 3, *[3] * d),
+        "bias": image(6),
+        "stride": 2,
+        "padding": 1,
+        "output_padding": 1,
+        "groups": 2,
+        "dilation": 2,
+    }
+    for d in (1, 2, 3)
+}
+CALLS |= {
+    "linear": {"input": image(2, 4), "weight": image(3, 4), "bias": image(3)},
+    "embedding": {
+        "input": torch.tensor([1, 0]),
+        "weight": image(3, 4),
+        "padding_idx": 1,
+        "max_norm": None,
+        "norm_type": 2.0,
+        "scale_grad_by_freq": True,
+        "sparse": False,
+    },
+    "embedding_bag": {"input": torch.tensor([1, 0]), "weight": image(3, 4), "offsets": torch.tensor([0, 1])},
+    "bilinear": {"input1": image(2, 3), "input2": image(2, 4), "weight": image(5, 3, 4), "bias": image(5)},
+    "matmul": {"input": image(2, 3), "other": image(3, 4)},
+    "mm": {"input": image(2, 3), "mat2": image(3, 4)},
+    "bmm": {"input": image(2, 2, 3), "mat2": image(2, 3, 4)},
+    "addmm": {"input": image(2, 4), "mat1": image(2, 3), "mat2": image(3, 4)},
+    "baddbmm": {"input": image(2, 2, 4), "batch1": image(2, 2, 3), "batch2": image(2, 3, 4)},
+    "scaled_dot_product_attention": {
+        "query": image(1, 2, 3),
+        "key": image(1, 2, 3),
+        "value": image(1, 2, 3),
+        "attn_mask": image(2, 2),
+    },
+}
+BY_KEYWORD = [f for f in g.FUNCTIONS if f not in (operator.matmul, torch.einsum)]
+
+
+@pytest.mark.parametrize("function", BY_KEYWORD, ids=lambda f: f.__name__)
+def test_the_table_has_the_names_and_the_order_of_torchs_own_signature(function: Callable[..., Tensor]) -> None:
+    described = g.FUNCTIONS[function]
+    arguments = CALLS[described.name]
+    assert tuple(arguments) == described.parameters
+    assert torch.equal(function(*arguments.values()), function(**arguments))
+
+
+@pytest.mark.parametrize("function", BY_KEYWORD, ids=lambda f: f.__name__)
+@given(data=st.data())
+def test_an_operand_is_found_and_set_however_it_is_passed(function: Any, data: st.DataObject) -> None:
+    described = g.FUNCTIONS[function]
+    by_position = data.draw(st.integers(0, len(described.parameters)))
+    graph = Graph()
+    nodes = {name: graph.placeholder(name) for name in described.parameters}
+    names = list(nodes)
+    node = graph.call_function(
+        function, tuple(nodes[n] for n in names[:by_position]), {n: nodes[n] for n in names[by_position:]}
+    )
+    other = graph.placeholder("another")
+    for name in names:
+        assert g.operand(node, name) is nodes[name]
+        g.set_operand(node, name, other)
+        assert g.operand(node, name) is other
+    assert set(node.all_input_nodes) == {other}
+
+
+def test_an_operand_that_is_not_passed_is_none() -> None:
+    graph = Graph()
+    x, w = graph.placeholder("x"), graph.placeholder("w")
+    node = graph.call_function(F.conv2d, (x, w))
+    assert g.operand(node, "bias") is None
+    g.set_operand(node, "bias", x)
+    assert g.operand(node, "bias") is x
+    assert g.operand(node, "weight") is w
+
+
+def only(gm: GraphModule, op: str) -> Node:
+    (node,) = (node for node in gm.graph.nodes if node.op == op)
+    return node
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_channels_are_those_that_one_weight_channel_reaches(transposed: bool, groups: int) -> None:
+    """Doubling the rows that ``channels_of`` gives to an output channel doubles that channel, and no other."""
+    function = F.conv_transpose2d if transposed else F.conv2d
+    weight = image(4, 8 // groups, 3, 3) if transposed else image(8, 4 // groups, 3, 3)
+    graph = Graph()
+    node = graph.call_function(function, (graph.placeholder("x"), graph.placeholder("w")), {"groups": groups})
+    channels = g.channels_of(node, weight)
+    assert channels.count == 8
+    x = image(2, 4, 6, 6)
+    factors = torch.arange(1.0, 9.0)
+    scaled = function(x, weight * channels.broadcast(factors, tuple(weight.shape)), groups=groups)
+    torch.testing.assert_close(scaled, function(x, weight, groups=groups) * factors[:, None, None])
+
+
+# --- modules, attributes, names --------------------------------------------------------------------------------------
+
+
+class Nested(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+        self.linear = self.inner[0]
+        self.register_buffer("offset", torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(self.inner(x)) + self.offset
+        return torch.relu(y)
+
+
+def test_call_sites_count_a_module_under_all_its_names() -> None:
+    gm = symbolic_trace(Nested())
+    assert g.call_sites(gm)[gm.get_submodule("inner.0")] == 2
+    assert g.call_sites(gm)[gm.get_submodule("inner.1")] == 1
+    assert [str(node.target) for node, _ in g.calls(gm, nn.Linear)] == ["inner.0", "inner.0"]
+
+
+def test_attributes_and_paths() -> None:
+    gm = symbolic_trace(Nested())
+    read = only(gm, "get_attr")
+    assert g.tensor_of(gm, read) is gm.get_buffer("offset")
+    assert g.tensor_of(gm, only(gm, "placeholder")) is None
+    assert g.module_of(gm, read, nn.Module) is None
+    assert g.has_attribute(gm, "inner.0.weight")
+    assert not g.has_attribute(gm, "inner.7.weight")
+    assert g.free_path(gm, "inner.2") == "inner.2"
+    assert g.free_path(gm, "offset") == "offset_1"
+    g.register_buffer(gm, "offset_1", torch.zeros(1))
+    assert g.free_path(gm, "offset") == "offset_2"
+    g.register_buffer(gm, "made.on_the_way", torch.zeros(1))
+    assert g.has_attribute(gm, "made.on_the_way")
+    assert g.join("", "a", "", "b") == "a.b"
+    assert g.parent_and_name("a.b.c") == ("a.b", "c")
+    assert g.parent_and_name("c") == ("", "c")
+
+
+class Around(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Nested()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.block(x)
+        return y
+
+
+def test_a_short_name_leaves_the_scope_out_also_where_it_begins_with_a_digit() -> None:
+    gm = symbolic_trace(nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.ReLU())))
+    assert [g.short_name(node) for node, _ in g.calls(gm, nn.Module)] == ["0", "1"]
+
+
+def test_a_node_knows_where_it_comes_from() -> None:
+    gm = symbolic_trace(Around())
+    relu = next(iter(gm.graph.find_nodes(op="call_function", target=torch.relu)))
+    inner = next(node for node, _ in g.calls(gm, nn.ReLU))
+    assert g.owner(relu) == g.scope(relu) == "block"
+    assert (g.scope(inner), g.short_name(inner)) == ("block.inner", "1")
+    assert g.function_name(relu) == "relu"
+    assert g.owner(only(gm, "placeholder")) == ""
+
+
+def test_becoming_a_function_keeps_name_place_and_users() -> None:
+    gm = symbolic_trace(nn.Sequential(nn.ReLU(), nn.ReLU()))
+    node, _ = next(iter(g.calls(gm, nn.ReLU)))
+    name, users = node.name, list(node.users)
+    g.become(node, torch.neg, g.arguments(node)[0], {})
+    gm.recompile()
+    assert (node.name, list(node.users), node.meta["path"]) == (name, users, "0")
+    assert torch.equal(gm(torch.tensor([-1.0, 2.0])), torch.tensor([1.0, 0.0]))
+
+
+def test_after_a_placeholder_comes_behind_all_of_them() -> None:
+    gm = symbolic_trace(lambda x, y: x + y)
+    x, y = gm.graph.find_nodes(op="placeholder")
+    assert g.after(x) is g.after(y) is only(gm, "call_function")
+
+
+# --- effects ---------------------------------------------------------------------------------------------------------
+
+IN_PLACE: dict[str, Callable[[Tensor], Any]] = {
+    "method": lambda x: x.add_(1),
+    "function": lambda x: F.relu_(x),
+    "torch function": lambda x: torch.relu_(x),
+    "inplace argument": lambda x: F.relu(x, inplace=True),
+    "out argument": lambda x: torch.neg(x, out=x),
+    "augmented": lambda x: operator.iadd(x, 1),
+    "shift": lambda x: operator.imul(x, 2),
+    "item": lambda x: operator.setitem(x, 0, 1.0),
+}
+OUT_OF_PLACE: dict[str, Callable[[Tensor], Any]] = {
+    "method": lambda x: x.add(1),
+    "private method": lambda x: x.__add__(1),
+    "function": F.relu,
+    "not inplace": lambda x: F.relu(x, inplace=False),
+    "operator": lambda x: operator.add(x, 1),
+    "index": lambda x: operator.invert(x),
+    "getitem": lambda x: x[0],
+}
+
+
+def with_unused(function: Callable[[Tensor], Any]) -> GraphModule:
+    def forward(x: Tensor) -> Tensor:
+        function(x)
+        return torch.abs(x)
+
+    tracer = PegeTracer()
+    return GraphModule(nn.Module(), tracer.trace(forward))
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_what_works_in_place_stays_without_users(name: str) -> None:
+    gm = with_unused(IN_PLACE[name])
+    count = len(gm.graph.nodes)
+    g.remove_dead_nodes(gm)
+    assert len(gm.graph.nodes) == count
+
+
+@pytest.mark.parametrize("name", OUT_OF_PLACE)
+def test_what_has_no_effect_goes_without_users(name: str) -> None:
+    gm = with_unused(OUT_OF_PLACE[name])
+    g.remove_dead_nodes(gm)
+    assert [node.op for node in gm.graph.nodes] == ["placeholder", "call_function", "output"]
+
+
+def test_a_module_in_place_stays_and_can_be_made_out_of_place() -> None:
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.act = nn.ReLU(inplace=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.act(x)
+            return F.relu(x, inplace=True)
+
+    gm = symbolic_trace(Unused())
+    g.remove_dead_nodes(gm)
+    module, function = only(gm, "call_module"), only(gm, "call_function")
+    for node in (module, function):
+        assert g.changes_its_input(gm, node)
+        g.make_out_of_place(gm, node)
+        assert not g.changes_its_input(gm, node)
+    gm.recompile()
+    x = torch.tensor([-1.0])
+    gm(x)
+    assert x.item() == -1
+
+
+@given(networks())
+def test_removing_dead_nodes_twice_is_removing_them_once(case: Case) -> None:
+    gm = symbolic_trace(case.network)
+    g.remove_dead_nodes(gm)
+    before = str(gm.graph)
+    g.remove_dead_nodes(gm)
+    assert str(gm.graph) == before

@@ -1,0 +1,107 @@
+"""Ranks: what examples show is noted, what an operation promises is true, the rest stays unknown."""
+
+import copy
+import operator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from torch import Tensor, nn
+from torch.fx import GraphModule, Interpreter, Node, symbolic_trace
+
+from pege_fx import InputError
+from pege_fx.passes import infer_ranks, normalize, run
+from pege_fx.passes.capture import capture
+from pege_fx.passes.graph import rank_of
+from pege_fx.passes.ranks import record_shapes
+from pege_fx.testing import Case, networks
+
+
+class Checked(Interpreter):
+    """Holds every inferred rank against the value."""
+
+    known = 0
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor) and rank_of(n) is not None:
+            assert value.ndim == rank_of(n), f"{n} has {value.ndim} dimensions, not {rank_of(n)}"
+            self.known += 1
+        return value
+
+
+@given(networks())
+def test_what_is_inferred_without_examples_is_true(case: Case) -> None:
+    gm = capture(case.network).root
+    run(gm, [normalize, infer_ranks])
+    Checked(gm).run(*case.inputs)
+
+
+class Flat(nn.Module):
+    """Every way to say how many dimensions there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn2, self.bn3, self.flatten = nn.BatchNorm2d(3), nn.BatchNorm3d(3), nn.Flatten()
+        self.fc, self.act, self.bn1, self.odd = nn.Linear(48, 4), nn.ReLU(), nn.BatchNorm1d(4), nn.Flatten(2)
+
+    def forward(self, x: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        a = self.bn1(self.act(self.fc(self.flatten(self.bn2(x)))))
+        b = F.linear(torch.flatten(x, 1), self.fc.weight)
+        c = x.flatten(start_dim=1)
+        return a, b, c, self.bn3(v), self.odd(x), torch.flatten(x), x.flatten(1, 2)
+
+
+def test_flattening_and_norms_tell_how_many_dimensions_there_are() -> None:
+    gm = symbolic_trace(Flat())
+    run(gm, [normalize, infer_ranks])
+    checked = Checked(gm)
+    checked.run(torch.randn(2, 3, 4, 4), torch.randn(2, 3, 2, 2, 2))
+    assert checked.known == 9
+    (output,) = gm.graph.find_nodes(op="output")
+    assert [rank_of(node) for node in output.all_input_nodes] == [2, 2, 2, 5, None, None, None]
+
+
+def test_examples_say_shape_and_dtype_of_every_tensor_and_move_nothing() -> None:
+    gm = symbolic_trace(nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(), nn.Flatten()))
+    gm.get_submodule("0").eval()
+    modes, state = [m.training for m in gm.modules()], copy.deepcopy(gm.state_dict())
+    record_shapes(gm, (torch.randn(2, 3, 4, 4),), {})
+    assert {(node.meta["rank"], node.meta["shape"], node.meta["dtype"]) for node in gm.graph.nodes if node.op != "output"} == {
+        (4, (2, 3, 4, 4), torch.float32),
+        (2, (2, 48), torch.float32),
+    }
+    assert [m.training for m in gm.modules()] == modes
+    assert all(torch.equal(value, gm.state_dict()[name]) for name, value in state.items())
+
+
+def test_an_example_wins_over_a_promise() -> None:
+    gm = symbolic_trace(nn.Sequential(nn.BatchNorm2d(3)))
+    for node in gm.graph.nodes:
+        node.meta["rank"] = 7
+    infer_ranks(gm)
+    assert {rank_of(node) for node in gm.graph.nodes} == {7}
+
+
+def test_inputs_that_fail_show_their_shapes_and_the_modes_come_back() -> None:
+    gm = symbolic_trace(nn.Sequential(nn.Linear(4, 4)))
+    with pytest.raises(InputError, match=r"fails on the example inputs \[\(2, 3\)\], in 0: RuntimeError"):
+        record_shapes(gm, (torch.randn(2, 3),), {})
+    assert all(module.training for module in gm.modules())
+
+
+def test_arguments_that_only_go_by_keyword_are_examples_too() -> None:
+    class ByKeyword(nn.Module):
+        def forward(self, x: Tensor, *, scale: float = 1.0) -> Tensor:
+            return x * scale
+
+    gm: GraphModule = symbolic_trace(ByKeyword())
+    record_shapes(gm, (torch.randn(2),), {"scale": 2.0})
+    (product,) = gm.graph.find_nodes(op="call_function", target=operator.mul)
+    assert rank_of(product) == 1
+
+
+def test_what_is_no_node_has_no_rank() -> None:
+    assert rank_of(3) is None
