@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
-from pege_fx.mode import TRAINING_MODE, select_by_mode
+from pege_fx.mode import TRAINING_MODE, TrainingMode, select_by_mode
 from pege_fx.passes.graph import (
     arguments,
     call_function,
+    calls,
     changes_its_input,
     first_argument,
     map_nodes,
@@ -127,15 +128,15 @@ def _check_state(root: nn.Module, node: Node) -> None:
 
 def drop_training_branches(gm: GraphModule) -> None:
     """Fix the mode to evaluation: every selection becomes its side of evaluation, what only training needs goes."""
-    modes = gm.graph.find_nodes(op="call_module", target=TRAINING_MODE)
+    modes = [node for node, _ in calls(gm, TrainingMode)]
     for node in [user for mode in modes for user in mode.users]:
         args, kwargs = (map_nodes(part, lambda n: False if n in modes else n) for part in arguments(node))
         set_arguments(node, args, kwargs)
         if node.target is select_by_mode:
             node.replace_all_uses_with(args[2])
     remove_dead_nodes(gm)
-    while (node := next(filter(lambda n: _changes_for_nobody(gm, n), gm.graph.nodes), None)) is not None:
-        gm.graph.erase_node(node)
+    while unread := [node for node in gm.graph.nodes if _changes_for_nobody(gm, node)]:
+        gm.graph.erase_node(unread[-1])
         remove_dead_nodes(gm)
 
 

@@ -4,6 +4,7 @@ Rung 3 leaves the smallest such module as it is and captures its children on the
 quantized all the same. The result is a GraphModule in every case, and every parameter keeps its name.
 """
 
+import contextlib
 import copy
 import inspect
 import re
@@ -11,20 +12,20 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from pege_fx.attention import make_explicit
 from pege_fx.errors import InputError, ModelError, PegeWarning
+from pege_fx.explicit import make_explicit
 from pege_fx.fake_quant import FakeQuant
 from pege_fx.mode import PYTHON_FORWARD, TRAINING_MODE, PythonForward, TrainingMode
 from pege_fx.passes.branches import MergeError, merge_branches
 from pege_fx.passes.graph import join, parent_and_name, remove_dead_nodes
-from pege_fx.passes.trace import NotTraceableError, PegeTracer
+from pege_fx.passes.trace import Known, NotTraceableError, PegeTracer
 from pege_fx.plan import Capture
 
 _HUGE_PAGES = 2**22  # from so many bytes on NumPy asks for them
@@ -61,7 +62,7 @@ def check_model(model: Any) -> None:
             )
 
 
-def check_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def bind(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Known:
     """Return ``forward``'s arguments by name; raise ``InputError`` if the example inputs do not fit its signature."""
     signature = inspect.signature(model.forward)
     try:
@@ -73,14 +74,19 @@ def check_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
             "example_inputs is a tuple of positional arguments, example_kwargs a dict."
         ) from error
     bound.apply_defaults()
-    return dict(bound.arguments)
+    return Known(dict(bound.arguments), is_call=True)
 
 
-def capture(model: nn.Module, examples: Mapping[str, Any] | None = None) -> Captured:
-    """Capture a copy of the model; ``examples`` are values of ``forward``'s parameters by name."""
+Call: TypeAlias = tuple[tuple[Any, ...], Mapping[str, Any]]
+
+
+def capture(model: nn.Module, example: Call | None = None) -> Captured:
+    """Capture a copy of the model; ``example`` are positional and keyword arguments of a call."""
+    if example is not None:
+        bind(model, *example)
     root = _copy(model)
     make_explicit(root)
-    return _Ladder(examples).climb(root, "")
+    return _Ladder(root, example).climb(root, "")
 
 
 def _copy(model: nn.Module) -> nn.Module:
@@ -132,15 +138,32 @@ def warn_of(notes: list[Capture], has_examples: bool) -> None:
 
 
 class _Ladder:
-    def __init__(self, examples: Mapping[str, Any] | None) -> None:
-        self.examples = examples
+    def __init__(self, root: nn.Module, example: Call | None) -> None:
+        self.root, self.example = root, example
+        self._calls: dict[nn.Module, list[Known]] | None = None
+
+    def _known(self, module: nn.Module, prefix: str) -> Known:
+        """What is known of a module's arguments: those of its call in the example, or its defaults."""
+        if self.example is None:
+            return Known.defaults(module.forward)
+        if not prefix:
+            return bind(module, *self.example)
+        if self._calls is None:
+            self._calls = _record_calls(self.root, self.example)
+        calls = self._calls.get(module)
+        if not calls:
+            return Known.defaults(module.forward)
+        for name in calls[0].values:
+            if len({call.values[name] is None for call in calls}) > 1:
+                raise NotTraceableError("", _place_of(module), f"it is called with {name} and without")
+        return calls[0]
 
     def climb(self, root: nn.Module, prefix: str) -> Captured:
         opaque: dict[str, NotTraceableError] = {}
         branches: NotTraceableError | None = None
         while True:
             try:
-                tracer, graph = self._trace(root, opaque, None if prefix else self.examples, branches)
+                tracer, graph = self._trace(root, opaque, self._known(root, prefix), branches)
                 break
             except NotTraceableError as error:
                 if error.asks_mode and error.path and not any(True for _ in root.get_submodule(error.path).parameters()):
@@ -176,16 +199,19 @@ class _Ladder:
         self,
         root: nn.Module,
         opaque: Mapping[str, NotTraceableError],
-        examples: Mapping[str, Any] | None,
+        known: Known,
         branches: NotTraceableError | None,
     ) -> tuple[PegeTracer, Graph]:
-        """Rung 1, then rung 2 if there are examples; with ``branches`` in both modes, as one graph."""
+        """Rung 1, then rung 2 if any argument is known; with ``branches`` in both modes, as one graph."""
 
-        def trace(given: Mapping[str, Any] | None) -> tuple[PegeTracer, Graph]:
+        def trace(evaluate: bool) -> tuple[PegeTracer, Graph]:
+            def new(mode: bool | None = None) -> PegeTracer:
+                return PegeTracer(live_training=True, opaque=opaque, known=known, evaluate=evaluate, mode=mode)
+
             if branches is None:
-                tracer = PegeTracer(live_training=True, opaque=opaque, examples=given)
+                tracer = new()
                 return tracer, tracer.follow(root)
-            tracer, other = (PegeTracer(live_training=True, opaque=opaque, examples=given, mode=mode) for mode in (True, False))
+            tracer, other = new(mode=True), new(mode=False)
             training, evaluation = tracer.follow(root), other.follow(root)
             tracer.specialised |= other.specialised
             try:
@@ -194,11 +220,11 @@ class _Ladder:
                 raise NotTraceableError(branches.path, branches.place, f"{branches.reason}: {error}") from error
 
         try:
-            return trace(None)
+            return trace(evaluate=False)
         except NotTraceableError as error:
-            if examples is None or error.asks_mode:
+            if not known.values or error.asks_mode:
                 raise
-        return trace(examples)
+        return trace(evaluate=True)
 
     def _keep_root(self, root: nn.Module, prefix: str, failure: NotTraceableError) -> Captured:
         captured = Captured(GraphModule(nn.Module(), Graph()))
@@ -223,6 +249,36 @@ class _Ladder:
             setattr(module, name, inner.root)
             captured.graphs += inner.graphs
             captured.notes += inner.notes
+
+
+def _record_calls(root: nn.Module, example: Call) -> dict[nn.Module, list[Known]]:
+    """Run the model once, and return with what every module below it was called."""
+    calls: dict[nn.Module, list[Known]] = {}
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        with contextlib.suppress(InputError):  # its forward will say so
+            calls.setdefault(module, []).append(bind(module, args, kwargs))
+
+    modes = [(module, module.training) for module in root.modules()]
+    hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in root.modules()]
+    try:
+        root.eval()
+        args, kwargs = example
+        with torch.no_grad():
+            root(*args, **kwargs)
+    except Exception:
+        pass  # the shapes are recorded later, and that says where and why it fails
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in modes:
+            module.training = training
+    return calls
+
+
+def _place_of(module: nn.Module) -> str:
+    code = type(module).forward.__code__
+    return f"{code.co_filename}:{code.co_firstlineno} in {code.co_qualname}"
 
 
 def _is_iterated(parent: nn.Module, name: str, child: nn.Module) -> bool:

@@ -27,6 +27,7 @@ from pege_fx.passes.graph import (
     set_parameter,
     tensor_of,
 )
+from pege_fx.spec import Channels
 
 MODES = ("train", "freeze", "keep")
 _RANKS = {nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}
@@ -71,7 +72,7 @@ def why_not(gm: GraphModule, node: Node, bn: BatchNorm, sites: int) -> str:
     described = operator_of(layer) if isinstance(layer, Node) else None
     if type(bn) not in FOLDED:
         return f"{type(bn).__name__} may compute something else than BatchNorm"
-    if described is None or described.weight is None or "bias" not in described.parameters:
+    if described is None or "weight" not in described.weights or "bias" not in described.parameters:
         return f"its input {layer} is not a convolution or linear layer"
     if bn.running_mean is None or bn.running_var is None:
         return "it keeps no running statistics"
@@ -79,7 +80,7 @@ def why_not(gm: GraphModule, node: Node, bn: BatchNorm, sites: int) -> str:
         return f"it is called {sites} times"
     if len(layer.users) > 1:
         return f"the output of {layer} has {len(layer.users)} users"
-    for name in (described.weight, "bias"):
+    for name in ("weight", "bias"):
         source = operand(layer, name)
         if source is None:
             continue
@@ -87,9 +88,9 @@ def why_not(gm: GraphModule, node: Node, bn: BatchNorm, sites: int) -> str:
             return f"the {name} of {layer} is computed, not a parameter"
         if len(source.users) > 1:
             return f"{source.target} is read at {len(source.users)} places"
-    channels = channels_of(layer, _tensor(gm, operand(layer, described.weight)))
-    if channels.count != bn.num_features:
-        return f"it has {bn.num_features} channels where {layer} has {channels.count}"
+    count = _channels(gm, layer).count
+    if count != bn.num_features:
+        return f"it has {bn.num_features} channels where {layer} has {count}"
     return _why_not_by_rank(described.name, node, bn)
 
 
@@ -104,6 +105,12 @@ def _why_not_by_rank(layer_name: str, node: Node, bn: BatchNorm) -> str:
     return "" if rank == needed else f"its input has {rank} dimensions, the channels are not in dimension 1"
 
 
+def _channels(gm: GraphModule, layer: Node) -> Channels:
+    channels = channels_of(layer, "weight", _tensor(gm, operand(layer, "weight")))
+    assert channels is not None
+    return channels
+
+
 def _tensor(gm: GraphModule, node: Node) -> torch.Tensor:
     value = tensor_of(gm, node)
     assert value is not None
@@ -113,7 +120,7 @@ def _tensor(gm: GraphModule, node: Node) -> torch.Tensor:
 def _fold_live(gm: GraphModule, layer: Node, node: Node, bn: BatchNorm) -> None:
     weight = operand(layer, "weight")
     bn.__class__ = FOLDED[type(bn)]  # type: ignore[assignment]
-    fold = Fold(bn, channels_of(layer, _tensor(gm, weight)))
+    fold = Fold(bn, _channels(gm, layer))
     for name, source, module in (("weight", weight, WeightFold(fold)), ("bias", operand(layer, "bias"), BiasFold(fold))):
         path = free_path(gm, f"{layer.meta['path']}.{name}_fold" if "path" in layer.meta else f"{layer.name}_{name}_fold")
         gm.add_submodule(path, module)
@@ -125,7 +132,7 @@ def _fold_live(gm: GraphModule, layer: Node, node: Node, bn: BatchNorm) -> None:
 def _merge(gm: GraphModule, layer: Node, node: Node, bn: BatchNorm) -> None:
     weight, bias = operand(layer, "weight"), operand(layer, "bias")
     value = _tensor(gm, weight)
-    fold = Fold(bn, channels_of(layer, value))
+    fold = Fold(bn, _channels(gm, layer))
     with torch.no_grad():
         merged_bias = fold.bias(None if bias is None else _tensor(gm, bias)).to(value.dtype)
         set_parameter(gm, str(weight.target), nn.Parameter(fold.weight(value), value.requires_grad))

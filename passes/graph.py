@@ -1,6 +1,7 @@
 """Reading and writing fx graphs: the only file that looks at ``node.args``, with helpers of exact types."""
 
 import operator
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from pege_fx.batch_norm import BiasFold, Fold, WeightFold
+from pege_fx.recurrent import recurrent
 from pege_fx.spec import Channels
 
 M = TypeVar("M", bound=nn.Module)
@@ -22,14 +24,14 @@ M = TypeVar("M", bound=nn.Module)
 class Operator:
     """A function with edges that can be quantized.
 
-    ``parameters`` are its leading parameters by name; ``weight`` and ``inputs`` say which of them are edges. The
-    builtin functions have no signature to ask, so the table below is their signature.
+    ``parameters`` are its leading parameters by name; ``weights`` and ``inputs`` say which of them, or of its keywords,
+    are edges. The builtin functions have no signature to ask, so the table below is their signature.
     """
 
     name: str
     parameters: tuple[str, ...]
     inputs: tuple[str, ...]
-    weight: str | None = None
+    weights: tuple[str, ...] = ()
     transposed: bool = False
 
 
@@ -38,18 +40,18 @@ _CONV_TRANSPOSE = ("input", "weight", "bias", "stride", "padding", "output_paddi
 
 
 def _conv(name: str, transposed: bool = False) -> Operator:
-    return Operator(name, _CONV_TRANSPOSE if transposed else _CONV, ("input",), "weight", transposed)
+    return Operator(name, _CONV_TRANSPOSE if transposed else _CONV, ("input",), ("weight",), transposed)
 
 
-LINEAR = Operator("linear", ("input", "weight", "bias"), ("input",), "weight")
+LINEAR = Operator("linear", ("input", "weight", "bias"), ("input",), ("weight",))
 EMBEDDING = Operator(
     "embedding",
     ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
     (),
-    "weight",
+    ("weight",),
 )
-EMBEDDING_BAG = Operator("embedding_bag", ("input", "weight", "offsets"), (), "weight")
-BILINEAR = Operator("bilinear", ("input1", "input2", "weight", "bias"), ("input1", "input2"), "weight")
+EMBEDDING_BAG = Operator("embedding_bag", ("input", "weight", "offsets"), (), ("weight",))
+BILINEAR = Operator("bilinear", ("input1", "input2", "weight", "bias"), ("input1", "input2"), ("weight",))
 MATMUL = Operator("matmul", ("input", "other"), ("input", "other"))
 MM = Operator("mm", ("input", "mat2"), ("input", "mat2"))
 BMM = Operator("bmm", ("input", "mat2"), ("input", "mat2"))
@@ -91,25 +93,35 @@ METHODS: dict[str, Operator] = {
 def operator_of(node: Node) -> Operator | None:
     """Return the table's entry for a node, or None if none of its edges can be quantized."""
     if node.op == "call_function":
-        return FUNCTIONS.get(node.target)
+        return _recurrent(node) if node.target is recurrent else FUNCTIONS.get(node.target)
     if node.op == "call_method":
         return METHODS.get(str(node.target))
     return None
+
+
+def _recurrent(node: Node) -> Operator:
+    weights = tuple(name for name in node.kwargs if name.startswith("weight_"))
+    return Operator(str(node.kwargs["kind"]), ("input", "hx"), ("input",), weights)
 
 
 def operand(node: Node, name: str) -> Any:
     """Return the argument that an operator's node passes for a parameter, or None if it passes none."""
     described = operator_of(node)
     assert described is not None, f"{node} is no operator"
-    position = described.parameters.index(name)
+    position = _position(described, name)
     return node.args[position] if position < len(node.args) else node.kwargs.get(name)
+
+
+def _position(described: Operator, name: str) -> int:
+    """Where a parameter stands among the positional ones; keywords stand behind all."""
+    return described.parameters.index(name) if name in described.parameters else sys.maxsize
 
 
 def set_operand(node: Node, name: str, value: Node | None) -> None:
     """Pass ``value`` for a parameter of an operator's node."""
     described = operator_of(node)
     assert described is not None, f"{node} is no operator"
-    position = described.parameters.index(name)
+    position = _position(described, name)
     if position < len(node.args):
         node.update_arg(position, value)
     else:
@@ -140,17 +152,23 @@ def become(node: Node, function: Callable[..., Any], args: tuple[Any, ...], kwar
     """Turn a ``call_module`` node into a function's call, in place, so that it keeps its name and users."""
     node.meta["path"] = str(node.target)
     node.op, node.target = "call_function", function
+    _mark_own(node)
     set_arguments(node, args, kwargs)
 
 
-def channels_of(node: Node, weight: Tensor) -> Channels:
-    """Return where an operator's weight keeps its output channels."""
+def channels_of(node: Node, name: str, weight: Tensor) -> Channels | None:
+    """Return where an operand of an operator keeps its output channels; None: no axis of it is one."""
     described = operator_of(node)
     assert described is not None, f"{node} is no operator"
-    if not described.transposed:
-        return Channels(weight.shape[0])
-    groups = operand(node, "groups") or 1
-    return Channels(weight.shape[1] * groups, axis=1, groups=groups)
+    if name in described.weights:
+        if not described.transposed:
+            return Channels(weight.shape[0])
+        groups = operand(node, "groups") or 1
+        return Channels(weight.shape[1] * groups, axis=1, groups=groups)
+    if weight.ndim != 2 or described is EINSUM or len(described.inputs) != 2:
+        return None
+    is_left = name == described.inputs[0]  # rows of the left factor, columns of the right one
+    return Channels(weight.shape[0]) if is_left else Channels(weight.shape[1], axis=1)
 
 
 # --- modules and attributes ----------------------------------------------------------------------------------
@@ -187,6 +205,16 @@ def tensor_of(gm: GraphModule, node: Any) -> Tensor | None:
     """Return the tensor that a ``get_attr`` node reads, or None."""
     value = attribute(gm, node)
     return value if isinstance(value, Tensor) else None
+
+
+def is_weight(gm: GraphModule, node: Node, name: str, source: Any) -> bool:
+    """Tell whether an operand reads a weight: what the operator calls so, or a parameter that is a factor of a product."""
+    described = operator_of(node)
+    assert described is not None, f"{node} is no operator"
+    value = tensor_of(gm, source)
+    if value is None:
+        return False
+    return name in described.weights or (isinstance(value, nn.Parameter) and value.ndim > 1)
 
 
 def has_attribute(module: nn.Module, path: str) -> bool:
@@ -318,12 +346,17 @@ def call_function(
     before: Node,
     name: str | None = None,
 ) -> Node:
-    """Insert a ``call_function`` node; a function of this package stays one node when unpickling traces the code."""
+    """Insert a ``call_function`` node."""
     with graph.inserting_before(before):
         node = graph.create_node("call_function", function, args, kwargs, name=name)
-    if function.__module__.startswith("pege_fx."):
-        node.meta["is_wrapped"] = True
+    _mark_own(node)
     return node
+
+
+def _mark_own(node: Node) -> None:
+    """Unpickling a graph traces its code: tell fx that a function of this package is to stay one node."""
+    if getattr(node.target, "__module__", "").startswith("pege_fx."):
+        node.meta["is_wrapped"] = True
 
 
 def after(node: Node) -> Node:

@@ -15,6 +15,7 @@ from pege_fx.passes.graph import (
     first_argument,
     folded_weights,
     free_path,
+    is_weight,
     join,
     make_out_of_place,
     operand,
@@ -69,13 +70,13 @@ class _Insertion:
         source = operand(node, edge.operand)
         fold = self.folds.get(source)
         origin = first_argument(source) if fold is not None else source
-        is_weight = edge.operand == "weight" and tensor_of(self.gm, origin) is not None
+        weight = is_weight(self.gm, node, edge.operand, origin)
         key = (source, spec, edge.group)
         if key not in self.placed:
             assert isinstance(origin, Node)
-            path = f"{edge.source}_fq" if is_weight else join(scope(source), f"{short_name(source)}_fq")
+            path = f"{edge.source}_fq" if weight else join(scope(source), f"{short_name(source)}_fq")
             path = free_path(self.gm, path)
-            module = self._weight(node, origin, path, edge, spec, fold) if is_weight else self._activation(path, edge, spec)
+            module = self._weight(node, origin, path, edge, spec, fold) if weight else self._activation(path, edge, spec)
             self.placed[key] = self._insert(module, path, origin, before=node)
         set_operand(node, edge.operand, self.placed[key])
 
@@ -99,7 +100,7 @@ class _Insertion:
         weight = tensor_of(self.gm, origin)
         assert weight is not None
         site = Site(name=self._name(path), kind="weight", spec=spec, rule=edge.rule, group=edge.group)
-        channels = channels_of(node, weight)
+        channels = channels_of(node, edge.operand, weight)
         made = FakeQuant(site, self._group(edge), seed=self.seed, weight=weight, channels=channels, fold=fold)
         return _on(weight.device, made)
 

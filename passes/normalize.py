@@ -19,10 +19,12 @@ from pege_fx.passes.graph import (
     is_assignment,
     join,
     operator_of,
+    owner,
     remove_dead_nodes,
     set_arguments,
     tensor_of,
 )
+from pege_fx.recurrent import recurrent
 
 _PAD_MODES = {"reflect", "replicate", "circular"}
 
@@ -49,6 +51,8 @@ def normalize(gm: GraphModule) -> None:
             builder(readers, node, module)
     readers.merge_get_attrs()
     for node in gm.graph.nodes:
+        if node.target is recurrent and owner(node):
+            node.meta["path"] = owner(node)  # the whole module is this one operation
         if (described := operator_of(node)) is not None:
             args, kwargs = arguments(node)
             named = dict(zip(described.parameters, args, strict=False)) | kwargs

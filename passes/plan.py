@@ -1,5 +1,6 @@
 """The plan: each operation of the graph under the policy. Changes nothing but ``meta``."""
 
+import dataclasses
 import warnings
 from collections import Counter
 from dataclasses import dataclass
@@ -11,7 +12,9 @@ from pege_fx.batch_norm import BatchNorm
 from pege_fx.errors import PegeWarning
 from pege_fx.passes.graph import (
     Operator,
+    channels_of,
     function_name,
+    is_weight,
     join,
     module_of,
     operand,
@@ -64,13 +67,14 @@ def warn_if_nothing(plan: Plan) -> None:
 def describe(family: list[GraphModule]) -> dict[Node, Op]:
     """Return what a rule can see of each operation, in the order of the graphs."""
     found = [(gm, node, op) for gm in family for node in gm.graph.nodes if (op := operator_of(node)) is not None]
-    roles = _roles(family, [(gm, node) for gm, node, op in found if op.weight] or [(gm, node) for gm, node, _ in found])
+    roles = _roles(family, [(gm, node) for gm, node, op in found if op.weights] or [(gm, node) for gm, node, _ in found])
+    _share_roles(found, roles)
     used: Counter[str] = Counter()
     ops = {}
     for gm, node, described in found:
         prefix = gm.meta.get("prefix", "")
         path = node.meta.get("path")
-        if path is None and not (gm.meta.get("is_operation") and described.weight):
+        if path is None and not (gm.meta.get("is_operation") and described.weights):
             path = join(owner(node), described.name)
         path = join(prefix, path or "")
         used[path] += 1
@@ -115,6 +119,17 @@ def _roles(family: list[GraphModule], candidates: list[tuple[GraphModule, Node]]
     return roles
 
 
+def _share_roles(found: list[tuple[GraphModule, Node, Operator]], roles: dict[Node, set[str]]) -> None:
+    """Operations that read one weight have one role, so that it has one format."""
+    shared: dict[int, set[str]] = {}
+    for gm, node, described in found:
+        for name in described.weights:
+            if node in roles and (parameter := _parameter(gm, operand(node, name))) is not None:
+                common = shared.setdefault(id(parameter[1]), set())
+                common |= roles[node]
+                roles[node] = common
+
+
 def _parameter(gm: GraphModule, node: object) -> tuple[str, Tensor] | None:
     """Return path and tensor of a weight or bias, looking through its fold."""
     node = unfolded(gm, node)
@@ -126,31 +141,32 @@ def _operation(gm: GraphModule, node: Node, op: Op, choice: Choice) -> Operation
     described = operator_of(node)
     assert described is not None
     edges = []
-    parameters = 0
-    if described.weight is not None:
-        found = _parameter(gm, operand(node, described.weight))
-        bias = _parameter(gm, operand(node, "bias")) if "bias" in described.parameters else None
-        parameters = sum(value.numel() for _, value in filter(None, (found, bias)))
-        edges.append(_weight_edge(node, described, found, choice))
-    for name in described.inputs:
-        if (source := operand(node, name)) is not None:
+    for name in (*described.weights, *described.inputs):
+        source = operand(node, name)
+        if name in described.weights or is_weight(gm, node, name, unfolded(gm, source)):
+            edges.append(_weight_edge(gm, node, name, choice))
+        elif source is not None:
             edges.append(_activation_edge(source, name, "input", choice))
     if choice.specs["output"] is not None:
         edges.append(_activation_edge(node, "output", "output", choice))
+    parameters = sum(value.numel() for _, value in filter(None, (_parameter(gm, n) for n in node.all_input_nodes)))
     return Operation(node.name, op.path, op.function, tuple(edges), node.meta.get("batch_norm", ""), parameters)
 
 
-def _weight_edge(node: Node, described: Operator, found: tuple[str, Tensor] | None, choice: Choice) -> Edge:
+def _weight_edge(gm: GraphModule, node: Node, name: str, choice: Choice) -> Edge:
     spec, rule = choice.specs["weight"], choice.rules["weight"]
+    source = operand(node, name)
+    found = _parameter(gm, source)
     if found is None:
-        source = operand(node, str(described.weight))
         if isinstance(source, Node):  # a weight that another operation computes
-            return _activation_edge(source, "weight", "weight", choice)
-        return Edge("weight", "", None, rule, "its weight is not a tensor of the model", choice.schedule)
+            return _activation_edge(source, name, "weight", choice)
+        return Edge(name, "", None, rule, "its weight is not a tensor of the model", choice.schedule)
     path, value = found
     if spec is not None and not value.is_floating_point():
-        return Edge("weight", path, None, rule, f"its weight is {value.dtype}", choice.schedule)
-    return _edge("weight", path, spec, "weight", False, rule, choice.schedule)
+        return Edge(name, path, None, rule, f"its weight is {value.dtype}", choice.schedule)
+    if spec is not None and channels_of(node, name, value) is None:
+        spec = dataclasses.replace(spec, granularity="tensor")
+    return _edge(name, path, spec, "weight", False, rule, choice.schedule)
 
 
 def _activation_edge(source: object, name: str, field: str, choice: Choice) -> Edge:

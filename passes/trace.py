@@ -4,6 +4,7 @@ import inspect
 import operator
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,9 +14,27 @@ from torch.fx import Graph, Node, Proxy, Tracer
 from torch.fx.node import map_arg
 from torch.fx.proxy import Attribute
 
-from pege_fx.attention import ExplicitAttention
 from pege_fx.batch_norm import BatchNorm
-from pege_fx.mode import TRAINING_MODE
+from pege_fx.mode import TRAINING_MODE, check_argument
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of a forward's arguments.
+
+    Attributes:
+        values: by parameter name; defaults, or those of an example call.
+        is_call: they are all of a call's: ``*args`` and ``**kwargs`` hold what they say and nothing else.
+    """
+
+    values: Mapping[str, Any]
+    is_call: bool
+
+    @classmethod
+    def defaults(cls, forward: Callable[..., Any]) -> "Known":
+        """Of a call without its optional arguments."""
+        parameters = inspect.signature(forward).parameters.values()
+        return cls({p.name: p.default for p in parameters if p.default is not p.empty}, is_call=False)
 
 
 class NotTraceableError(Exception):
@@ -94,7 +113,8 @@ class PegeTracer(Tracer):
     Args:
         live_training: see above.
         opaque: paths of modules that are not looked into.
-        examples: values of ``forward``'s parameters by name; then sizes may steer Python, and ``specialised`` says where.
+        known: of the arguments of ``forward``. What is None stays None: ``is None`` is no question to a graph.
+        evaluate: compute values beside the graph; then sizes may steer Python, and ``specialised`` says where.
         mode: what ``if self.training`` takes; None: to ask is an error.
     """
 
@@ -102,7 +122,8 @@ class PegeTracer(Tracer):
         self,
         live_training: bool = False,
         opaque: Mapping[str, Any] | None = None,
-        examples: Mapping[str, Any] | None = None,
+        known: Known | None = None,
+        evaluate: bool = False,
         mode: bool | None = None,
     ) -> None:
         super().__init__()
@@ -110,7 +131,8 @@ class PegeTracer(Tracer):
         self.mode = mode
         self._context = _context()
         self.opaque = opaque or {}
-        self.examples = examples
+        self.known = known
+        self.evaluate = evaluate
         self.specialised: dict[str, str] = {}
         self.failed: str | None = None
         self._values: dict[Node, Any] = {}
@@ -146,7 +168,7 @@ class PegeTracer(Tracer):
             return True
         if isinstance(m, BatchNorm):  # a subclass too, unless it computes something else: torch's forward branches on the mode
             return type(m).forward is BatchNorm.forward or super().is_leaf_module(m, module_qualified_name)
-        return super().is_leaf_module(m, module_qualified_name) and not isinstance(m, ExplicitAttention)
+        return super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._evaluating:
@@ -169,25 +191,48 @@ class PegeTracer(Tracer):
         return attr_val if self._evaluating else super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
-        prepared = super().create_args_for_root(root_fn, is_module, concrete_args)
+        function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
         _keywords_behind_star(self.graph, root_fn)
         if not self.live_training:
-            return prepared
+            return function, args
+        args = [self._fix(arg) if isinstance(arg, Proxy) else arg for arg in args]
         mode = self.create_proxy("call_module", TRAINING_MODE, (), {})
         self._mode_node = mode.node
         self._values[mode.node] = bool(self.mode)
         for module in self.root.modules():
             self._modes.append((module, module.training))
             module.__dict__["training"] = mode
-        return prepared
+        return function, args
+
+    def _fix(self, argument: Proxy) -> Any:
+        """Return what ``forward`` gets for a parameter: mostly a proxy; None, or a collection of proxies, if that is known."""
+        target = str(argument.node.target)
+        name = target.lstrip("*")
+        if self.known is None or name not in self.known.values:
+            return argument
+        value = self.known.values[name]
+        if value is None:
+            self._check(argument, name, None)
+            return None
+        if target == name or not self.known.is_call:
+            return argument
+        keys = tuple(value) if isinstance(value, dict) else tuple(range(len(value)))
+        self._check(argument, name, keys)
+        parts = {key: self.create_proxy("call_function", operator.getitem, (argument, key), {}) for key in keys}
+        fixed = {key: None if value[key] is None else part for key, part in parts.items()}
+        return fixed if isinstance(value, dict) else tuple(fixed.values())
+
+    def _check(self, argument: Proxy, name: str, keys: tuple[Any, ...] | None) -> None:
+        node = self.create_node("call_function", check_argument, (argument.node, name, keys), {})
+        node.meta["is_wrapped"] = True  # one node for a tracer of the generated code as well
 
     def proxy(self, node: Node) -> Proxy:
-        return InPlaceProxy(node, self) if self.examples is None else ExampleProxy(node, self)
+        return ExampleProxy(node, self) if self.evaluate else InPlaceProxy(node, self)
 
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Node:
         self._check_context()
         node = super().create_node(kind, target, args, kwargs, *rest, **more)
-        if self.examples is not None and kind != "output" and target != TRAINING_MODE:
+        if self.evaluate and kind != "output" and target not in (TRAINING_MODE, check_argument):
             self._values[node] = self._evaluate(node)
         return node
 
@@ -196,7 +241,7 @@ class PegeTracer(Tracer):
             if self.mode is None:
                 raise ModeError("it does one thing in training and another in evaluation")
             return self.mode
-        if self.examples is not None:
+        if self.evaluate:
             return bool(self.fixed(obj, "if"))
         return bool(super().to_bool(obj))
 
@@ -204,7 +249,7 @@ class PegeTracer(Tracer):
         try:
             return super().iter(obj)
         except Exception:
-            if self.examples is None:
+            if not self.evaluate:
                 raise
         return iter(
             [
@@ -225,9 +270,9 @@ class PegeTracer(Tracer):
         return value
 
     def _evaluate(self, node: Node) -> Any:
-        assert self.examples is not None
+        assert self.known is not None
         if node.op == "placeholder":
-            return self.examples.get(str(node.target).lstrip("*"), _UNKNOWN)
+            return self.known.values.get(str(node.target).lstrip("*"), _UNKNOWN)
         inputs = [self._values.get(source, _UNKNOWN) for source in node.all_input_nodes]
         if any(value is _UNKNOWN for value in inputs):
             return _UNKNOWN

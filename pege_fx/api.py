@@ -12,7 +12,7 @@ from pege_fx import passes as graph_passes
 from pege_fx.errors import PegeWarning, PolicyError
 from pege_fx.fake_quant import fake_quants
 from pege_fx.inspection import Explanation
-from pege_fx.passes.capture import Captured, capture, check_inputs, check_model, stays_python, warn_of
+from pege_fx.passes.capture import Captured, capture, check_model, stays_python, warn_of
 from pege_fx.passes.pipeline import Pass, Pipeline, run
 from pege_fx.passes.plan import record_classes, warn_if_nothing
 from pege_fx.passes.ranks import record_shapes
@@ -73,7 +73,7 @@ def _capture(
         captured, example = capture(model), None
     else:
         example = ((args,) if isinstance(args, Tensor) else tuple(args or ()), kwargs or {})
-        captured = capture(model, check_inputs(model, *example))
+        captured = capture(model, example)
     record_classes(model, captured.graphs)
     groups: dict[str, Any] = {}
     for gm in captured.graphs:

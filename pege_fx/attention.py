@@ -85,11 +85,6 @@ class ExplicitAttention(nn.MultiheadAttention):
         return [F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True)]
 
 
-def make_explicit(root: nn.Module) -> None:
-    """Let every ``nn.MultiheadAttention`` below ``root`` be an ``ExplicitAttention``, in place.
-
-    Extra key and value biases (``add_bias_kv``, ``add_zero_attn``) are not written out: such a module stays as it is.
-    """
-    for module in root.modules():
-        if type(module) is nn.MultiheadAttention and module.bias_k is None and not module.add_zero_attn:
-            module.__class__ = ExplicitAttention
+def can_be_explicit(module: nn.MultiheadAttention) -> bool:
+    """Extra key and value biases (``add_bias_kv``, ``add_zero_attn``) are not written out."""
+    return module.bias_k is None and not module.add_zero_attn

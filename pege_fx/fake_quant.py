@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from pege_fx import functional
 from pege_fx.batch_norm import Fold
@@ -141,7 +142,9 @@ class FakeQuant(nn.Module):
             self.initialize(self.statistics)
         self.statistics = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Any) -> Any:
+        if isinstance(x, PackedSequence):
+            return x._replace(data=self(x.data))
         if self.observing and self.site.kind == "activation":
             self.observe(x)
         elif not self.is_calibrated:

@@ -2,7 +2,10 @@
 
 from typing import Any
 
+import torch.fx
 from torch import nn
+
+from pege_fx.errors import InputError
 
 TRAINING_MODE = "training_mode"
 PYTHON_FORWARD = "python_forward"
@@ -18,6 +21,22 @@ class TrainingMode(nn.Module):
 def select_by_mode(training: bool, in_training: Any, in_evaluation: Any) -> Any:
     """Return what ``if self.training`` would have left: both sides are values of the graph."""
     return in_training if training else in_evaluation
+
+
+@torch.fx.has_side_effect
+def check_argument(value: Any, name: str, keys: tuple[Any, ...] | None = None) -> None:
+    """Raise ``InputError`` unless an argument is what the graph was traced for: None, or a collection of these keys.
+
+    Positional extras (``*args``) are known by their number: the keys are 0, 1, ...
+    """
+    if keys is None:
+        if value is not None:
+            raise InputError(
+                f"{name} was None when the model was traced, and is {type(value).__name__} now.\n"
+                "  give it in example_inputs or example_kwargs of prepare."
+            )
+    elif (found := tuple(value) if isinstance(value, dict) else tuple(range(len(value)))) != keys:
+        raise InputError(f"{name} had {list(keys)} when the model was traced, now it has {list(found)}: give examples of that.")
 
 
 class PythonForward(nn.Module):

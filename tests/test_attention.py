@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import pege_fx
-from pege_fx.attention import ExplicitAttention, make_explicit
+from pege_fx.attention import ExplicitAttention
+from pege_fx.explicit import make_explicit
 
 L, N = 5, 3
 

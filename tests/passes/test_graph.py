@@ -116,6 +116,22 @@ def only(gm: GraphModule, op: str) -> Node:
     return node
 
 
+@pytest.mark.parametrize(("name", "axis"), [("input", 0), ("other", 1)])
+def test_channels_of_a_factor_are_its_rows_on_the_left_and_its_columns_on_the_right(name: str, axis: int) -> None:
+    graph = Graph()
+    node = graph.call_function(torch.matmul, (graph.placeholder("x"), graph.placeholder("w")))
+    weight = image(3, 5)
+    channels = g.channels_of(node, name, weight)
+    assert channels is not None
+    assert channels.rows(weight).shape == (weight.shape[axis], weight.shape[1 - axis])
+    doubled = weight * channels.broadcast(torch.arange(1.0, weight.shape[axis] + 1), tuple(weight.shape))
+    if name == "other":
+        assert torch.allclose(image(2, 3) @ doubled, image(2, 3) @ weight * torch.arange(1.0, 6.0))
+    else:
+        assert torch.allclose(doubled @ image(5, 2), (weight @ image(5, 2)) * torch.arange(1.0, 4.0)[:, None])
+    assert g.channels_of(node, name, image(2, 3, 5)) is None
+
+
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_channels_are_those_that_one_weight_channel_reaches(transposed: bool, groups: int) -> None:
@@ -124,7 +140,8 @@ def test_channels_are_those_that_one_weight_channel_reaches(transposed: bool, gr
     weight = image(4, 8 // groups, 3, 3) if transposed else image(8, 4 // groups, 3, 3)
     graph = Graph()
     node = graph.call_function(function, (graph.placeholder("x"), graph.placeholder("w")), {"groups": groups})
-    channels = g.channels_of(node, weight)
+    channels = g.channels_of(node, "weight", weight)
+    assert channels is not None
     assert channels.count == 8
     x = image(2, 4, 6, 6)
     factors = torch.arange(1.0, 9.0)
