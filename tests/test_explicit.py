@@ -102,6 +102,7 @@ def test_recurrent_layers_with_a_first_state_without_a_batch_and_packed(cls: typ
     for wanted, found in zip(leaves(layer(packed)), leaves(gm(packed)), strict=True):
         torch.testing.assert_close(found, wanted, rtol=0.1, atol=0.1)
     state = (first, first) if cls is nn.LSTM else first
+    gm = pege_fx.prepare(layer, "W8A8", (packed, state))
     for wanted, found in zip(leaves(layer(packed, state)), leaves(gm(packed, state)), strict=True):
         torch.testing.assert_close(found, wanted, rtol=0.1, atol=0.1)
 
