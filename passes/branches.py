@@ -6,6 +6,7 @@ from difflib import SequenceMatcher
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
@@ -36,6 +37,7 @@ _MAKING: set[Any] = {
     torch.randn_like,
 }
 _MAKING |= {"new_empty", "new_zeros", "new_ones", "new_full", "clone"}
+_KEEPING_STATISTICS: set[Any] = {F.batch_norm, F.instance_norm, torch.batch_norm, torch.instance_norm}
 _VIEWING: set[Any] = {"view", "reshape", "flatten", torch.flatten, torch.reshape, operator.getitem}
 
 
@@ -63,6 +65,8 @@ def merge_branches(training: Graph, evaluation: Graph, root: nn.Module) -> Graph
             continue
         for alone, name in ((ours[start:stop], "training"), (theirs[other_start:other_stop], "evaluation")):
             for node in alone:
+                if node.target in _KEEPING_STATISTICS:
+                    raise MergeError(f"{node} keeps statistics in {name} alone")
                 if changes_its_input(root, node) and not _is_made_by(root, first_argument(node), alone):
                     raise MergeError(f"{node} works in place in {name} alone")
         for other in theirs[other_start:other_stop]:
@@ -73,10 +77,8 @@ def merge_branches(training: Graph, evaluation: Graph, root: nn.Module) -> Graph
 
 
 def _what(node: Node) -> tuple[Any, ...]:
-    if node.op == "output":
-        return (node.op,)  # whatever their structures are, one of the two is selected
-    args, kwargs = (repr(map_nodes(part, lambda _: None)) for part in arguments(node))
-    return node.op, node.target, owner(node), args, kwargs
+    args, kwargs = arguments(node)
+    return node.op, node.target, owner(node), len(args), tuple(kwargs)  # the arguments themselves are selected
 
 
 def _join(graph: Graph, mode: Node, node: Node, other: Node, union: dict[Node, Node]) -> None:
@@ -90,8 +92,10 @@ def _join(graph: Graph, mode: Node, node: Node, other: Node, union: dict[Node, N
             return type(a)(pick(x, y) for x, y in zip(a, b, strict=True))
         if isinstance(a, dict) and isinstance(b, dict) and list(a) == list(b):
             return {key: pick(a[key], b[key]) for key in a}
-        if a is b or (not isinstance(a, Node) and a == b):
+        if a is b or (not isinstance(a, Node) and type(a) is type(b) and a == b):
             return a
+        if a is True and b is False:
+            return mode
         return call_function(graph, select_by_mode, (mode, a, b), {}, node)
 
     set_arguments(node, pick(args, other_args), pick(kwargs, other_kwargs))
@@ -118,7 +122,7 @@ def _is_made_by(root: nn.Module, value: Any, nodes: list[Node]) -> bool:
 
 
 def _check_state(root: nn.Module, node: Node) -> None:
-    """Refuse what evaluation alone calls if running it in training too would be seen; the other way round nothing is."""
+    """Refuse what evaluation alone calls if running it in training too would be seen."""
     if node.op != "call_module":
         return
     for module in root.get_submodule(str(node.target)).modules():

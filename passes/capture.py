@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
+from pege_fx.batch_norm import only_normalizes
 from pege_fx.errors import InputError, ModelError, PegeWarning
 from pege_fx.explicit import make_explicit
 from pege_fx.fake_quant import FakeQuant
@@ -64,17 +65,14 @@ def check_model(model: Any) -> None:
 
 def bind(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Known:
     """Return ``forward``'s arguments by name; raise ``InputError`` if the example inputs do not fit its signature."""
-    signature = inspect.signature(model.forward)
     try:
-        bound = signature.bind(*args, **kwargs)
+        return Known.of_call(model.forward, args, kwargs)
     except TypeError as error:
         raise InputError(
-            f"the example inputs do not fit {type(model).__name__}.forward{signature}: {error}.\n"
+            f"the example inputs do not fit {type(model).__name__}.forward{inspect.signature(model.forward)}: {error}.\n"
             f"  given: {len(args)} positional, keywords {sorted(kwargs) or 'none'}; "
             "example_inputs is a tuple of positional arguments, example_kwargs a dict."
         ) from error
-    bound.apply_defaults()
-    return Known(dict(bound.arguments), is_call=True)
 
 
 Call: TypeAlias = tuple[tuple[Any, ...], Mapping[str, Any]]
@@ -99,12 +97,16 @@ def _copy(model: nn.Module) -> nn.Module:
     for parameter in model.parameters():
         if type(parameter) is nn.Parameter and not vars(parameter):
             copies[id(parameter)] = nn.Parameter(_copy_tensor(parameter.detach()), parameter.requires_grad)
-    for module in reversed(list(model.modules())):  # children first
-        if id(module) not in copies and type(module).__module__.startswith("torch.nn.modules."):
-            made = type(module).__new__(type(module))
-            copies[id(module)] = made
-            made.__dict__.update({name: _copy_value(value, copies) for name, value in vars(module).items()})
-    return copy.deepcopy(model, copies)
+    try:
+        for module in reversed(list(model.modules())):  # children first
+            if id(module) not in copies and type(module).__module__.startswith("torch.nn.modules."):
+                made = type(module).__new__(type(module))
+                copies[id(module)] = made
+                made.__dict__.update({name: _copy_value(value, copies) for name, value in vars(module).items()})
+        return copy.deepcopy(model, copies)
+    except Exception as error:
+        hint = "torch.nn.utils.parametrizations.weight_norm can be." if "weight_norm" in str(error) else ""
+        raise ModelError(f"the model can not be copied: {type(error).__name__}: {error}\n  {hint}".rstrip()) from error
 
 
 def _copy_tensor(value: Tensor) -> Tensor:
@@ -122,19 +124,20 @@ def _copy_value(value: Any, copies: dict[int, Any]) -> Any:
 
 
 def warn_of(notes: list[Capture], has_examples: bool) -> None:
-    """Warn of everything that was fixed, or stays Python."""
+    """Warn of everything that was fixed, by module, and of what stays Python."""
+    fixed: dict[str, list[str]] = {}
     for note in notes:
         if note.rung == "specialised":
-            warnings.warn(
-                f"{note.path or 'the model'}: fixed as in the example inputs: {note.reason} ({note.place})",
-                PegeWarning,
-                stacklevel=4,
-            )
+            fixed.setdefault(note.path, []).append(f"{note.reason} ({note.place})")
         elif note.rung == "python":
             hint = "" if has_examples else "\n  example_inputs may allow to trace it."
             warnings.warn(
                 f"{note.path or 'the model'} stays Python: {note.reason} ({note.place}){hint}", PegeWarning, stacklevel=4
             )
+    for path, places in fixed.items():
+        given = "example inputs" if has_examples else "defaults of forward"
+        lines = "".join(f"\n  {place}" for place in places)
+        warnings.warn(f"{path or 'the model'}: fixed as in the {given}:{lines}", PegeWarning, stacklevel=4)
 
 
 class _Ladder:
@@ -166,7 +169,7 @@ class _Ladder:
                 tracer, graph = self._trace(root, opaque, self._known(root, prefix), branches)
                 break
             except NotTraceableError as error:
-                if error.asks_mode and error.path and not any(True for _ in root.get_submodule(error.path).parameters()):
+                if error.keeps_meaning and error.path and not any(True for _ in root.get_submodule(error.path).parameters()):
                     opaque[error.path] = error
                     continue
                 if error.asks_mode:
@@ -188,7 +191,9 @@ class _Ladder:
             both = ("", "") if branches is None else (branches.place, "both branches, one for training, one for evaluation")
             captured.notes.append(Capture(prefix, "symbolic", *both))
         for path, failure in opaque.items():
-            rung = "leaf" if failure.asks_mode else "python"
+            rung = (
+                "leaf" if failure.keeps_meaning and not any(True for _ in root.get_submodule(path).parameters()) else "python"
+            )
             captured.notes.append(Capture(join(prefix, path), rung, failure.place, failure.reason))
             for node in captured.root.graph.find_nodes(op="call_module", target=path):
                 node.meta["stays_python"] = f"stays Python: {failure.reason} ({failure.place})"
@@ -222,7 +227,7 @@ class _Ladder:
         try:
             return trace(evaluate=False)
         except NotTraceableError as error:
-            if not known.values or error.asks_mode:
+            if error.asks_mode:
                 raise
         return trace(evaluate=True)
 
@@ -316,6 +321,8 @@ def _graph_module(root: nn.Module, graph: Graph, tracer: PegeTracer, prefix: str
         root.add_module(TRAINING_MODE, mode)  # not before: a Sequential would call it
     gm = (Grafted if prefix else GraphModule)(root, graph, class_name=type(root).__name__)
     gm.meta["prefix"] = prefix
+    for node in gm.graph.find_nodes(op="call_module"):
+        only_normalizes(gm.get_submodule(str(node.target)))
     gm.meta["is_operation"] = PegeTracer().is_leaf_module(root, prefix)
     remove_dead_nodes(gm)
     _keep_everything(root, gm)
@@ -353,8 +360,7 @@ def stays_python(gm: GraphModule) -> bool:
 def _python_root(root: nn.Module, prefix: str) -> GraphModule:
     """A graph that calls the root's own code: its parameters and children are the graph's, under their own names."""
     graph = Graph()
-    args: list[Node] = []
-    kwargs: dict[str, Node] = {}
+    arguments: dict[str, Node] = {}
     extra: Any = ()
     more: Any = {}
     for name, parameter in inspect.signature(root.forward).parameters.items():
@@ -365,14 +371,12 @@ def _python_root(root: nn.Module, prefix: str) -> GraphModule:
             extra = node
         elif stars == "**":
             more = node
-        elif parameter.kind is parameter.KEYWORD_ONLY:
-            kwargs[name] = node
         else:
-            args.append(node)
+            arguments[name] = node
     names = [name for name, _ in root.named_children()]
     names += [name for name, _ in [*root.named_parameters(recurse=False), *root.named_buffers(recurse=False)]]
     owned = {name: graph.create_node("get_attr", name) for name in names}
-    result = graph.create_node("call_module", PYTHON_FORWARD, (owned, tuple(args), extra, kwargs, more))
+    result = graph.create_node("call_module", PYTHON_FORWARD, (owned, arguments, extra, more))
     graph.output(result)
     holder = nn.Module()
     holder.training = root.training

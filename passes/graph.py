@@ -291,6 +291,15 @@ def owner(node: Node) -> str:
     return str(path)
 
 
+def owner_class(node: Node) -> str:
+    """Return the class name of that module, "" for the root."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    _, cls = next(reversed(stack.values()))
+    return str(getattr(cls, "__name__", cls)).rpartition(".")[2]
+
+
 def scope(node: Node) -> str:
     """Return the path of the module that a node's value belongs to: for a module's result, the module around it."""
     path = str(node.target) if node.op == "call_module" else node.meta.get("path")

@@ -20,6 +20,7 @@ from pege_fx.passes.graph import (
     join,
     operator_of,
     owner,
+    owner_class,
     remove_dead_nodes,
     set_arguments,
     tensor_of,
@@ -51,7 +52,7 @@ def normalize(gm: GraphModule) -> None:
             builder(readers, node, module)
     readers.merge_get_attrs()
     for node in gm.graph.nodes:
-        if node.target is recurrent and owner(node):
+        if owner(node) and (node.target is recurrent or (operator_of(node) and owner_class(node).startswith("Parametrized"))):
             node.meta["path"] = owner(node)  # the whole module is this one operation
         if (described := operator_of(node)) is not None:
             args, kwargs = arguments(node)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+from torch.nn.utils.parametrize import ParametrizationList
 
 from pege_fx.batch_norm import BatchNorm
 from pege_fx.errors import PegeWarning
@@ -188,7 +189,7 @@ def _edge(name: str, source: str, spec: QuantSpec | None, kind: Kind, non_negati
 def _not_an_operator(gm: GraphModule, node: Node) -> Operation | None:
     """A module with a weight that is no operation of the table: stays float, and the reason says so."""
     module = module_of(gm, node, nn.Module)
-    if module is None or isinstance(module, BatchNorm):
+    if module is None or isinstance(module, (BatchNorm, ParametrizationList)):
         return None
     opened = "stays_python" in node.meta  # its children have rows of their own
     weights = [v for v in module.parameters(recurse=not opened) if v.ndim > 1 and v.is_floating_point()]

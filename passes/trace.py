@@ -1,11 +1,15 @@
 """Tracing one module: fx's tracer with ``.training`` live, and on request with example values beside the graph."""
 
+import functools
 import inspect
 import operator
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.utils.checkpoint
@@ -13,9 +17,12 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node, Proxy, Tracer
 from torch.fx.node import map_arg
 from torch.fx.proxy import Attribute
+from torch.nn.utils.parametrize import is_parametrized
+from torch.utils._pytree import tree_leaves
 
-from pege_fx.batch_norm import BatchNorm
-from pege_fx.mode import TRAINING_MODE, check_argument
+from pege_fx.batch_norm import NORM_THEN, BatchNorm
+from pege_fx.mode import TRAINING_MODE, check_argument, check_keys
+from pege_fx.passes.graph import arguments
 
 
 @dataclass(frozen=True)
@@ -23,27 +30,43 @@ class Known:
     """What is known of a forward's arguments.
 
     Attributes:
-        values: by parameter name; defaults, or those of an example call.
-        is_call: they are all of a call's: ``*args`` and ``**kwargs`` hold what they say and nothing else.
+        values: by parameter name: the defaults, and those of an example call if there is one.
+        given: names of the parameters that the call gives; without a call those without a default.
+        positional: how many of them by position.
+        is_call: there is a call: ``*args`` and ``**kwargs`` hold what they say and nothing else.
     """
 
     values: Mapping[str, Any]
+    given: frozenset[str]
+    positional: int
     is_call: bool
+
+    @classmethod
+    def of_call(cls, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> "Known":
+        """Of an example call; raises ``TypeError`` if it does not fit."""
+        bound = inspect.signature(forward).bind(*args, **kwargs)
+        given = frozenset(bound.arguments)
+        bound.apply_defaults()
+        return cls(dict(bound.arguments), given, len(args), is_call=True)
 
     @classmethod
     def defaults(cls, forward: Callable[..., Any]) -> "Known":
         """Of a call without its optional arguments."""
         parameters = inspect.signature(forward).parameters.values()
-        return cls({p.name: p.default for p in parameters if p.default is not p.empty}, is_call=False)
+        required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        positional = sum(p.kind is not p.KEYWORD_ONLY for p in required)
+        values = {p.name: p.default for p in parameters if p.default is not p.empty}
+        return cls(values, frozenset(p.name for p in required), positional, is_call=False)
 
 
 class NotTraceableError(Exception):
     """A module whose ``forward`` can not be followed: which, where, and why."""
 
-    def __init__(self, path: str, place: str, reason: str, asks_mode: bool = False) -> None:
+    def __init__(self, path: str, place: str, reason: str, cause: Exception | None = None) -> None:
         super().__init__(f"{path}: {reason} ({place})")
         self.path, self.place, self.reason = path, place, reason
-        self.asks_mode = asks_mode
+        self.asks_mode = isinstance(cause, ModeError)
+        self.keeps_meaning = isinstance(cause, (ModeError, ContextError))  # by staying Python, and nothing could be decided
 
 
 class DataDependenceError(Exception):
@@ -127,6 +150,7 @@ class PegeTracer(Tracer):
         mode: bool | None = None,
     ) -> None:
         super().__init__()
+        self.proxy_buffer_attributes = True  # what is done to a buffer is done by the graph, not while tracing
         self.live_training = live_training
         self.mode = mode
         self._context = _context()
@@ -136,6 +160,8 @@ class PegeTracer(Tracer):
         self.specialised: dict[str, str] = {}
         self.failed: str | None = None
         self._values: dict[Node, Any] = {}
+        self._static: set[Node] = set()  # made of parameters and buffers alone
+        self._learned: set[Node] = set()  # of parameters
         self._evaluating = False
         self._modes: list[tuple[nn.Module, bool]] = []
         self._mode_node: Node | None = None
@@ -146,9 +172,7 @@ class PegeTracer(Tracer):
             return self.trace(root)
         except Exception as error:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
-            raise NotTraceableError(
-                self.failed or "", _where_raised(error), reason, asks_mode=isinstance(error, ModeError)
-            ) from error
+            raise NotTraceableError(self.failed or "", _where_raised(error), reason, error) from error
         finally:
             for module, training in self._modes:
                 module.__dict__["training"] = training
@@ -161,6 +185,21 @@ class PegeTracer(Tracer):
         self._mode_node.graph.erase_node(self._mode_node)
         return False
 
+    def trace(self, root: Any, concrete_args: Any = None) -> Graph:
+        """Trace, with the functions that make tensors of a size taking sizes of the graph."""
+        with ExitStack() as patches:
+            for name in _FACTORIES:
+                patches.enter_context(mock.patch.object(torch, name, self._factory(getattr(torch, name))))
+            return super().trace(root, concrete_args)
+
+    def _factory(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original, updated=())
+        def make(*args: Any, **kwargs: Any) -> Any:
+            symbolic = any(isinstance(leaf, Proxy) for leaf in tree_leaves((args, kwargs)))
+            return self.create_proxy("call_function", original, args, kwargs) if symbolic else original(*args, **kwargs)
+
+        return make
+
     # --- fx's hooks ------------------------------------------------------------------------------------------
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -168,6 +207,8 @@ class PegeTracer(Tracer):
             return True
         if isinstance(m, BatchNorm):  # a subclass too, unless it computes something else: torch's forward branches on the mode
             return type(m).forward is BatchNorm.forward or super().is_leaf_module(m, module_qualified_name)
+        if is_parametrized(m) and not self._evaluating:
+            return False  # its weight is computed, by operations of the graph
         return super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -177,6 +218,11 @@ class PegeTracer(Tracer):
             raise ContextError("it checkpoints inside forward, which a graph does not hold")
         self._check_context()  # here, so that the module with the block is to blame and not the one it calls
         try:
+            if isinstance(m, NORM_THEN_TYPES):
+                y = self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
+                for child in m.children():
+                    y = child(y)
+                return y
             return super().call_module(m, forward, args, kwargs)
         except Exception:
             if self.failed is None:
@@ -191,11 +237,17 @@ class PegeTracer(Tracer):
         return attr_val if self._evaluating else super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
-        function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
-        _keywords_behind_star(self.graph, root_fn)
+        signature = inspect.signature(root_fn)
+        variadic = {p.name for p in signature.parameters.values() if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+        wrapped = inspect.unwrap(root_fn) is not root_fn  # fx patches the code of the wrapper, which has other parameters
+        if self.known is None or (variadic and not (self.known.is_call or wrapped)):
+            function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+            _keywords_behind_star(self.graph, root_fn)
+            args = [arg if not isinstance(arg, Proxy) or str(arg.node.target)[0] == "*" else self._fix(arg) for arg in args]
+        else:
+            function, args = self._call_of(root_fn, list(signature.parameters.values())[1:], self.known)
         if not self.live_training:
             return function, args
-        args = [self._fix(arg) if isinstance(arg, Proxy) else arg for arg in args]
         mode = self.create_proxy("call_module", TRAINING_MODE, (), {})
         self._mode_node = mode.node
         self._values[mode.node] = bool(self.mode)
@@ -204,26 +256,58 @@ class PegeTracer(Tracer):
             module.__dict__["training"] = mode
         return function, args
 
+    def _call_of(
+        self, forward: Callable[..., Any], parameters: list[inspect.Parameter], known: Known
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """Make the placeholders, and call ``forward`` the way the example does: what it leaves out is left out."""
+        positional: list[Any] = []
+        keywords: dict[str, Any] = {}
+        proxies = [
+            self.create_proxy("placeholder", _STARS.get(p.kind, "") + p.name, () if p.default is p.empty else (p.default,), {})
+            for p in parameters
+        ]
+        for position, (parameter, proxy) in enumerate(zip(parameters, proxies, strict=True)):
+            name, fixed = parameter.name, self._fix(proxy)
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                positional += fixed
+            elif parameter.kind is parameter.VAR_KEYWORD:
+                keywords |= fixed
+            elif fixed is None and name not in known.given:
+                continue
+            elif parameter.kind is not parameter.KEYWORD_ONLY and position < known.positional:
+                positional.append(fixed)
+            else:
+                keywords[name] = fixed
+        return lambda root: forward(root, *positional, **keywords), [self.root]
+
     def _fix(self, argument: Proxy) -> Any:
-        """Return what ``forward`` gets for a parameter: mostly a proxy; None, or a collection of proxies, if that is known."""
+        """Return what ``forward`` gets for a parameter: mostly a proxy.
+
+        None, a truth value, a whole number or a text is fixed to what it is known to be, because Python may ask for it in ways
+        that no proxy hears of (``is None``, ``isinstance``); a collection of extras becomes one of proxies.
+        """
         target = str(argument.node.target)
         name = target.lstrip("*")
-        if self.known is None or name not in self.known.values:
+        if self.known is None:
             return argument
-        value = self.known.values[name]
-        if value is None:
-            self._check(argument, name, None)
-            return None
-        if target == name or not self.known.is_call:
-            return argument
+        nothing: Any = {} if target.startswith("**") else () if target.startswith("*") else argument
+        value = self.known.values.get(name, nothing)
+        if target == name:
+            return self._fix_value(argument, name, value)
         keys = tuple(value) if isinstance(value, dict) else tuple(range(len(value)))
-        self._check(argument, name, keys)
+        self._check(check_keys, argument, name, keys)
         parts = {key: self.create_proxy("call_function", operator.getitem, (argument, key), {}) for key in keys}
-        fixed = {key: None if value[key] is None else part for key, part in parts.items()}
+        fixed = {key: self._fix_value(part, f"{name}[{key!r}]", value[key]) for key, part in parts.items()}
         return fixed if isinstance(value, dict) else tuple(fixed.values())
 
-    def _check(self, argument: Proxy, name: str, keys: tuple[Any, ...] | None) -> None:
-        node = self.create_node("call_function", check_argument, (argument.node, name, keys), {})
+    def _fix_value(self, argument: Proxy, name: str, value: Any) -> Any:
+        if value is not None and not isinstance(value, (bool, int, str)):
+            return argument
+        self._check(check_argument, argument, name, value)
+        return value
+
+    def _check(self, function: Callable[..., None], argument: Proxy, name: str, traced: Any) -> None:
+        node = self.create_node("call_function", function, (argument.node, name, traced), {})
         node.meta["is_wrapped"] = True  # one node for a tracer of the generated code as well
 
     def proxy(self, node: Node) -> Proxy:
@@ -232,9 +316,33 @@ class PegeTracer(Tracer):
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Node:
         self._check_context()
         node = super().create_node(kind, target, args, kwargs, *rest, **more)
-        if self.evaluate and kind != "output" and target not in (TRAINING_MODE, check_argument):
+        if self.evaluate and kind != "output" and target not in (TRAINING_MODE, check_argument, check_keys):
             self._values[node] = self._evaluate(node)
+            self._note_origin(node)
         return node
+
+    def _note_origin(self, node: Node) -> None:
+        """Where the value comes from: constants of the model may steer Python, sizes too, what tensors hold may not."""
+        sources = node.all_input_nodes
+        reads_size = node.target in _READING_SIZES or (node.target is getattr and arguments(node)[0][1] in _READING_SIZES)
+        if node.op == "get_attr" or (sources and all(source in self._static for source in sources)):
+            self._static.add(node)
+        if isinstance(self._values[node], nn.Parameter) or (not reads_size and any(s in self._learned for s in sources)):
+            self._learned.add(node)
+        is_constant = node in self._static and node not in self._learned
+        is_number = isinstance(self._values[node], (bool, int, float, complex))
+        of_tensor = any(isinstance(self._values.get(source), Tensor) for source in sources)
+        if is_number and of_tensor and not (reads_size or is_constant):
+            self._values[node] = _UNKNOWN
+
+    def create_arg(self, a: Any) -> Any:
+        kind: Any = type(a)
+        if issubclass(kind, dict) and is_dataclass(a):  # a result by name, as transformers' ModelOutput
+            present = {f.name: getattr(a, f.name) for f in fields(a) if getattr(a, f.name) is not None}
+            return self.create_node("call_function", kind, (), {k: self.create_arg(v) for k, v in present.items()})
+        if kind is OrderedDict:
+            return self.create_node("call_function", OrderedDict, (self.create_arg(dict(a)),), {})
+        return super().create_arg(a)
 
     def to_bool(self, obj: Proxy) -> bool:
         if obj.node is self._mode_node:
@@ -261,8 +369,13 @@ class PegeTracer(Tracer):
     # --- example values --------------------------------------------------------------------------------------
 
     def fixed(self, proxy: Proxy, use: str, *, sized: bool = False) -> Any:
-        """Return what Python asks for, and note where: a size, a mode, a number made of them; never a tensor's value."""
+        """Return what Python asks for, and note where: a size, a number made of sizes; never the value of a tensor.
+
+        What is made of buffers alone is a constant of the model, and nothing to note.
+        """
         value = self._values.get(proxy.node, _UNKNOWN)
+        if proxy.node in self._static and proxy.node not in self._learned:
+            return value
         if value is _UNKNOWN or (isinstance(value, Tensor) and not sized):
             raise DataDependenceError(f"{use} asks for the value of {proxy.node}, which depends on data")
         shown = f"{len(value)} items" if sized else repr(value)
@@ -276,7 +389,7 @@ class PegeTracer(Tracer):
         inputs = [self._values.get(source, _UNKNOWN) for source in node.all_input_nodes]
         if any(value is _UNKNOWN for value in inputs):
             return _UNKNOWN
-        args, kwargs = (map_arg(part, self._values.__getitem__) for part in (node.args, node.kwargs))
+        args, kwargs = (map_arg(part, self._values.__getitem__) for part in arguments(node))
         before, self._evaluating = self._evaluating, True
         try:
             with torch.no_grad():
@@ -286,6 +399,14 @@ class PegeTracer(Tracer):
 
 
 _UNKNOWN = object()
+NORM_THEN_TYPES = tuple(NORM_THEN.values())
+_STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+_READING_SIZES: set[Any] = {
+    "shape", "ndim", "dtype", "device", "layout", "is_cuda", "requires_grad", "size", "dim", "numel", "nelement", "stride",
+    "ndimension", "is_contiguous", "is_floating_point", "is_complex", "get_device", "element_size", "itemsize", "names",
+    "is_sparse", "is_nested", "is_quantized", "storage_offset", torch.numel, torch.is_floating_point, torch.is_complex, len,
+}  # fmt: skip
+_FACTORIES = ("arange", "zeros", "ones", "full", "empty", "rand", "randn", "eye", "linspace", "tensor", "finfo", "iinfo")
 
 
 def _run(root: nn.Module, node: Node, args: Any, kwargs: Any) -> Any:
@@ -300,7 +421,8 @@ def _run(root: nn.Module, node: Node, args: Any, kwargs: Any) -> Any:
     try:
         for module, _ in modes:
             module.__dict__["training"] = False  # example values must not move running statistics
-        return value(*args, **kwargs)
+        call: Any = value.normalize if isinstance(value, NORM_THEN_TYPES) else value
+        return call(*args, **kwargs)
     finally:
         for module, training in modes:
             module.__dict__["training"] = training

@@ -48,6 +48,45 @@ class FoldedSyncBatchNorm(_Folded, nn.SyncBatchNorm):
     """``SyncBatchNorm`` in training, identity in evaluation."""
 
 
+class _NormThen:
+    """A BatchNorm whose children follow it, in their order: a normalisation layer with its activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.normalize(x)
+        for child in self.children():  # type: ignore[attr-defined]
+            x = child(x)
+        return x
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """The BatchNorm alone."""
+        result: Tensor = super().forward(x)  # type: ignore[misc]
+        return result
+
+
+class NormThen1d(_NormThen, nn.BatchNorm1d):
+    """``BatchNorm1d``, then its children."""
+
+
+class NormThen2d(_NormThen, nn.BatchNorm2d):
+    """``BatchNorm2d``, then its children."""
+
+
+class NormThen3d(_NormThen, nn.BatchNorm3d):
+    """``BatchNorm3d``, then its children."""
+
+
+def only_normalizes(module: nn.Module) -> None:
+    """Let a normalisation whose children have become nodes of their own be the BatchNorm alone, in place."""
+    for base, cls in NORM_THEN.items():
+        if type(module) is cls:
+            module.__class__ = base
+
+
+NORM_THEN: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm1d: NormThen1d,
+    nn.BatchNorm2d: NormThen2d,
+    nn.BatchNorm3d: NormThen3d,
+}
 FOLDED: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: FoldedBatchNorm1d,
     nn.BatchNorm2d: FoldedBatchNorm2d,

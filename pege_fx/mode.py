@@ -1,5 +1,6 @@
 """Modules that stand in a traced graph for what a graph does not hold: the training mode, code that stays Python."""
 
+import inspect
 from typing import Any
 
 import torch.fx
@@ -24,19 +25,25 @@ def select_by_mode(training: bool, in_training: Any, in_evaluation: Any) -> Any:
 
 
 @torch.fx.has_side_effect
-def check_argument(value: Any, name: str, keys: tuple[Any, ...] | None = None) -> None:
-    """Raise ``InputError`` unless an argument is what the graph was traced for: None, or a collection of these keys.
+def check_argument(value: Any, name: str, traced: Any) -> None:
+    """Raise ``InputError`` unless an argument is the None, number or text that the graph was traced for."""
+    if value is not traced and (type(value) is not type(traced) or value != traced):
+        shown = repr(value) if isinstance(value, (bool, int, float, str)) or value is None else type(value).__name__
+        raise InputError(
+            f"{name} was {traced!r} when the model was traced, and is {shown} now.\n"
+            "  give it in example_inputs or example_kwargs of prepare."
+        )
 
-    Positional extras (``*args``) are known by their number: the keys are 0, 1, ...
-    """
-    if keys is None:
-        if value is not None:
-            raise InputError(
-                f"{name} was None when the model was traced, and is {type(value).__name__} now.\n"
-                "  give it in example_inputs or example_kwargs of prepare."
-            )
-    elif (found := tuple(value) if isinstance(value, dict) else tuple(range(len(value)))) != keys:
-        raise InputError(f"{name} had {list(keys)} when the model was traced, now it has {list(found)}: give examples of that.")
+
+@torch.fx.has_side_effect
+def check_keys(value: Any, name: str, traced: tuple[Any, ...]) -> None:
+    """Raise ``InputError`` unless ``**kwargs`` have the keys, or ``*args`` the positions, that the graph was traced for."""
+    found = tuple(value) if isinstance(value, dict) else tuple(range(len(value)))
+    if found != traced:
+        raise InputError(
+            f"{name} had {list(traced)} when the model was traced, now it has {list(found)}.\n"
+            "  give such a call in example_inputs and example_kwargs of prepare."
+        )
 
 
 class PythonForward(nn.Module):
@@ -50,12 +57,27 @@ class PythonForward(nn.Module):
         super().__init__()
         self._code = (code,)  # in a tuple: no child, so no key of it is doubled
 
-    def forward(
-        self, owned: dict[str, Any], args: tuple[Any, ...], extra: tuple[Any, ...], kwargs: dict[str, Any], more: dict[str, Any]
-    ) -> Any:
+    def forward(self, owned: dict[str, Any], arguments: dict[str, Any], extra: tuple[Any, ...], more: dict[str, Any]) -> Any:
         (code,) = self._code
         code.training = self.training
         for name, value in owned.items():
             if getattr(code, name, None) is not value:
                 setattr(code, name, value)
+        args, kwargs = self._as_called(code, arguments, bool(extra))
         return code.forward(*args, *extra, **kwargs, **more)
+
+    @staticmethod
+    def _as_called(code: nn.Module, arguments: dict[str, Any], all_positional: bool) -> tuple[list[Any], dict[str, Any]]:
+        """By position what has no default, by keyword what differs from its default: a decorator may look."""
+        args: list[Any] = []
+        kwargs: dict[str, Any] = {}
+        for parameter in inspect.signature(code.forward).parameters.values():
+            if parameter.name not in arguments:
+                continue
+            value = arguments[parameter.name]
+            required = parameter.default is parameter.empty or parameter.kind is parameter.POSITIONAL_ONLY or all_positional
+            if required and parameter.kind is not parameter.KEYWORD_ONLY:
+                args.append(value)
+            elif value is not parameter.default:
+                kwargs[parameter.name] = value
+        return args, kwargs

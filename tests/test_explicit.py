@@ -216,7 +216,28 @@ class Optional(nn.Module):
         return y
 
 
+class Last(nn.Module):
+    """Asks what kind of thing it got, in a way that no graph hears of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, keep: int | Tensor = 0, kind: str = "plain") -> Tensor:
+        rows = slice(-keep, None) if isinstance(keep, int) else keep
+        y: Tensor = self.fc(x[rows])
+        return y if kind == "plain" else -y
+
+
 X = values(2, 4)
+
+
+@pytest.mark.parametrize("args", [(X,), (X, 1), (X, torch.tensor([0])), (X, 1, "other")])
+def test_numbers_and_texts_are_fixed_and_another_is_refused(args: Any) -> None:
+    check(Last(), *args)
+    gm = pege_fx.prepare(Last(), "W4A4", args)
+    with pytest.raises(pege_fx.InputError, match=r"(keep|kind) was .* when the model was traced"):
+        gm(X, 2, "third")
 
 
 def test_what_is_not_given_stays_none_and_what_is_given_counts() -> None:
@@ -231,7 +252,7 @@ def test_what_was_none_or_missing_and_is_given_later_is_refused_with_the_fix() -
     gm = pege_fx.prepare(Optional(), "W4A4", (X,))
     for made in (gm, pickle.loads(pickle.dumps(gm))):
         made(X)
-        with pytest.raises(pege_fx.InputError, match=r"mask was None when the model was traced, and is Tensor now.\n.*give it"):
+        with pytest.raises(pege_fx.InputError, match=r"mask was None when .*, and is Tensor now.\n.*give it"):
             made(X, mask=X)
         with pytest.raises(pege_fx.InputError, match=r"rest had \[\] when .* now it has \[0\]"):
             made(X, X)

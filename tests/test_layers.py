@@ -25,7 +25,8 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Inside a layer a file may use another one; these are all the cases. Capture drives the tracer: the two are one pass.
 INSIDE = {
     ("spec", "errors"), ("functional", "kernels"), ("fake_quant", "plan"), ("fake_quant", "quantizers"),
-    ("fake_quant", "batch_norm"), ("explicit", "attention"), ("explicit", "recurrent"), ("explicit", "transformer"),
+    ("fake_quant", "batch_norm"),
+    ("explicit", "attention"), ("explicit", "batch_norm"), ("explicit", "recurrent"), ("explicit", "transformer"),
     ("passes.capture", "passes.trace"),
     ("passes.capture", "passes.branches"), ("inspection", "scheduler"), ("training", "scheduler"),
 }  # fmt: skip
