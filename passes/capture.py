@@ -25,7 +25,7 @@ from pege_fx.explicit import make_explicit
 from pege_fx.fake_quant import FakeQuant
 from pege_fx.mode import PYTHON_FORWARD, TRAINING_MODE, PythonForward, TrainingMode
 from pege_fx.passes.branches import MergeError, merge_branches
-from pege_fx.passes.graph import join, parent_and_name, remove_dead_nodes
+from pege_fx.passes.graph import hides_weights, join, parent_and_name, remove_dead_nodes
 from pege_fx.passes.trace import Known, NotTraceableError, PegeTracer
 from pege_fx.plan import Capture
 
@@ -225,11 +225,15 @@ class _Ladder:
                 raise NotTraceableError(branches.path, branches.place, f"{branches.reason}: {error}") from error
 
         try:
-            return trace(evaluate=False)
+            symbolic = trace(evaluate=False)
         except NotTraceableError as error:
             if error.asks_mode:
                 raise
-        return trace(evaluate=True)
+            return trace(evaluate=True)
+        if known.is_call and any(hides_weights(root, node) for node in symbolic[1].nodes):
+            with contextlib.suppress(NotTraceableError):  # or else it stays one node, and the plan says so
+                return trace(evaluate=True)
+        return symbolic
 
     def _keep_root(self, root: nn.Module, prefix: str, failure: NotTraceableError) -> Captured:
         captured = Captured(GraphModule(nn.Module(), Graph()))

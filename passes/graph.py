@@ -2,6 +2,7 @@
 
 import operator
 import sys
+import types
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -207,6 +208,25 @@ def tensor_of(gm: GraphModule, node: Any) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
+def is_leaf_function(node: Node) -> bool:
+    """Tell whether a node is somebody's own function, kept whole by ``torch.fx.wrap``."""
+    own = getattr(node.target, "__module__", None) or ""
+    return node.op == "call_function" and type(node.target) is types.FunctionType and not own.startswith(("torch.", "pege_fx."))
+
+
+def hides_weights(root: nn.Module, node: Node) -> bool:
+    """Tell whether a node is such a function and gets a weight."""
+    if not is_leaf_function(node):
+        return False
+    read = [source for source in node.all_input_nodes if source.op == "get_attr"]
+    return any(is_matrix(operator.attrgetter(str(source.target))(root)) for source in read)
+
+
+def is_matrix(value: Any) -> bool:
+    """Tell whether a value is a parameter with two dimensions or more: a weight, and no bias or scale."""
+    return isinstance(value, nn.Parameter) and value.ndim > 1
+
+
 def is_weight(gm: GraphModule, node: Node, name: str, source: Any) -> bool:
     """Tell whether an operand reads a weight: what the operator calls so, or a parameter that is a factor of a product."""
     described = operator_of(node)
@@ -214,7 +234,7 @@ def is_weight(gm: GraphModule, node: Node, name: str, source: Any) -> bool:
     value = tensor_of(gm, source)
     if value is None:
         return False
-    return name in described.weights or (isinstance(value, nn.Parameter) and value.ndim > 1)
+    return name in described.weights or is_matrix(value)
 
 
 def has_attribute(module: nn.Module, path: str) -> bool:

@@ -15,6 +15,7 @@ from pege_fx.passes.graph import (
     Operator,
     channels_of,
     function_name,
+    hides_weights,
     is_weight,
     join,
     module_of,
@@ -188,6 +189,11 @@ def _edge(name: str, source: str, spec: QuantSpec | None, kind: Kind, non_negati
 
 def _not_an_operator(gm: GraphModule, node: Node) -> Operation | None:
     """A module with a weight that is no operation of the table: stays float, and the reason says so."""
+    if hides_weights(gm, node):
+        path = join(gm.meta.get("prefix", ""), owner(node), function_name(node))
+        reason = "torch.fx.wrap keeps the function whole: give example_inputs to look inside"
+        count = sum(value.numel() for _, value in filter(None, (_parameter(gm, source) for source in node.all_input_nodes)))
+        return Operation(node.name, path, function_name(node), (), "", count, reason)
     module = module_of(gm, node, nn.Module)
     if module is None or isinstance(module, (BatchNorm, ParametrizationList)):
         return None

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from pege_fx.batch_norm import NORM_THEN, BatchNorm
 from pege_fx.mode import TRAINING_MODE, check_argument, check_keys
-from pege_fx.passes.graph import arguments
+from pege_fx.passes.graph import arguments, is_leaf_function, is_matrix
 
 
 @dataclass(frozen=True)
@@ -335,6 +335,14 @@ class PegeTracer(Tracer):
         if is_number and of_tensor and not (reads_size or is_constant):
             self._values[node] = _UNKNOWN
 
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
+        proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
+        node = proxy.node
+        if self.evaluate and is_leaf_function(node) and any(is_matrix(self._values.get(n)) for n in node.all_input_nodes):
+            self.graph.erase_node(node)
+            return target(*args, **kwargs)  # with values beside the graph it can be followed
+        return proxy
+
     def create_arg(self, a: Any) -> Any:
         kind: Any = type(a)
         if issubclass(kind, dict) and is_dataclass(a):  # a result by name, as transformers' ModelOutput
@@ -416,7 +424,7 @@ def _run(root: nn.Module, node: Node, args: Any, kwargs: Any) -> Any:
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     value: Any = operator.attrgetter(str(node.target))(root)
     if node.op == "get_attr":
-        return value
+        return value.clone() if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) else value  # may be changed
     modes = [(module, module.training) for module in value.modules()]
     try:
         for module, _ in modes:
