@@ -64,7 +64,8 @@ class Capture:
 
     Attributes:
         path: of the module; "" is the model itself.
-        rung: "symbolic", "specialised" (on the example inputs) or "python" (left as it is).
+        rung: "symbolic", "specialised" (on the example inputs), "python" (left as it is), "leaf" (left as it is, and has
+            nothing to quantize) or "block" (a graph of its own, as asked for).
         place: file and line that made it so, "" where nothing did.
         reason: what was fixed there, or why it can not be traced.
     """
