@@ -9,6 +9,7 @@ from torch.fx import GraphModule, Node
 
 from pege_fx.batch_norm import BatchNorm
 from pege_fx.errors import PegeWarning
+from pege_fx.passes.costs import multiply_accumulates
 from pege_fx.passes.graph import (
     Operator,
     function_name,
@@ -123,17 +124,21 @@ def _operation(gm: GraphModule, node: Node, op: Op, choice: Choice) -> Operation
     assert described is not None
     edges = []
     parameters = 0
+    weight: Tensor | None = None
     if described.weight is not None:
         found = _parameter(gm, operand(node, described.weight))
         bias = _parameter(gm, operand(node, "bias")) if "bias" in described.parameters else None
         parameters = sum(value.numel() for _, value in filter(None, (found, bias)))
+        weight = None if found is None else found[1]
         edges.append(_weight_edge(node, described, found, choice))
     for name in described.inputs:
         if (source := operand(node, name)) is not None:
             edges.append(_activation_edge(source, name, "input", choice))
     if choice.specs["output"] is not None:
         edges.append(_activation_edge(node, "output", "output", choice))
-    return Operation(node.name, op.path, op.function, tuple(edges), node.meta.get("batch_norm", ""), parameters)
+    verdict = node.meta.get("batch_norm", "")
+    weights, macs = 0 if weight is None else weight.numel(), multiply_accumulates(node, weight)
+    return Operation(node.name, op.path, op.function, tuple(edges), verdict, parameters, weights=weights, macs=macs)
 
 
 def _weight_edge(node: Node, described: Operator, found: tuple[str, Tensor] | None, choice: Choice) -> Edge:
