@@ -200,6 +200,7 @@ class _Alignment:
         self.used = set(self.matched.values())
         self._match_renamed()
         self._match_replaced()
+        self.kept = {name: name for name in self.used}
 
     def _pair(self, after: str, before: str) -> None:
         self.matched[after] = before
@@ -256,22 +257,26 @@ class _Alignment:
                 yield f"{key}: {new}" if old is None else f"{key}: {old} -> {new}"
 
     def _is_rewired(self, origin: NodeView, view: NodeView) -> bool:
-        """Another input, not counting nodes that were put in between."""
+        """Another input, not counting nodes that were put in between or taken out."""
         if len(origin.inputs) != len(view.inputs):
             return True
-        return any(old not in self._reaches(new) for old, new in zip(origin.inputs, view.inputs, strict=True))
+        return any(
+            _origins(old, self.before, self.kept).isdisjoint(_origins(new, self.after, self.matched))
+            for old, new in zip(origin.inputs, view.inputs, strict=True)
+        )
 
-    def _reaches(self, name: str) -> set[str]:
-        """What a node was before; of an added one, what its inputs were."""
-        found: set[str] = set()
-        waiting = [name]
-        while waiting:
-            name = waiting.pop()
-            if name in self.matched:
-                found.add(self.matched[name])
-            else:
-                waiting += self.after[name].inputs
-        return found
+
+def _origins(name: str, nodes: Snapshot, matched: Mapping[str, str]) -> set[str]:
+    """The node's partner before; of a node without one, what its inputs lead to."""
+    found: set[str] = set()
+    waiting = [name]
+    while waiting:
+        name = waiting.pop()
+        if name in matched:
+            found.add(matched[name])
+        else:
+            waiting += nodes[name].inputs
+    return found
 
 
 def _meaning(view: NodeView, inputs: tuple[str, ...]) -> tuple[object, ...]:
