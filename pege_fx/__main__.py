@@ -259,6 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warn
+            warnings.simplefilter("always", pege_fx.PegeWarning)
             options.run(options)
             sys.stdout.flush()
     except PegeError as error:

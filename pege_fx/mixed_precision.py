@@ -1,4 +1,4 @@
-"""Bits for each operation under a budget: lower what saves most for the least harm until it fits, then use what is left."""
+"""Bits for each operation under a budget: lower what saves most for the least harm, then take what helps and fits."""
 
 import dataclasses
 import re
@@ -49,7 +49,7 @@ def mixed_precision(plan: Plan, readers: Readers, harm: Harm, budget: Budget) ->
     """
     allocation = _Allocation(plan, readers, harm, budget)
     allocation.lower_until_it_fits()
-    allocation.use_what_is_left()
+    allocation.take_what_helps_and_fits()
     rules = [rule for operation in plan.operations if (rule := allocation.rule(operation)) is not None]
     return QuantPolicy((*plan.policy.rules, *rules))
 
@@ -102,7 +102,7 @@ class _Allocation:
 
     def lower_until_it_fits(self) -> None:
         while (over := self.budget.overshoot(self.cost())) > 0:
-            prices = {step: self._price(step, over) for step in self._steps(down=True)}
+            prices = {step: self._price(step, over) for step in self._steps()}
             best = min(prices, key=prices.__getitem__, default=None)
             if best is None or prices[best][0] == float("inf"):
                 size, products = self.cost()
@@ -112,19 +112,17 @@ class _Allocation:
                 )
             self.bits[best[0]] = best[1]
 
-    def use_what_is_left(self) -> None:
+    def take_what_helps_and_fits(self) -> None:
         while True:
-            useful = [step for step in self._steps(down=False) if self._change(*step) < 0 and self._fits(*step)]
+            useful = [step for step in self._steps() if self._change(*step) < 0 and self._fits(*step)]
             if not useful:
                 return
             group, bits = min(useful, key=lambda step: self._change(*step))
             self.bits[group] = bits
 
-    def _steps(self, *, down: bool) -> Iterator[tuple[str, int]]:
+    def _steps(self) -> Iterator[tuple[str, int]]:
         for group, options in self.harm.items():
-            for bits in options:
-                if (bits < self.bits[group]) if down else (bits > self.bits[group]):
-                    yield group, bits
+            yield from ((group, bits) for bits in options if bits != self.bits[group])
 
     def _change(self, group: str, bits: int) -> float:
         return self.harm[group][bits] - self.harm[group][self.bits[group]]
