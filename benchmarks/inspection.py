@@ -1,6 +1,6 @@
 """Seconds of ``explain``, ``summary`` (table printed) and ``diff`` on vit_b_16 and on a graph of 10,000 nodes.
 
-python benchmarks/inspect.py [--output benchmarks/results/inspect.json]; one thread, best of three.
+python benchmarks/inspection.py [--output benchmarks/results/inspection.json]; one thread, best of three.
 """
 
 import argparse
