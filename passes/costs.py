@@ -4,32 +4,29 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
-from pege_fx.passes.graph import Operator, operand, operator_of
+from pege_fx.passes.graph import Operator, operand, operator_of, tensor_of, unfolded
 
 Shape = tuple[int, ...]
 
 
-def multiply_accumulates(node: Node, weight: Tensor | None) -> int | None:
+def multiply_accumulates(gm: GraphModule, node: Node) -> int | None:
     """Return how many products an operator's node sums up, biases and masks left out; None where a shape is not known.
 
-    >>> import torch.nn.functional as F
-    >>> from torch import ones
-    >>> from torch.fx import Graph
-    >>> x = (graph := Graph()).placeholder("x")
-    >>> node = graph.call_function(F.linear, (x, graph.placeholder("w")))
+    >>> from torch import nn
+    >>> from torch.fx import symbolic_trace
+    >>> from pege_fx.passes import normalize, run
+    >>> run(gm := symbolic_trace(nn.Sequential(nn.Linear(5, 3))), [normalize])
+    >>> (node,) = (node for node in gm.graph.nodes if node.op == "call_function")
     >>> node.meta["shape"] = (2, 3)
-    >>> multiply_accumulates(node, ones(3, 5))
+    >>> multiply_accumulates(gm, node)
     30
     """
     described = operator_of(node)
     assert described is not None, f"{node} is no operator"
-    shapes: dict[str, Any] = {name: _shape(operand(node, name)) for name in described.parameters}
-    if weight is not None:
-        shapes["weight"] = tuple(weight.shape)
-    if _shape(node) is None:
+    shapes: dict[str, Any] = {name: _shape(gm, operand(node, name)) for name in described.parameters}
+    if _shape(gm, node) is None:
         return None
     try:
         return _COUNTS.get(described.name, _product)(node, described, shapes)
@@ -37,13 +34,16 @@ def multiply_accumulates(node: Node, weight: Tensor | None) -> int | None:
         return None
 
 
-def _shape(source: Any) -> Shape | None:
+def _shape(gm: GraphModule, source: Any) -> Shape | None:
+    if (value := tensor_of(gm, unfolded(gm, source))) is not None:
+        return tuple(value.shape)
     shape: Shape | None = source.meta.get("shape") if isinstance(source, Node) else None
     return shape
 
 
 def _results(node: Node) -> int:
-    return math.prod(_shape(node) or ())
+    shape: Shape = node.meta["shape"]
+    return math.prod(shape)
 
 
 def _convolution(node: Node, described: Operator, shapes: dict[str, Shape]) -> int:

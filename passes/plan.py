@@ -1,5 +1,6 @@
 """The plan: each operation of the graph under the policy. Changes nothing but ``meta``."""
 
+import dataclasses
 import warnings
 from collections import Counter
 from dataclasses import dataclass
@@ -124,21 +125,18 @@ def _operation(gm: GraphModule, node: Node, op: Op, choice: Choice) -> Operation
     assert described is not None
     edges = []
     parameters = 0
-    weight: Tensor | None = None
     if described.weight is not None:
         found = _parameter(gm, operand(node, described.weight))
         bias = _parameter(gm, operand(node, "bias")) if "bias" in described.parameters else None
         parameters = sum(value.numel() for _, value in filter(None, (found, bias)))
-        weight = None if found is None else found[1]
         edges.append(_weight_edge(node, described, found, choice))
     for name in described.inputs:
         if (source := operand(node, name)) is not None:
             edges.append(_activation_edge(source, name, "input", choice))
     if choice.specs["output"] is not None:
         edges.append(_activation_edge(node, "output", "output", choice))
-    verdict = node.meta.get("batch_norm", "")
-    weights, macs = 0 if weight is None else weight.numel(), multiply_accumulates(node, weight)
-    return Operation(node.name, op.path, op.function, tuple(edges), verdict, parameters, weights=weights, macs=macs)
+    verdict, macs = node.meta.get("batch_norm", ""), multiply_accumulates(gm, node)
+    return Operation(node.name, op.path, op.function, tuple(edges), verdict, parameters, macs=macs)
 
 
 def _weight_edge(node: Node, described: Operator, found: tuple[str, Tensor] | None, choice: Choice) -> Edge:
@@ -151,7 +149,8 @@ def _weight_edge(node: Node, described: Operator, found: tuple[str, Tensor] | No
     path, value = found
     if spec is not None and not value.is_floating_point():
         return Edge("weight", path, None, rule, f"its weight is {value.dtype}", choice.schedule)
-    return _edge("weight", path, spec, "weight", False, rule, choice.schedule)
+    edge = _edge("weight", path, spec, "weight", False, rule, choice.schedule)
+    return dataclasses.replace(edge, elements=value.numel())
 
 
 def _activation_edge(source: object, name: str, field: str, choice: Choice) -> Edge:

@@ -26,7 +26,7 @@ class Coverage:
         """Quantized and all: of "MACs" (where shapes are known), of "weights" (elements) and of "operations"."""
         found = {"MACs": [0, 0], "weights": [0, 0], "operations": [0, 0]}
         for operation in self.plan.operations:
-            held = operation.weights or (0 if operation.edges else operation.parameters)
+            held = sum(edge.elements for edge in operation.weights) if operation.edges else operation.parameters
             for what, count in (("MACs", operation.macs or 0), ("weights", held), ("operations", 1)):
                 found[what][0] += count * is_quantized(operation)
                 found[what][1] += count

@@ -64,10 +64,9 @@ class _Allocation:
             raise InputError(f"bit operations of {unknown[0]} are not known: prepare with example_inputs.")
         together: nx.utils.UnionFind[str] = nx.utils.UnionFind()
         for operation in self.operations:
-            if sites := [site for edge in operation.inputs if (site := self._site(operation, edge))]:
-                together.union(*sites)
-            if (weight := self._site(operation, operation.edge("weight"))) is not None:
-                together.union(weight)
+            for edges in (operation.weights, operation.inputs):
+                if sites := [site for edge in edges if (site := self._site(operation, edge))]:
+                    together.union(*sites)
         self.group = {site: together[site] for site in together}
         self.harm: dict[str, dict[int, float]] = {}
         for group in set(self.group.values()):
@@ -77,27 +76,25 @@ class _Allocation:
                 self.harm[group] = {bits: sum(member[bits] for member in members) for bits in common}
         self.bits = {group: max(options) for group, options in sorted(self.harm.items())}
 
-    def _site(self, operation: Operation, edge: Edge | None) -> str | None:
-        return None if edge is None else self.readers.get((operation.path, edge.operand))
+    def _site(self, operation: Operation, edge: Edge) -> str | None:
+        return self.readers.get((operation.path, edge.operand))
 
-    def _width(self, operation: Operation, edge: Edge | None) -> int:
-        if edge is None or edge.spec is None:
+    def _width(self, operation: Operation, edge: Edge) -> int:
+        if edge.spec is None:
             return FLOAT_BITS
-        site = self._site(operation, edge)
-        return self.bits.get(self.group.get(site or "", ""), edge.spec.bits)
+        return self.bits.get(self.group.get(self._site(operation, edge) or "", ""), edge.spec.bits)
 
     def cost(self) -> tuple[int, int]:
         """Bytes of quantized weights, and bit operations."""
         weights: dict[str, int] = {}
         products = 0
         for operation in self.operations:
-            weight = operation.edge("weight")
-            site = self._site(operation, weight)
-            if site is not None:
-                weights[site] = (self._width(operation, weight) * operation.weights + 7) // 8
-            factors = [self._width(operation, edge) for edge in operation.inputs] or [FLOAT_BITS]
-            first = max(factors) if weight is None else self._width(operation, weight)
-            products += (operation.macs or 0) * first * max(factors)
+            for edge in operation.weights:
+                if (site := self._site(operation, edge)) is not None:
+                    weights[site] = (self._width(operation, edge) * edge.elements + 7) // 8
+            inputs = max((self._width(operation, edge) for edge in operation.inputs), default=FLOAT_BITS)
+            first = max((self._width(operation, edge) for edge in operation.weights), default=inputs)
+            products += (operation.macs or 0) * first * inputs
         return sum(weights.values()), products
 
     def lower_until_it_fits(self) -> None:
@@ -146,9 +143,9 @@ class _Allocation:
     def rule(self, operation: Operation) -> Rule | None:
         """The rule that gives an operation its bits; None where the policy does already."""
         fields: dict[str, Any] = {}
-        for name, edges in (("weight", (operation.edge("weight"),)), ("input", operation.inputs)):
+        for name, edges in (("weight", operation.weights), ("input", operation.inputs)):
             for edge in edges:
-                if edge is not None and edge.spec is not None and self._width(operation, edge) != edge.spec.bits:
+                if edge.spec is not None and self._width(operation, edge) != edge.spec.bits:
                     fields[name] = dataclasses.replace(self._setting(edge, name), bits=self._width(operation, edge))
         return Rule(match=_exactly(operation.path), **fields) if fields else None
 

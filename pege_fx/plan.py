@@ -32,6 +32,7 @@ class Edge:
         rule: the rule that decided.
         reason: why it stays float; "" if quantized.
         group: schedule group.
+        elements: number of elements of the weight it reads; 0 for an activation.
     """
 
     operand: str
@@ -40,14 +41,24 @@ class Edge:
     rule: str
     reason: str = ""
     group: str = "default"
+    elements: int = 0
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether a rule's ``weight`` decides it."""
+        return self.elements > 0 or self.operand == "weight"
 
     def __str__(self) -> str:
         """What was decided, and by what, in one line."""
-        read = "" if self.operand in ("weight", "output") else f" ({self.source})"
+        read = "" if self.is_weight or self.operand == "output" else f" ({self.source})"
         if self.spec is None:
             by = f" by {self.rule}" if self.reason == FLOAT_BY_POLICY else f": {self.reason}"
             return f"{self.operand}{read}: float{by}"
         return f"{self.operand}{read}: {in_words(self.spec)} by {self.rule}"
+
+
+def _widest(edges: tuple[Edge, ...]) -> int:
+    return max((FLOAT_BITS if edge.spec is None else edge.spec.bits for edge in edges), default=FLOAT_BITS)
 
 
 @dataclass(frozen=True)
@@ -62,7 +73,6 @@ class Operation:
         batch_norm: what became of the BatchNorm behind it, "" where there is none.
         parameters: number of elements of its weight and bias, or of the module.
         reason: why it has no edges; "" if it has.
-        weights: number of elements of its weight alone.
         macs: multiply-accumulates on the example inputs; None if their shapes are not known.
     """
 
@@ -73,7 +83,6 @@ class Operation:
     batch_norm: str = ""
     parameters: int = 0
     reason: str = ""
-    weights: int = 0
     macs: int | None = None
 
     def __str__(self) -> str:
@@ -90,18 +99,20 @@ class Operation:
         return next((edge for edge in self.edges if edge.operand == operand), None)
 
     @property
+    def weights(self) -> tuple[Edge, ...]:
+        """Its weight edges; most operations have one or none."""
+        return tuple(edge for edge in self.edges if edge.is_weight)
+
+    @property
     def inputs(self) -> tuple[Edge, ...]:
         """Its activation edges, the output's left out."""
-        return tuple(edge for edge in self.edges if edge.operand not in ("weight", "output"))
+        return tuple(edge for edge in self.edges if not edge.is_weight and edge.operand != "output")
 
     @property
     def widths(self) -> tuple[int, int]:
         """Bits of the two factors of each product: weight and input, or two inputs; float counts as ``FLOAT_BITS``."""
-        inputs = [FLOAT_BITS if edge.spec is None else edge.spec.bits for edge in self.inputs] or [FLOAT_BITS]
-        weight = self.edge("weight")
-        if weight is None:
-            return max(inputs), max(inputs[1:] or inputs)
-        return FLOAT_BITS if weight.spec is None else weight.spec.bits, max(inputs)
+        weights, inputs = map(_widest, (self.weights, self.inputs))
+        return (inputs if not self.weights else weights), inputs
 
     @property
     def format(self) -> str:
@@ -109,7 +120,7 @@ class Operation:
         if all(edge.spec is None for edge in self.edges):
             return "float"
         first, second = self.widths
-        if self.edge("weight") is None:
+        if not self.weights:
             return f"A{first}A{second}"
         return f"W{first}A{second}" if self.inputs else f"W{first}"
 

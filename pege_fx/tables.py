@@ -10,10 +10,8 @@ from pege_fx.plan import FLOAT_BITS, FLOAT_BY_POLICY, Edge, Operation, Plan
 from pege_fx.size import SizeReport
 
 
-def _bits(edge: Edge | None) -> str:
-    if edge is None:
-        return "-"
-    return "float" if edge.spec is None else str(edge.spec.bits)
+def _bits(edges: Iterable[Edge]) -> str:
+    return "/".join(dict.fromkeys("float" if edge.spec is None else str(edge.spec.bits) for edge in edges)) or "-"
 
 
 def _signs(edges: Iterable[Edge]) -> str:
@@ -58,8 +56,8 @@ def row_of(operation: Operation) -> Row:
     return (
         operation.path,
         operation.function,
-        _bits(operation.edge("weight")),
-        "/".join(dict.fromkeys(map(_bits, operation.inputs))) or "-",
+        _bits(operation.weights),
+        _bits(operation.inputs),
         _signs(operation.edges),
         _words(operation.edges, "method"),
         _words(operation.edges, "estimator"),
@@ -83,14 +81,12 @@ def headings(operations: tuple[Operation, ...]) -> Mapping[int, Row]:
 
 
 def _aggregate(path: str, operations: list[Operation]) -> Row:
-    weights = [edge for operation in operations if (edge := operation.edge("weight"))]
-    inputs = [edge for operation in operations for edge in operation.inputs]
     macs = [operation.macs for operation in operations if operation.macs is not None]
     return (
         path,
         str(len(operations)),
-        "/".join(sorted(set(map(_bits, weights)))) or "-",
-        "/".join(sorted(set(map(_bits, inputs)))) or "-",
+        _bits(edge for operation in operations for edge in operation.weights),
+        _bits(edge for operation in operations for edge in operation.inputs),
         f"{sum(operation.parameters for operation in operations):,}",
         _count(sum(macs) if macs else None),
     )
@@ -108,6 +104,7 @@ def operation_to_dict(operation: Operation) -> dict[str, Any]:
     edges = [
         {
             "operand": edge.operand,
+            "elements": edge.elements,
             "source": edge.source,
             "bits": edge.spec.bits if edge.spec else None,
             "signed": edge.spec.signed if edge.spec else None,
@@ -120,7 +117,7 @@ def operation_to_dict(operation: Operation) -> dict[str, Any]:
         }
         for edge in operation.edges
     ]
-    names = ("path", "node", "function", "parameters", "weights", "macs", "batch_norm", "reason", "format")
+    names = ("path", "node", "function", "parameters", "macs", "batch_norm", "reason", "format")
     return {name: getattr(operation, name) for name in names} | {"edges": edges}
 
 
@@ -132,10 +129,10 @@ def parameters_by_bits(plan: Plan) -> Counter[int]:
     counted: dict[tuple[str, str], tuple[int, int]] = {}
     alone = sum(capture.rung != "python" for capture in plan.captures) <= 1
     for operation in plan.operations:
-        edge = operation.edge("weight")
-        if edge is not None and edge.spec is not None and operation.weights:
-            # In a model of one graph a source is one tensor; graphs inside Python modules have names of their own.
-            counted[edge.source, "" if alone else operation.path] = (edge.spec.bits, operation.weights)
+        for edge in operation.weights:
+            if edge.spec is not None:
+                # In a model of one graph a source is one tensor; graphs inside Python modules have names of their own.
+                counted[edge.source, "" if alone else operation.path] = (edge.spec.bits, edge.elements)
     found: Counter[int] = Counter()
     for bits, count in counted.values():
         found[bits] += count
@@ -167,7 +164,9 @@ def totals(plan: Plan, size: SizeReport | None) -> Iterator[str]:
     if plan.parameters:
         yield f"parameters: {plan.parameters:,}, {_shares(bits_named(parameters_by_bits(plan)), ' bits')}"
     if (macs := macs_by_format(plan.operations)) is not None:
-        yield f"multiply-accumulates (MACs): {macs.total():,}, {_shares(dict(macs.most_common()))}"
+        unknown = sum(operation.macs is None for operation in plan.operations if operation.edges)
+        missing = f"; not known for {unknown} operations" if unknown else ""
+        yield f"multiply-accumulates (MACs): {macs.total():,}, {_shares(dict(macs.most_common()))}{missing}"
     elif plan.operations:
         yield "multiply-accumulates (MACs): not known without example_inputs"
     if size is not None:

@@ -150,7 +150,7 @@ def test_wrong_batches_are_refused() -> None:
 def costs(policy: QuantPolicy) -> tuple[int, int]:
     """Bytes of quantized weights, and bit operations."""
     operations = pege_fx.explain(model(), policy, (X,)).operations
-    size = sum((operation.edge("weight").spec.bits * operation.weights + 7) // 8 for operation in operations)  # type: ignore[union-attr]
+    size = sum((edge.spec.bits * edge.elements + 7) // 8 for operation in operations for edge in operation.weights if edge.spec)
     return size, sum(operation.bit_operations or 0 for operation in operations)
 
 
