@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
 import torch
@@ -169,7 +170,7 @@ class Diff:
             ]
         }
 
-    def draw(self, path: str, match: str | None = None, *, context: int = 1) -> None:
+    def draw(self, path: str | Path, match: str | None = None, *, context: int = 1) -> None:
         """Write a picture of what changed and its neighbours; see ``pege_fx.diff_picture.draw_diff``."""
         from pege_fx.diff_picture import draw_diff
 
