@@ -85,8 +85,8 @@ def _aggregate(path: str, operations: list[Operation]) -> Row:
     return (
         path,
         str(len(operations)),
-        _bits(edge for operation in operations for edge in operation.weights),
-        _bits(edge for operation in operations for edge in operation.inputs),
+        "/".join(sorted({_bits([edge]) for operation in operations for edge in operation.weights})) or "-",
+        "/".join(sorted({_bits([edge]) for operation in operations for edge in operation.inputs})) or "-",
         f"{sum(operation.parameters for operation in operations):,}",
         _count(sum(macs) if macs else None),
     )
