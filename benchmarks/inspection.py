@@ -1,6 +1,6 @@
 """CPU seconds of ``explain``, ``summary`` (table printed) and ``diff`` on vit_b_16 and on a graph of 10,000 nodes.
 
-python benchmarks/inspection.py [--output benchmarks/results/inspection.json]; one thread, CPU time (the machine is shared), best of three.
+python benchmarks/inspection.py [--output benchmarks/results/inspection.json]; one thread, of a machine that may be shared.
 """
 
 import argparse
@@ -29,7 +29,7 @@ class Block(nn.Module):
         return torch.relu(self.bn(self.conv(x)) + x) * 0.5
 
 
-def best(call: Callable[[], Any], repeats: int = 3) -> float:
+def best(call: Callable[[], Any], repeats: int = 1) -> float:
     times = []
     for _ in range(repeats):
         start = time.process_time()
