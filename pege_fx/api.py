@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from pege_fx import passes as graph_passes
+from pege_fx.diff import PassTrace
 from pege_fx.errors import ModelError, PegeWarning, PolicyError
 from pege_fx.fake_quant import fake_quants
-from pege_fx.inspection import Explanation
+from pege_fx.inspection import Explanation, bystanders
 from pege_fx.passes.capture import Captured, capture, check_model, stays_python, warn_of
 from pege_fx.passes.pipeline import Pass, Pipeline, run
 from pege_fx.passes.plan import record_classes, warn_if_nothing
@@ -87,7 +88,9 @@ def _capture(
 def _whole_plan(captured: Captured, policy: QuantPolicy) -> Plan:
     """The plans of all graphs as one; the graphs forget what only the passes needed."""
     operations = [operation for gm in captured.graphs for operation in gm.meta["plan"].operations]
-    plan = Plan(type(captured.root).__name__, policy, tuple(operations), tuple(captured.notes))
+    grids = {id(value) for fq in fake_quants(captured.root).values() for value in fq.parameters()}
+    parameters = sum(value.numel() for value in captured.root.parameters() if id(value) not in grids)
+    plan = Plan(type(captured.root).__name__, policy, tuple(operations), tuple(captured.notes), parameters)
     for gm in captured.graphs:
         for key in ("family", "groups", "plan"):
             gm.meta.pop(key, None)
@@ -188,5 +191,31 @@ def explain(
     passes = prepare_passes(policy, batch_norm=batch_norm)
     decided = passes.index(next(step for step in passes if isinstance(step, graph_passes.MakePlan)))
     captured, _ = _capture(model, example_inputs, example_kwargs, blocks)
-    run(captured.graphs, passes[: decided + 1])
-    return Explanation(_whole_plan(captured, policy), f"{type(model).__name__}: dry run")
+    for step in passes[: decided + 1]:  # nobody runs these graphs: no need to lint and to compile them
+        for gm in captured.graphs:
+            step(gm)
+    seen = tuple(bystanders((gm.meta.get("prefix", ""), gm) for gm in captured.graphs))
+    return Explanation(_whole_plan(captured, policy), f"{type(model).__name__}: dry run", seen)
+
+
+def trace_passes(
+    model: nn.Module,
+    policy: QuantPolicy | str,
+    example_inputs: tuple[Any, ...] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    batch_norm: BatchNormMode = "train",
+    seed: int = 0,
+    passes: Iterable[Pass] | None = None,
+) -> PassTrace:
+    """Return what each pass of ``prepare`` does to the graph, from the one that torch.fx traced; arguments as there.
+
+    >>> import torch
+    >>> trace = trace_passes(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), "W4A4", torch.randn(2, 4))
+    >>> print(trace["FoldBatchNorm"].of_kind("added")[0])
+    + _0_weight_fold = 0.weight_fold(_0_weight): WeightFold()  (between _0_weight and _0)
+    """
+    pipeline = prepare_passes(policy, batch_norm=batch_norm, seed=seed) if passes is None else passes
+    trace = PassTrace()
+    prepare(model, policy, example_inputs, example_kwargs, passes=trace.watching(pipeline))
+    return trace

@@ -143,7 +143,7 @@ class Rule:
 
 
 def path_pattern(match: str) -> re.Pattern[str]:
-    """Return the pattern of a module path: a glob (``*`` also crosses dots), or ``re:`` and a regular expression."""
+    """Compile what ``Rule(match=...)`` takes: a glob (``*`` also crosses dots), or ``re:`` and a regular expression."""
     if not isinstance(match, str):
         raise PolicyError(f"match={match!r} is not text: give a glob, or 're:' and a regular expression.")
     if not match.startswith("re:"):
