@@ -8,6 +8,7 @@ deployed = pege_fx.convert(gm)
 
 from pege_fx import curves, functional, passes
 from pege_fx.api import convert, convert_passes, explain, prepare, prepare_passes
+from pege_fx.checkpoint import CheckpointInfo, checkpoint_info, load, newest, save
 from pege_fx.curves import (
     Constant,
     Cosine,
@@ -47,6 +48,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CheckpointError",
+    "CheckpointInfo",
     "Constant",
     "ConvertError",
     "Cosine",
@@ -80,6 +82,7 @@ __all__ = [
     "TraceError",
     "VerifyError",
     "calibrate",
+    "checkpoint_info",
     "convert",
     "convert_passes",
     "curves",
@@ -87,10 +90,13 @@ __all__ = [
     "explain",
     "fake_quants",
     "functional",
+    "load",
+    "newest",
     "parameter_groups",
     "passes",
     "prepare",
     "prepare_passes",
+    "save",
     "size_report",
     "summary",
 ]

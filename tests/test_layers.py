@@ -9,13 +9,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS: list[set[str]] = [
     {"errors", "spec"},
-    {"kernels", "functional", "curves", "policy"},
+    {"kernels", "functional", "curves", "policy", "processes", "container"},
     {"plan", "quantizers", "batch_norm", "fake_quant", "attention"},
     {"passes.graph", "passes.pipeline"},
     {f"passes.{n}" for n in ("trace", "capture", "normalize", "ranks", "fold_bn", "sign", "plan", "insert", "verify", "lower")},
     {"passes"},
     {"scheduler", "inspection", "training"},
     {"api"},
+    {"checkpoint"},
     {"", "testing"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
