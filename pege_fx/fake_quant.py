@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pege_fx import functional
 from pege_fx.batch_norm import Fold
 from pege_fx.plan import Plan
+from pege_fx.processes import is_shared
 from pege_fx.quantizers import Decoding, ForwardMethod, Statistics
 from pege_fx.spec import ESTIMATORS, METHODS, Channels, Kind, QuantSpec
 
@@ -29,6 +30,7 @@ class ScheduleState(nn.Module):
     def __init__(self, group: str) -> None:
         super().__init__()
         self.group = group
+        self.rank = 0  # which part of a global batch this process sees; no buffer, or DDP would make it the first one's
         for name, value in (("rate", 1.0), ("weight_lambda", 0.0), ("activation_lambda", 0.0)):
             self.register_buffer(name, torch.tensor(value), persistent=False)
         key = torch.tensor(functional.refresh_key(0), dtype=torch.int32)
@@ -114,6 +116,13 @@ class FakeQuant(nn.Module):
             seen = Statistics.of(self.enter(x), self.method.channels)
             self.statistics = seen.reduced() if self.statistics is None else self.statistics + seen
 
+    def share_observations(self) -> None:
+        """Add what other processes observed; all of them take part, those too that saw nothing."""
+        if self.site.kind == "activation" and is_shared():
+            nothing = Statistics.of(torch.empty(0, device=self.site_key.device))
+            seen = (self.statistics or nothing).of_all()
+            self.statistics = seen if bool(seen.count > 0) else None
+
     def finish_observing(self) -> None:
         """Initialise from what was observed since, if anything was."""
         self.observing = False
@@ -127,7 +136,9 @@ class FakeQuant(nn.Module):
                 self.observe(x)
             return self.leave(x, self.enter(x))
         if not self.is_calibrated:
-            self.initialize(Statistics.of(self.enter(x), self.method.channels))
+            self.observe(x)
+            self.share_observations()
+            self.finish_observing()
         if not self.training and not torch.is_grad_enabled():
             return self.deployed(x)
         if self.fold is not None and self.fold.live and self.method.channels is not None and self.method.is_plain:
@@ -150,7 +161,7 @@ class FakeQuant(nn.Module):
             self.site.spec,
             zero_point=zero_point,
             rate=self.schedule.rate if self.training else None,
-            key=self.key if self.training else None,
+            key=self._key_of(x) if self.training else None,
             strength=self._strength(),
             scale_gradient=self.method.scale_gradient(x),
         )
@@ -218,6 +229,13 @@ class FakeQuant(nn.Module):
     def key(self) -> Tensor:
         """The key of the masks at the present refresh count, 0-d int32."""
         return self.site_key ^ self.schedule.refresh_key
+
+    def _key_of(self, x: Tensor) -> Tensor:
+        """The key for a tensor: on a further rank, an activation's elements are numbered on from those of the ranks before."""
+        if self.site.kind == "weight" or self.schedule.rank == 0:
+            return self.key
+        first = functional.as_int32(self.schedule.rank * x.numel())
+        return torch.stack([self.key, torch.full_like(self.key, first)])
 
     def last_forward(self) -> tuple[Tensor, Tensor] | None:
         """x_c and y of the last training forward, while autograd still keeps them; else None."""
