@@ -20,6 +20,7 @@ from pege_fx.curves import (
     RampReplacement,
     Step,
 )
+from pege_fx.distributed import shard
 from pege_fx.errors import (
     CheckpointError,
     ConvertError,
@@ -97,6 +98,7 @@ __all__ = [
     "prepare",
     "prepare_passes",
     "save",
+    "shard",
     "size_report",
     "summary",
 ]
