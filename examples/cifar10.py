@@ -379,6 +379,7 @@ class Run:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp):
                 return model(self.test(draw)[0])
 
+        plain_loss_of = loss_of
         loss_of, predict = self.compiled(loss_of), self.compiled(predict)
         display = Display(f"{phase} seed {self.seed}", state["epoch"], epochs, self.steps)
         with display.bar:
@@ -389,6 +390,12 @@ class Run:
                     row["p"], (row["weight_lambda"], row["activation_lambda"]) = scheduler.rate, scheduler.lambdas
                 model.train()
                 draw, totals = self.train.draw(generator), torch.zeros(2, device=self.device)
+                if phase == "qat" and self.args.estimator == "ewgs" and (epoch - 1) % self.args.ewgs_every == 0:
+                    batches = draw.split(size)[: min(3, self.steps)]
+                    found = pege_fx.update_ewgs(
+                        model, lambda batch: plain_loss_of(batch)[0], batches, draws=self.args.ewgs_draws
+                    )
+                    row["mean_delta"] = mean(found.values())
                 for step in range(self.steps):
                     loss, right = loss_of(draw[step * size : (step + 1) * size])
                     loss.backward()
@@ -497,6 +504,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--replacement-end", type=float, default=0.5, help="part of the training after which p is 1")
     add("--weight-lambda", type=float, nargs=2, default=[1e-8, 1e-6], metavar=("A", "B"), help="λ grows from A to B")
     add("--activation-lambda", type=float, nargs=2, default=[1e-9, 1e-8], metavar=("A", "B"))
+    add("--ewgs-every", type=int, default=10, help="epochs from one estimate of EWGS' δ to the next")
+    add("--ewgs-draws", type=int, default=10, help="Hutchinson's random vectors for each of its 3 batches")
     add("--refresh", default="step", choices=("step", "never"), help="masks: redrawn every step, or growing")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--compile", action=switch, help="torch.compile; default: on CUDA")
@@ -505,7 +514,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--time-limit", type=float, default=math.inf, metavar="SECONDS", help="stop after the epoch that passes it")
     add("--match", action="store_true", help="at the end: summary, accuracy of the converted model, size")
     args = parser.parse_args(argv)
-    for name in ("batch_size", "eval_batch_size", "subset"):
+    for name in ("batch_size", "eval_batch_size", "subset", "ewgs_every", "ewgs_draws"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if min(args.epochs, args.float_epochs) < 0:

@@ -36,6 +36,7 @@ from pege_fx.errors import (
     TraceError,
     VerifyError,
 )
+from pege_fx.ewgs import update_ewgs
 from pege_fx.fake_quant import FakeQuant, fake_quants
 from pege_fx.functional import Estimator
 from pege_fx.inspection import Explanation, SizeReport, size_report, summary
@@ -101,4 +102,5 @@ __all__ = [
     "shard",
     "size_report",
     "summary",
+    "update_ewgs",
 ]

@@ -14,7 +14,7 @@ LAYERS: list[set[str]] = [
     {"passes.graph", "passes.pipeline"},
     {f"passes.{n}" for n in ("trace", "capture", "normalize", "ranks", "fold_bn", "sign", "plan", "insert", "verify", "lower")},
     {"passes"},
-    {"scheduler", "inspection", "training", "distributed"},
+    {"scheduler", "inspection", "training", "distributed", "ewgs"},
     {"api"},
     {"checkpoint"},
     {"", "testing"},
