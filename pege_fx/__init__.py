@@ -28,6 +28,7 @@ from pege_fx.errors import (
     FoldError,
     InputError,
     ModelError,
+    NonFiniteError,
     PegeError,
     PegeWarning,
     PolicyError,
@@ -39,6 +40,7 @@ from pege_fx.errors import (
 from pege_fx.ewgs import update_ewgs
 from pege_fx.fake_quant import FakeQuant, fake_quants
 from pege_fx.functional import Estimator
+from pege_fx.guard import Finding, Guard
 from pege_fx.inspection import Explanation, SizeReport, size_report, summary
 from pege_fx.policy import QuantPolicy, Rule
 from pege_fx.quantizers import ForwardMethod, Statistics
@@ -60,14 +62,17 @@ __all__ = [
     "Exponential",
     "ExportError",
     "FakeQuant",
+    "Finding",
     "FoldError",
     "ForwardMethod",
     "GroupCurves",
+    "Guard",
     "InputError",
     "Linear",
     "LogReplacement",
     "Logarithmic",
     "ModelError",
+    "NonFiniteError",
     "PEGEScheduler",
     "PegeError",
     "PegeWarning",

@@ -52,6 +52,10 @@ class ExportError(PegeError):
     """A deployed graph that can not be written in the format asked for."""
 
 
+class NonFiniteError(PegeError, ArithmeticError):
+    """NaN or infinity in the loss or a gradient."""
+
+
 class PegeWarning(UserWarning):
     """Something that works, but probably not as the user expects."""
 

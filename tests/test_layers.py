@@ -14,7 +14,7 @@ LAYERS: list[set[str]] = [
     {"passes.graph", "passes.pipeline"},
     {f"passes.{n}" for n in ("trace", "capture", "normalize", "ranks", "fold_bn", "sign", "plan", "insert", "verify", "lower")},
     {"passes"},
-    {"scheduler", "inspection", "training", "distributed", "ewgs"},
+    {"scheduler", "inspection", "training", "distributed", "ewgs", "guard"},
     {"api"},
     {"checkpoint"},
     {"", "testing"},
@@ -24,7 +24,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 INSIDE = {
     ("spec", "errors"), ("functional", "kernels"), ("fake_quant", "plan"), ("fake_quant", "quantizers"),
     ("fake_quant", "batch_norm"), ("passes.capture", "passes.trace"), ("inspection", "scheduler"), ("training", "scheduler"),
-    ("distributed", "scheduler"),
+    ("distributed", "scheduler"), ("guard", "scheduler"), ("guard", "training"),
 }  # fmt: skip
 
 
