@@ -131,6 +131,12 @@ class PEGEScheduler:
             self.refreshes += 1
         self._apply()
 
+    def go_to(self, steps: int) -> None:
+        """Go to where ``steps`` steps from the start lead."""
+        self.t = min(steps, self.total_steps)
+        self.refreshes = steps if self.refresh == "step" else 0
+        self._apply()
+
     @property
     def rate(self) -> float:
         """Replacement rate p of the default curves at the present position."""
