@@ -31,6 +31,8 @@ def shard(gm: GraphModule, *, mesh: DeviceMesh | None = None, **options: Any) ->
     if not dist.is_initialized():
         raise ModelError("there is no process group: run under torchrun, and call torch.distributed.init_process_group first.")
     whole = {parameter for site in fake_quants(gm).values() for parameter in site.parameters()}
+    for parameter in gm.parameters():
+        parameter.data = parameter.data.contiguous()  # fully_shard takes no channels_last weights
     graphs = [module for module in gm.modules() if isinstance(module, GraphModule) and module is not gm]
     for module in [*reversed(graphs), gm]:
         fully_shard(module, mesh=mesh, ignored_params=whole, **options)
