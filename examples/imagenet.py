@@ -9,8 +9,8 @@ The recipe is that of the author's earlier work (ResNet-18 W4A4): first convolut
 torchvision's float weights. It has not been run at full length yet: tests run it on a small ImageFolder.
 
 Which images a step sees, and how they are cropped, follows from seed, epoch and image alone. So N processes see the global
-batch of one, and a run that was stopped, killed, or restarted by torchrun (--max-restarts) goes on from its last checkpoint. On gloo,
-set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for restarts, or a new worker may look for one that is gone.
+batch of one, and a run that was stopped, killed, or restarted by torchrun (--max-restarts) goes on from its last checkpoint.
+On gloo, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for restarts, or a new worker may look for one that is gone.
 """
 
 import argparse
