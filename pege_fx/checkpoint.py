@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -24,6 +25,17 @@ from pege_fx.scheduler import PEGEScheduler, plan_of
 
 KIND = "pege_fx checkpoint"
 FORMAT = 1
+_PARTS: dict[str, type | tuple[type, ...]] = {
+    "graph": dict,
+    "sites": dict,
+    "masks": dict,
+    "model": dict,
+    "versions": dict,
+    "scheduler": (dict, NoneType),
+    "optimizer": (dict, NoneType),
+    "random": list,
+    "extra": object,
+}
 
 
 @dataclass(frozen=True)
@@ -82,10 +94,7 @@ def save(
     gm = prepared_part(gm)
     plan = plan_of(gm)
     sites = fake_quants(gm)
-    states = {
-        "model": gm.state_dict(),
-        "optimizer": None if optimizer is None else {"names": _names(gm, optimizer)} | optimizer.state_dict(),
-    }
+    states = {"model": gm.state_dict(), "optimizer": None if optimizer is None else _described(gm, optimizer)}
     tree = {
         "format": FORMAT,
         "versions": versions(),
@@ -131,7 +140,7 @@ def load(
     _check_sites(path, info, gm)
     _check_tensors(path, tree["model"], gm.state_dict())
     if optimizer is not None:
-        _check_optimizer(path, tree["optimizer"], _names(gm, optimizer))
+        _check_optimizer(path, tree["optimizer"], _described(gm, optimizer))
     if scheduler is not None:
         if info.scheduler is None:
             raise CheckpointError(f"{path} was saved without a scheduler: load it without, or give save the scheduler.")
@@ -174,12 +183,24 @@ def versions() -> dict[str, str]:
 
 
 def _info(tree: Any, path: str | os.PathLike[str]) -> CheckpointInfo:
-    if tree.get("format") != FORMAT:
-        raise CheckpointError(f"{path} has format {tree.get('format')!r}, this version reads {FORMAT}: upgrade pege_fx.")
-    graph = tree["graph"]
-    policy = QuantPolicy.from_dict(graph["policy"])
+    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+        found = tree.get("format") if isinstance(tree, dict) else None
+        raise CheckpointError(f"{path} has format {found!r}, this version reads {FORMAT}: upgrade pege_fx.")
+    wrong = [name for name, kind in _PARTS.items() if name not in tree or not isinstance(tree[name], kind)]
+    if wrong or tree["sites"].keys() != tree["masks"].keys():
+        raise CheckpointError(f"{path} is not complete: {', '.join(wrong) or 'a mask'} missing, or of another kind.")
+    try:
+        model, fingerprint, policy = (tree["graph"][name] for name in ("model", "fingerprint", "policy"))
+    except KeyError as error:
+        raise CheckpointError(f"{path} is not complete: its graph has no {error}.") from error
     return CheckpointInfo(
-        graph["model"], graph["fingerprint"], policy, tree["sites"], tree["versions"], tree["scheduler"], tree["extra"]
+        model,
+        fingerprint,
+        QuantPolicy.from_dict(policy),
+        tree["sites"],
+        tree["versions"],
+        tree["scheduler"],
+        tree["extra"],
     )
 
 
@@ -213,19 +234,25 @@ def _check_tensors(path: Any, there: Mapping[str, Tensor], here: Mapping[str, Te
             raise CheckpointError(f"{path}: {name} has shape {tuple(there[name].shape)} there and {tuple(value.shape)} here.")
 
 
-def _names(gm: GraphModule, optimizer: torch.optim.Optimizer) -> list[list[str]]:
-    """The parameters of each group by name; those of something else have none."""
+def _described(gm: GraphModule, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The state, with the optimizer's class and the parameters of each group by name; those of something else have none."""
     known = {id(parameter): name for name, parameter in gm.named_parameters()}
-    return [[known.get(id(parameter), "") for parameter in group["params"]] for group in optimizer.param_groups]
+    names = [[known.get(id(parameter), "") for parameter in group["params"]] for group in optimizer.param_groups]
+    return {"class": type(optimizer).__name__, "names": names} | optimizer.state_dict()
 
 
-def _check_optimizer(path: Any, state: Mapping[str, Any] | None, here: list[list[str]]) -> None:
-    if state is None:
+def _check_optimizer(path: Any, there: Mapping[str, Any] | None, here: Mapping[str, Any]) -> None:
+    if there is None:
         raise CheckpointError(f"{path} was saved without an optimizer: load it without, or give save the optimizer.")
-    if state["names"] != here:
+    if there.get("class") != here["class"]:
         raise CheckpointError(
-            f"{path} holds an optimizer of other parameters: groups of {[len(group) for group in state['names']]} there, "
-            f"of {[len(group) for group in here]} here.\n  make the optimizer with the same groups, in the same order."
+            f"{path} holds the state of {there.get('class')}, not of {here['class']}: make the same optimizer."
+        )
+    if there.get("names") != here["names"]:
+        sizes, mine = ([len(group) for group in state.get("names", ())] for state in (there, here))
+        raise CheckpointError(
+            f"{path} holds an optimizer of other parameters: groups of {sizes} there, of {mine} here.\n"
+            "  make the optimizer with the same groups, in the same order."
         )
 
 

@@ -266,6 +266,30 @@ def test_a_future_format_is_named(tmp_path: Path) -> None:
         pege_fx.load(tmp_path / "x", net())
 
 
+def test_a_file_with_parts_missing_is_refused(tmp_path: Path) -> None:
+    gm, scheduler, optimizer = made()
+    pege_fx.save(gm, tmp_path / "x", scheduler=scheduler, optimizer=optimizer)
+    tree = container.read(tmp_path / "x", KIND)
+    for name in set(tree) - {"format"}:
+        container.write({key: value for key, value in tree.items() if key != name}, tmp_path / "y", KIND)
+        refused(tmp_path / "y", f"is not complete: {name} missing", made())
+        if name != "extra":
+            container.write(tree | {name: "text"}, tmp_path / "y", KIND)
+            refused(tmp_path / "y", f"is not complete: {name} missing, or of another kind", made())
+    container.write(tree | {"graph": {}}, tmp_path / "y", KIND)
+    refused(tmp_path / "y", "its graph has no 'model'", made())
+    container.write([1, 2], tmp_path / "y", KIND)
+    refused(tmp_path / "y", "has format None", made())
+
+
+def test_the_state_of_another_kind_of_optimizer_is_refused(tmp_path: Path) -> None:
+    gm, scheduler, optimizer = made()
+    pege_fx.save(gm, tmp_path / "x", scheduler=scheduler, optimizer=optimizer)
+    gm, scheduler, _ = made()
+    sgd = torch.optim.SGD(pege_fx.parameter_groups(gm, 1e-2))
+    refused(tmp_path / "x", "holds the state of Adam, not of SGD: make the same optimizer", (gm, scheduler, sgd))
+
+
 def test_models_that_were_not_prepared_are_not_saved(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="was not prepared"):
         pege_fx.save(net(), tmp_path / "x")
