@@ -8,6 +8,7 @@ deployed = pege_fx.convert(gm)
 
 from pege_fx import curves, functional, passes
 from pege_fx.api import convert, convert_passes, explain, prepare, prepare_passes, trace_passes
+from pege_fx.checkpoint import CheckpointInfo, checkpoint_info, load, newest, save
 from pege_fx.coverage import Coverage
 from pege_fx.curves import (
     Constant,
@@ -21,6 +22,7 @@ from pege_fx.curves import (
     Step,
 )
 from pege_fx.diff import Diff, PassTrace, diff
+from pege_fx.distributed import shard
 from pege_fx.errors import (
     CheckpointError,
     ConvertError,
@@ -28,6 +30,7 @@ from pege_fx.errors import (
     FoldError,
     InputError,
     ModelError,
+    NonFiniteError,
     OutputError,
     PegeError,
     PegeWarning,
@@ -37,8 +40,10 @@ from pege_fx.errors import (
     TraceError,
     VerifyError,
 )
+from pege_fx.ewgs import update_ewgs
 from pege_fx.fake_quant import FakeQuant, fake_quants
 from pege_fx.functional import Estimator
+from pege_fx.guard import Finding, Guard
 from pege_fx.inspection import Explanation, Summary, summary
 from pege_fx.listing import Listing
 from pege_fx.policy import QuantPolicy, Rule
@@ -55,6 +60,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CSVWriter",
     "CheckpointError",
+    "CheckpointInfo",
     "Constant",
     "ConvertError",
     "Cosine",
@@ -66,15 +72,18 @@ __all__ = [
     "Exponential",
     "ExportError",
     "FakeQuant",
+    "Finding",
     "FoldError",
     "ForwardMethod",
     "GroupCurves",
+    "Guard",
     "InputError",
     "Linear",
     "Listing",
     "LogReplacement",
     "Logarithmic",
     "ModelError",
+    "NonFiniteError",
     "OutputError",
     "PEGEScheduler",
     "PassTrace",
@@ -97,6 +106,7 @@ __all__ = [
     "TraceError",
     "VerifyError",
     "calibrate",
+    "checkpoint_info",
     "convert",
     "convert_passes",
     "curves",
@@ -105,13 +115,18 @@ __all__ = [
     "explain",
     "fake_quants",
     "functional",
+    "load",
+    "newest",
     "parameter_groups",
     "passes",
     "prepare",
     "prepare_passes",
     "read_history",
+    "save",
     "sensitivity",
+    "shard",
     "size_report",
     "summary",
     "trace_passes",
+    "update_ewgs",
 ]
