@@ -6,7 +6,7 @@ scheduler = pege_fx.PEGEScheduler(gm, total_steps=epochs)
 deployed = pege_fx.convert(gm)
 """
 
-from pege_fx import curves, functional, passes
+from pege_fx import curves, dataflow, functional, passes
 from pege_fx.api import convert, convert_passes, explain, prepare, prepare_passes
 from pege_fx.curves import (
     Constant,
@@ -19,6 +19,8 @@ from pege_fx.curves import (
     RampReplacement,
     Step,
 )
+from pege_fx.dataflow import to_networkx
+from pege_fx.draw import draw
 from pege_fx.errors import (
     CheckpointError,
     ConvertError,
@@ -83,7 +85,9 @@ __all__ = [
     "convert",
     "convert_passes",
     "curves",
+    "dataflow",
     "discretization_loss",
+    "draw",
     "explain",
     "fake_quants",
     "functional",
@@ -93,4 +97,5 @@ __all__ = [
     "prepare_passes",
     "size_report",
     "summary",
+    "to_networkx",
 ]

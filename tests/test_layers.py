@@ -14,7 +14,7 @@ LAYERS: list[set[str]] = [
     {"passes.graph", "passes.pipeline"},
     {f"passes.{n}" for n in ("trace", "capture", "normalize", "ranks", "fold_bn", "sign", "plan", "insert", "verify", "lower")},
     {"passes"},
-    {"scheduler", "inspection", "training"},
+    {"scheduler", "inspection", "training", "dataflow", "draw"},
     {"api"},
     {"", "testing"},
 ]
@@ -23,6 +23,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 INSIDE = {
     ("spec", "errors"), ("functional", "kernels"), ("fake_quant", "plan"), ("fake_quant", "quantizers"),
     ("fake_quant", "batch_norm"), ("passes.capture", "passes.trace"), ("inspection", "scheduler"), ("training", "scheduler"),
+    ("dataflow", "scheduler"), ("draw", "dataflow"),
 }  # fmt: skip
 
 
