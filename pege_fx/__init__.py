@@ -41,6 +41,7 @@ from pege_fx.functional import Estimator
 from pege_fx.inspection import Explanation, SizeReport, size_report, summary
 from pege_fx.policy import QuantPolicy, Rule
 from pege_fx.quantizers import ForwardMethod, Statistics
+from pege_fx.report import report
 from pege_fx.scheduler import GroupCurves, PEGEScheduler
 from pege_fx.spec import QuantSpec
 from pege_fx.training import calibrate, discretization_loss, parameter_groups
@@ -95,6 +96,7 @@ __all__ = [
     "passes",
     "prepare",
     "prepare_passes",
+    "report",
     "size_report",
     "summary",
     "to_networkx",

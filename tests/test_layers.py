@@ -14,7 +14,7 @@ LAYERS: list[set[str]] = [
     {"passes.graph", "passes.pipeline"},
     {f"passes.{n}" for n in ("trace", "capture", "normalize", "ranks", "fold_bn", "sign", "plan", "insert", "verify", "lower")},
     {"passes"},
-    {"scheduler", "inspection", "training", "dataflow", "draw"},
+    {"scheduler", "inspection", "training", "dataflow", "draw", "report"},
     {"api"},
     {"", "testing"},
 ]
@@ -24,6 +24,7 @@ INSIDE = {
     ("spec", "errors"), ("functional", "kernels"), ("fake_quant", "plan"), ("fake_quant", "quantizers"),
     ("fake_quant", "batch_norm"), ("passes.capture", "passes.trace"), ("inspection", "scheduler"), ("training", "scheduler"),
     ("dataflow", "scheduler"), ("draw", "dataflow"),
+    ("report", "dataflow"), ("report", "draw"), ("report", "scheduler"),
 }  # fmt: skip
 
 
