@@ -4,6 +4,7 @@ const by = id => document.getElementById(id);
 const make = (tag, text) => Object.assign(document.createElement(tag), { textContent: text ?? "" });
 const ink = getComputedStyle(document.body).color;
 const colour = bits => bits ? data.colours[bits] : "#d9d9d9";
+const round = value => typeof value === "number" ? String(Number(value.toPrecision(4))) : value;
 const open = new Set();
 const nodes = new Map(data.nodes.map(node => [node.id, node]));
 
@@ -51,8 +52,8 @@ function details(id) {
   for (const key of ["path", "function", "weight_bits", "shape", "dtype", "code", "reason", "batch_norm"])
     if (node[key]) box.append(make("p", `${key.replace("_", " ")}: ${node[key]}`));
   for (const site of data.sites.filter(site => node.sites.includes(site.site))) {
-    box.append(make("h3", site.site), make("p", `${site.bits} bits, ${site.signed ? "signed" : "unsigned"}, ${site.method}, ${site.estimator}; ${site.rule}; scale ${site.scale ?? "not calibrated"}; relative error ${site.error ?? "not measured"}`));
-    if (site.continuous) box.insertAdjacentHTML("beforeend", plot(site) + `<p>${site.low} to ${site.high}: continuous blue, quantized orange</p>`);
+    box.append(make("h3", site.site), make("p", `${site.bits} bits, ${site.signed ? "signed" : "unsigned"}, ${site.method}, ${site.estimator}; ${site.rule}; scale ${round(site.scale) ?? "not calibrated"}; relative error ${round(site.error) ?? "not measured"}`));
+    if (site.continuous) box.insertAdjacentHTML("beforeend", plot(site) + `<p>${round(site.low)} to ${round(site.high)}: continuous blue, quantized orange</p>`);
   }
 }
 
@@ -97,7 +98,7 @@ function sites() {
   }
   const body = table.createTBody(), rows = [...data.sites];
   if (order[0]) rows.sort((a, b) => (a[order[0]] > b[order[0]] ? 1 : a[order[0]] < b[order[0]] ? -1 : 0) * order[1]);
-  for (const site of rows) { const row = body.insertRow(); for (const column of columns) { const cell = row.insertCell(); cell.textContent = site[column] ?? ""; if (column === "bits") { cell.className = "bits"; cell.style.background = colour(site.bits); } } }
+  for (const site of rows) { const row = body.insertRow(); for (const column of columns) { const cell = row.insertCell(); cell.textContent = round(site[column]) ?? ""; if (column === "bits") { cell.className = "bits"; cell.style.background = colour(site.bits); } } }
   by("sites").replaceChildren(table);
 }
 function curve(box, title, lines, x, mark) {
