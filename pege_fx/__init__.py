@@ -6,7 +6,7 @@ scheduler = pege_fx.PEGEScheduler(gm, total_steps=epochs)
 deployed = pege_fx.convert(gm)
 """
 
-from pege_fx import curves, functional, passes
+from pege_fx import curves, dataflow, functional, passes
 from pege_fx.api import convert, convert_passes, explain, prepare, prepare_passes, trace_passes
 from pege_fx.checkpoint import CheckpointInfo, checkpoint_info, load, newest, save
 from pege_fx.coverage import Coverage
@@ -21,8 +21,10 @@ from pege_fx.curves import (
     RampReplacement,
     Step,
 )
+from pege_fx.dataflow import to_networkx
 from pege_fx.diff import Diff, PassTrace, diff
 from pege_fx.distributed import shard
+from pege_fx.draw import draw
 from pege_fx.errors import (
     CheckpointError,
     ConvertError,
@@ -48,6 +50,7 @@ from pege_fx.inspection import Explanation, Summary, summary
 from pege_fx.listing import Listing
 from pege_fx.policy import QuantPolicy, Rule
 from pege_fx.quantizers import ForwardMethod, Statistics
+from pege_fx.report import report
 from pege_fx.scheduler import GroupCurves, PEGEScheduler
 from pege_fx.sensitivity import Sensitivity, sensitivity
 from pege_fx.size import SizeReport, size_report
@@ -110,8 +113,10 @@ __all__ = [
     "convert",
     "convert_passes",
     "curves",
+    "dataflow",
     "diff",
     "discretization_loss",
+    "draw",
     "explain",
     "fake_quants",
     "functional",
@@ -122,11 +127,13 @@ __all__ = [
     "prepare",
     "prepare_passes",
     "read_history",
+    "report",
     "save",
     "sensitivity",
     "shard",
     "size_report",
     "summary",
+    "to_networkx",
     "trace_passes",
     "update_ewgs",
 ]

@@ -18,7 +18,7 @@ LAYERS: list[set[str]] = [
     },
     {"passes"},
     {"scheduler", "inspection", "tables", "size", "diff", "diff_picture", "coverage", "telemetry"}
-    | {"sensitivity", "mixed_precision", "training", "distributed", "ewgs", "guard"},
+    | {"sensitivity", "mixed_precision", "training", "distributed", "ewgs", "guard", "dataflow", "draw", "report"},
     {"api"},
     {"checkpoint"},
     {"", "testing"},
@@ -36,6 +36,7 @@ INSIDE = {
     ("telemetry", "scheduler"), ("sensitivity", "mixed_precision"), ("sensitivity", "scheduler"),
     ("sensitivity", "size"), ("sensitivity", "training"), ("diff", "size"), ("diff", "diff_picture"), ("diff_picture", "diff"),
     ("distributed", "scheduler"), ("guard", "scheduler"), ("guard", "training"),
+    ("dataflow", "scheduler"), ("draw", "dataflow"), ("report", "dataflow"), ("report", "draw"), ("report", "scheduler"),
 }  # fmt: skip
 
 
