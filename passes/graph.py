@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 
 from pege_fx.batch_norm import BiasFold, Fold, WeightFold
 from pege_fx.spec import Channels
@@ -374,3 +375,47 @@ def changes_its_input(gm: GraphModule, node: Node) -> bool:
 def remove_dead_nodes(gm: GraphModule) -> None:
     """Erase nodes whose result nobody uses, except those that work in place."""
     gm.graph.eliminate_dead_code(lambda node: node.is_impure() or changes_its_input(gm, node))
+
+
+# --- calls written out ---------------------------------------------------------------------------------------
+
+
+def is_torch_module(module: nn.Module) -> bool:
+    """Tell whether a module is one of torch's own layers, without children or hooks."""
+    hooked = any(vars(module).get(name) for name in ("_forward_hooks", "_forward_pre_hooks"))
+    return type(module).__module__.startswith("torch.nn.modules.") and not hooked and not list(module.children())
+
+
+def replace_by_constant(gm: GraphModule, node: Node, value: bool | int | float) -> None:
+    """Let every user of ``node`` take ``value`` instead, and erase ``node``."""
+    for user in list(node.users):
+        user.args = map_arg(user.args, lambda source: value if source is node else source)
+        user.kwargs = map_arg(user.kwargs, lambda source: value if source is node else source)
+    gm.graph.erase_node(node)
+
+
+def write_out(gm: GraphModule, call: Node, inner: Graph, path: Callable[[str], str]) -> None:
+    """Put the nodes of ``inner`` in the place of a ``call_module`` node, which becomes the last of them under its own name.
+
+    ``path`` says where in ``gm`` an attribute of ``inner`` lies.
+    """
+    given, named = iter(call.args), dict(call.kwargs)
+    values: dict[Node, Any] = {}
+    (result,) = next(node for node in inner.nodes if node.op == "output").args
+    call.meta["path"] = str(call.target)
+    for node in inner.nodes:
+        args, kwargs = (map_arg(part, values.__getitem__) for part in (node.args, node.kwargs))
+        if node.op == "placeholder":
+            values[node] = named.get(str(node.target), next(given, *args[:1] or (None,)))
+        elif node is result:
+            call.op, call.target = node.op, node.target
+            set_arguments(call, args, kwargs)
+            return
+        elif node.op == "output":
+            call.replace_all_uses_with(values[result], propagate_meta=False)
+            gm.graph.erase_node(call)
+        else:
+            target = path(str(node.target)) if node.op == "get_attr" else node.target
+            with gm.graph.inserting_before(call):
+                values[node] = gm.graph.create_node(node.op, target, args, kwargs, name=f"{call.name}_{node.name}")
+            copy_origin(call, values[node])

@@ -8,11 +8,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS: list[set[str]] = [
-    {"errors", "spec"},
-    {"kernels", "functional", "curves", "policy"},
+    {"errors", "spec", "files"},
+    {"kernels", "functional", "packing", "curves", "policy"},
     {"plan", "quantizers", "batch_norm", "fake_quant", "attention"},
     {"passes.graph", "passes.pipeline"},
-    {f"passes.{n}" for n in ("trace", "capture", "normalize", "ranks", "fold_bn", "sign", "plan", "insert", "verify", "lower")},
+    {f"passes.{n}" for n in ("trace", "capture", "normalize", "ranks", "fold_bn", "sign", "plan", "insert", "verify", "lower", "inline")},
     {"passes"},
     {"scheduler", "inspection", "training"},
     {"api"},
@@ -21,8 +21,8 @@ LAYERS: list[set[str]] = [
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Inside a layer a file may use another one; these are all the cases. Capture drives the tracer: the two are one pass.
 INSIDE = {
-    ("spec", "errors"), ("functional", "kernels"), ("fake_quant", "plan"), ("fake_quant", "quantizers"),
-    ("fake_quant", "batch_norm"), ("passes.capture", "passes.trace"), ("inspection", "scheduler"), ("training", "scheduler"),
+    ("spec", "errors"), ("files", "errors"), ("functional", "kernels"), ("fake_quant", "plan"), ("fake_quant", "quantizers"),
+    ("fake_quant", "batch_norm"), ("passes.capture", "passes.trace"), ("passes.inline", "passes.trace"), ("inspection", "scheduler"), ("training", "scheduler"),
 }  # fmt: skip
 
 
