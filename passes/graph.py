@@ -219,16 +219,21 @@ def parent_and_name(path: str) -> tuple[str, str]:
 
 def register_buffer(gm: GraphModule, path: str, value: Tensor) -> None:
     """Store a tensor as a buffer at a dotted path, making plain modules on the way where none are."""
-    parent, name = parent_and_name(path)
-    if parent and not has_attribute(gm, parent):
-        gm.add_submodule(parent, nn.Module())
-    gm.get_submodule(parent).register_buffer(name, value)
+    parent, name = _made_parent(gm, path)
+    parent.register_buffer(name, value)
 
 
 def set_parameter(gm: GraphModule, path: str, value: nn.Parameter) -> None:
-    """Store a parameter at a dotted path whose parent exists."""
+    """Store a parameter at a dotted path, making plain modules on the way where none are."""
+    parent, name = _made_parent(gm, path)
+    parent.register_parameter(name, value)
+
+
+def _made_parent(gm: GraphModule, path: str) -> tuple[nn.Module, str]:
     parent, name = parent_and_name(path)
-    gm.get_submodule(parent).register_parameter(name, value)
+    if parent and not has_attribute(gm, parent):
+        gm.add_submodule(parent, nn.Module())
+    return gm.get_submodule(parent), name
 
 
 # --- what earlier passes noted --------------------------------------------------------------------------------
@@ -289,6 +294,15 @@ def function_name(node: Node) -> str:
     if node.op == "call_function":
         return str(getattr(node.target, "__name__", node.target))
     return str(node.target)
+
+
+def where(node: Node) -> str:
+    """Return " (file:line)" of the model's code that made a node, or "" if it is not known."""
+    lines = [line.strip() for line in str(node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File ")]
+    if not lines:
+        return ""
+    file, line = lines[-1].removeprefix("File ").split(",")[:2]
+    return f" ({file.strip(chr(34))}:{line.strip().removeprefix('line ')})"
 
 
 # --- building ------------------------------------------------------------------------------------------------

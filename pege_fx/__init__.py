@@ -41,6 +41,7 @@ from pege_fx.policy import QuantPolicy, Rule
 from pege_fx.quantizers import ForwardMethod, Statistics
 from pege_fx.scheduler import GroupCurves, PEGEScheduler
 from pege_fx.spec import QuantSpec
+from pege_fx.storage import load_deployed, save_deployed
 from pege_fx.training import calibrate, discretization_loss, parameter_groups
 
 __version__ = "0.1.0"
@@ -87,10 +88,12 @@ __all__ = [
     "explain",
     "fake_quants",
     "functional",
+    "load_deployed",
     "parameter_groups",
     "passes",
     "prepare",
     "prepare_passes",
+    "save_deployed",
     "size_report",
     "summary",
 ]

@@ -12,9 +12,12 @@ LAYERS: list[set[str]] = [
     {"kernels", "functional", "packing", "curves", "policy"},
     {"plan", "quantizers", "batch_norm", "fake_quant", "attention"},
     {"passes.graph", "passes.pipeline"},
-    {f"passes.{n}" for n in ("trace", "capture", "normalize", "ranks", "fold_bn", "sign", "plan", "insert", "verify", "lower", "inline")},
+    {
+        f"passes.{n}"
+        for n in ("trace", "capture", "normalize", "ranks", "fold_bn", "sign", "plan", "insert", "verify", "lower", "inline")
+    },
     {"passes"},
-    {"scheduler", "inspection", "training"},
+    {"vocabulary", "scheduler", "inspection", "storage", "training"},
     {"api"},
     {"", "testing"},
 ]
@@ -22,7 +25,8 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Inside a layer a file may use another one; these are all the cases. Capture drives the tracer: the two are one pass.
 INSIDE = {
     ("spec", "errors"), ("files", "errors"), ("functional", "kernels"), ("fake_quant", "plan"), ("fake_quant", "quantizers"),
-    ("fake_quant", "batch_norm"), ("passes.capture", "passes.trace"), ("passes.inline", "passes.trace"), ("inspection", "scheduler"), ("training", "scheduler"),
+    ("fake_quant", "batch_norm"), ("passes.capture", "passes.trace"), ("passes.inline", "passes.trace"),
+    ("inspection", "scheduler"), ("storage", "inspection"), ("storage", "vocabulary"), ("training", "scheduler"),
 }  # fmt: skip
 
 
