@@ -34,6 +34,7 @@ from pege_fx.errors import (
     TraceError,
     VerifyError,
 )
+from pege_fx.export import export_onnx, to_program, verify_export
 from pege_fx.fake_quant import FakeQuant, fake_quants
 from pege_fx.functional import Estimator
 from pege_fx.inspection import Explanation, SizeReport, size_report, summary
@@ -86,6 +87,7 @@ __all__ = [
     "curves",
     "discretization_loss",
     "explain",
+    "export_onnx",
     "fake_quants",
     "functional",
     "load_deployed",
@@ -96,4 +98,6 @@ __all__ = [
     "save_deployed",
     "size_report",
     "summary",
+    "to_program",
+    "verify_export",
 ]
