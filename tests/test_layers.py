@@ -18,6 +18,12 @@ LAYERS: list[set[str]] = [
     },
     {"passes"},
     {"vocabulary", "scheduler", "inspection", "storage", "training"},
+    {"export.program", "export.writer"},
+    {"export.arithmetic", "export.quantization", "export.shapes"},
+    {"export.layers"},
+    {"export.pooling"},
+    {"export.model", "export.verify"},
+    {"export"},
     {"api"},
     {"", "testing"},
 ]
@@ -31,7 +37,7 @@ INSIDE = {
 
 
 def files() -> Iterator[tuple[str, Path]]:
-    for folder, prefix in (("pege_fx", ""), ("passes", "passes.")):
+    for folder, prefix in (("pege_fx", ""), ("passes", "passes."), ("pege_fx/export", "export.")):
         for path in sorted((ROOT / folder).glob("*.py")):
             name = f"{prefix}{path.stem}".removesuffix("__init__").rstrip(".")
             yield name, path

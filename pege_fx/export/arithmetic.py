@@ -10,9 +10,9 @@ from pege_fx.export.writer import TABLE, Handler, UnmappedError, Value, Writer, 
 
 _UNARY = {
     "relu": "Relu", "sigmoid": "Sigmoid", "tanh": "Tanh", "exp": "Exp", "log": "Log", "sqrt": "Sqrt", "abs": "Abs",
-    "neg": "Neg", "floor": "Floor", "ceil": "Ceil", "round": "Round", "sin": "Sin", "cos": "Cos", "erf": "Erf", 
-    "reciprocal": "Reciprocal",    "sign": "Sign", "mish": "Mish", "hardswish": "HardSwish", "selu": "Selu", "logical_not": "Not", "isnan": "IsNaN",
-    "bitwise_not": "Not", "sgn": "Sign", "tan": "Tan", "atan": "Atan", "sinh": "Sinh", "cosh": "Cosh",
+    "neg": "Neg", "floor": "Floor", "ceil": "Ceil", "round": "Round", "sin": "Sin", "cos": "Cos", "tan": "Tan",
+    "atan": "Atan", "sinh": "Sinh", "cosh": "Cosh", "erf": "Erf", "reciprocal": "Reciprocal", "sign": "Sign", "sgn": "Sign",
+    "hardswish": "HardSwish", "selu": "Selu", "isnan": "IsNaN", "logical_not": "Not", "bitwise_not": "Not",
 }  # fmt: skip
 _BINARY = {
     "mul.Tensor": "Mul", "mul.Scalar": "Mul", "maximum": "Max", "minimum": "Min", "pow.Tensor_Tensor": "Pow",
@@ -168,6 +168,11 @@ def gelu(w: Writer, x: Value, approximate: str = "none") -> Value:
     return binary(w, "Mul", binary(w, "Mul", x, 0.5), binary(w, "Add", bent, 1.0))
 
 
+@writes("mish")
+def mish(w: Writer, x: Value) -> Value:
+    return binary(w, "Mul", x, w.op("Tanh", w.op("Softplus", x)))
+
+
 @writes("leaky_relu")
 def leaky_relu(w: Writer, x: Value, slope: float = 0.01) -> Value:
     return w.op("LeakyRelu", x, alpha=float(slope))
@@ -234,10 +239,9 @@ def masked_fill(w: Writer, x: Value, mask: Value, value: Any) -> Value:
 
 
 def reduce(w: Writer, kind: str, x: Value, dims: Any, keepdim: bool) -> Value:
-    """Write a reduction; axes are an input from opset 18 on (sums: 13), an attribute before."""
-    axes = list(range(x.rank)) if dims is None or dims == [] else [dims] if isinstance(dims, int) else list(dims)
-    axes = [axis % max(x.rank, 1) for axis in axes]
-    if w.opset >= 18 or kind == "ReduceSum":
+    """Write a reduction, of everything if no dimension is given; axes are an input from opset 18 on (sums: 13)."""
+    axes = None if dims is None or dims == [] else [dims] if isinstance(dims, int) else list(dims)
+    if axes is not None and (w.opset >= 18 or kind == "ReduceSum"):
         return w.op(kind, x, w.constant(axes), keepdims=int(keepdim))
     return w.op(kind, x, axes=axes, keepdims=int(keepdim))
 
@@ -276,7 +280,7 @@ def vector_norm(w: Writer, x: Value, order: Any = 2, dims: Any = None, keepdim: 
 
 
 @writes("var.correction")
-def variance(w: Writer, x: Value, dims: Any = None, correction: float | None = None, keepdim: bool = False) -> Value:
+def variance(w: Writer, x: Value, dims: Any = None, *, correction: float | None = None, keepdim: bool = False) -> Value:
     centred = binary(w, "Sub", x, reduce(w, "ReduceMean", x, dims, True))
     mean = reduce(w, "ReduceMean", binary(w, "Mul", centred, centred), dims, keepdim)
     axes = range(x.rank) if not dims else [dims] if isinstance(dims, int) else dims
@@ -288,8 +292,19 @@ def variance(w: Writer, x: Value, dims: Any = None, correction: float | None = N
 
 
 @writes("std.correction")
-def deviation(w: Writer, x: Value, dims: Any = None, correction: float | None = None, keepdim: bool = False) -> Value:
+def deviation(w: Writer, x: Value, dims: Any = None, *, correction: float | None = None, keepdim: bool = False) -> Value:
     return w.op("Sqrt", variance(w, x, dims, correction=correction, keepdim=keepdim))
+
+
+@writes("var.dim", "var")
+def variance_or_unbiased(w: Writer, x: Value, dims: Any = None, unbiased: bool = True, keepdim: bool = False) -> Value:
+    dims, unbiased = (None, dims) if isinstance(dims, bool) else (dims, unbiased)
+    return variance(w, x, dims, correction=float(unbiased), keepdim=keepdim)
+
+
+@writes("std.dim", "std")
+def deviation_or_unbiased(w: Writer, x: Value, dims: Any = None, unbiased: bool = True, keepdim: bool = False) -> Value:
+    return w.op("Sqrt", variance_or_unbiased(w, x, dims, unbiased, keepdim))
 
 
 @writes("argmax", "argmin")

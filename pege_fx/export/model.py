@@ -20,7 +20,7 @@ from pege_fx.errors import ExportError, PegeWarning
 from pege_fx.export.arithmetic import SIZES
 from pege_fx.export.program import constants, origin
 from pege_fx.export.writer import TABLE, TYPES, UnmappedError, Value, Writer
-from pege_fx.passes.graph import arguments
+from pege_fx.passes.graph import arguments, first_argument
 
 
 def build(program: ExportedProgram, places: Mapping[str, str], outputs: list[str], opset: int, style: str) -> onnx.ModelProto:
@@ -66,7 +66,7 @@ class _Build:
                 continue
             elif node.op == "call_function":
                 self._write(node)
-        (results,) = next(node for node in graph.nodes if node.op == "output").args  # fmt: skip
+        results = first_argument(next(iter(graph.find_nodes(op="output"))))
         outputs = [self._output(name, value) for name, value in zip(self.outputs, _tensors(results), strict=True)]
         kept = _needed(self.w.nodes, self.outputs)
         read = {name for node in kept for name in node.input}

@@ -158,6 +158,16 @@ def pixel_shuffle(w: Writer, x: Value, factor: int) -> Value:
     return w.op("DepthToSpace", x, blocksize=factor, mode="CRD")
 
 
+@writes("channel_shuffle", "native_channel_shuffle")
+def channel_shuffle(w: Writer, x: Value, groups: int) -> Value:
+    channels = x.size(1)
+    if channels is None:
+        raise UnmappedError("a shuffle of channels whose number is not fixed")
+    split = w.op("Reshape", x, w.constant([0, groups, channels // groups, -1]))
+    turned = w.op("Transpose", split, perm=[0, 2, 1, 3])
+    return w.op("Reshape", turned, w.op("Shape", x, dtype=torch.int64))
+
+
 @writes("pixel_unshuffle")
 def pixel_unshuffle(w: Writer, x: Value, factor: int) -> Value:
     """SpaceToDepth with torch's order of channels: (c, i, j)."""

@@ -22,7 +22,8 @@ from pege_fx.passes.graph import arguments, is_assignment, where
 from pege_fx.passes.lower import unpack_weights
 from pege_fx.passes.pipeline import run
 
-STEPS = "steps"
+_STEPS = "steps"
+_STEP = f"{_STEPS}.node_"  # a bare name could be a module's own: "to"
 
 
 @torch.library.custom_op("pege_fx::quantize", mutates_args=())
@@ -81,7 +82,7 @@ class Step(nn.Module):
 
 
 def stepped(deployed: GraphModule, functions: Mapping[Any, Callable[..., Any]] | None = None) -> GraphModule:
-    """Return a copy whose every node is a module at ``steps.<name of the node>``.
+    """Return a copy whose every node is a module at ``steps.node_<name of the node>``.
 
     ``functions`` says what to call in place of some functions.
     """
@@ -93,7 +94,7 @@ def stepped(deployed: GraphModule, functions: Mapping[Any, Callable[..., Any]] |
         for node in gm.graph.nodes:
             if node.op in ("call_function", "call_method") and not is_assignment(node):
                 function = replaced.get(node.target, node.target) if node.op == "call_function" else None
-                path = f"{STEPS}.{node.name}"
+                path = f"{_STEP}{node.name}"
                 gm.add_submodule(path, Step(node, function))
                 node.op, node.target = "call_module", path
             node.meta.clear()  # it says where the node came from, and torch.export would believe it
@@ -104,10 +105,10 @@ def stepped(deployed: GraphModule, functions: Mapping[Any, Callable[..., Any]] |
 def step_name(path: str) -> str:
     """Return the node that a step's path stands for, in a nested graph with the graph's path before it.
 
-    >>> step_name("steps.conv1"), step_name("head.steps.linear")
+    >>> step_name("steps.node_conv1"), step_name("head.steps.node_linear")
     ('conv1', 'head.linear')
     """
-    return path.replace(f"{STEPS}.", "")
+    return path.replace(_STEP, "")
 
 
 def steps_of(gm: GraphModule, functions: tuple[Any, ...]) -> Iterator[tuple[str, Step]]:
@@ -171,7 +172,7 @@ def _exported(module: nn.Module, args: tuple[Any, ...], shapes: Any) -> Exported
 def origin(node: Node) -> str:
     """Return the name of the converted graph's node that an ATen operation comes from, or ""."""
     for path, _ in reversed(list((node.meta.get("nn_module_stack") or {}).values())):
-        if f".{STEPS}." in f".{path}":
+        if _STEP in str(path):
             return step_name(str(path))
     return ""
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from pege_fx.errors import ExportError, InputError
-from pege_fx.export.program import Step, check_deployed, stepped, steps_of
+from pege_fx.export.program import Step, stepped, steps_of
 from pege_fx.functional import dequantize, quantize
 from pege_fx.passes.graph import arguments
 from pege_fx.spec import bounds_of
