@@ -18,7 +18,7 @@ import pege_fx.export.quantization
 import pege_fx.export.shapes  # noqa: F401 (these fill the table)
 from pege_fx.errors import ExportError, PegeWarning
 from pege_fx.export.arithmetic import SIZES
-from pege_fx.export.program import constants, origin
+from pege_fx.export.program import constants, origin, sizes_of
 from pege_fx.export.writer import TABLE, TYPES, UnmappedError, Value, Writer
 from pege_fx.passes.graph import arguments, first_argument
 
@@ -82,12 +82,12 @@ class _Build:
         example = node.meta["val"]
         if not isinstance(example, Tensor):
             raise ExportError(f"input {node.name} is {type(example).__name__}, not a tensor: fix it in the model.")
-        self.values[node] = Value(self.w.unique(node.name), example.dtype, tuple(example.shape))
+        self.values[node] = Value(self.w.unique(node.name), example.dtype, sizes_of(example))
         return self._info(self.values[node].name, example)
 
     def _info(self, name: str, example: Tensor) -> onnx.ValueInfoProto:
         """A free size that is one symbol has a name ("batch" for the first); one that is computed has none."""
-        sizes = [size if isinstance(size, int) else self._symbol(str(size)) for size in example.shape]
+        sizes = [size if isinstance(size, int) else self._symbol(str(size)) for size in sizes_of(example)]
         return helper.make_tensor_value_info(name, TYPES[example.dtype], sizes)
 
     def _symbol(self, text: str) -> str | None:
@@ -145,7 +145,7 @@ class _Build:
 
     def _described(self, value: Value, example: Any) -> Value:
         if isinstance(example, Tensor) and value.constant is None:
-            value.shape, value.dtype = tuple(example.shape), example.dtype
+            value.shape, value.dtype = sizes_of(example), example.dtype
         return value
 
     def _unmapped(self, node: Node, what: str) -> ExportError:
@@ -203,5 +203,5 @@ def warn_if_batch_is_fixed(program: ExportedProgram) -> None:
     for node in program.graph.find_nodes(op="placeholder"):
         value = node.meta.get("val")
         is_input = node.name in program.graph_signature.user_inputs
-        if is_input and isinstance(value, Tensor) and value.ndim and isinstance(size := value.shape[0], int):
-            warnings.warn(f"the batch size of {node.name} is fixed to {size} by the model.", PegeWarning, stacklevel=4)
+        if is_input and isinstance(value, Tensor) and value.ndim and isinstance(size := sizes_of(value)[0], int):
+            warnings.warn(f"the batch size of {node.name} is fixed to {size} by the model.", PegeWarning, stacklevel=3)

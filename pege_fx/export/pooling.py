@@ -7,6 +7,7 @@ import torch
 
 from pege_fx.export.arithmetic import reduce
 from pege_fx.export.layers import _batched, _each, _unbatched
+from pege_fx.export.program import sizes_of
 from pege_fx.export.writer import UnmappedError, Value, Writer, writes
 
 
@@ -17,7 +18,7 @@ def _pads(
     dims = len(kernel)
     ends = []
     for axis in range(dims):
-        size, count = x.size(axis - dims), result.shape[axis - dims]
+        size, count = x.size(axis - dims), sizes_of(result)[axis - dims]
         if size is None or not isinstance(count, int):
             return None
         reach = (count - 1) * stride[axis] + dilation[axis] * (kernel[axis] - 1) + 1

@@ -177,6 +177,11 @@ def origin(node: Node) -> str:
     return ""
 
 
+def sizes_of(value: Tensor) -> tuple[Any, ...]:
+    """Return a traced tensor's shape: an int for every size that is fixed, also where torch.export found that out late."""
+    return tuple(int(size) if str(size).isdigit() else size for size in value.shape)
+
+
 def constants(program: ExportedProgram) -> dict[Node, Tensor]:
     """Return every value that no input decides: parameters, buffers, and what is computed from them alone.
 
@@ -202,5 +207,5 @@ def constants(program: ExportedProgram) -> dict[Node, Tensor]:
 
 def _is_known(node: Node, known: Mapping[Node, Any]) -> bool:
     value = node.meta.get("val")
-    sizes = value.shape if isinstance(value, Tensor) else ()
+    sizes = sizes_of(value) if isinstance(value, Tensor) else ()
     return all(source in known for source in node.all_input_nodes) and all(isinstance(size, int) for size in sizes)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from pege_fx.export.program import sizes_of
 from pege_fx.export.writer import UnmappedError, Value, Writer, writes
 
 _END = sys.maxsize
@@ -27,7 +28,7 @@ def reshape(w: Writer, x: Value, sizes: list[Any]) -> Value:
 
 def _to_result(w: Writer, x: Value) -> Value:
     """Reshape to the result's own shape, of which one size at most may be free."""
-    sizes = [size if isinstance(size, int) else -1 for size in w.result.shape]
+    sizes = [size if isinstance(size, int) else -1 for size in sizes_of(w.result)]
     if sizes.count(-1) <= 1 and 0 not in sizes:
         return w.op("Reshape", x, w.constant(sizes))
     raise UnmappedError("a reshape with several sizes that are not fixed")
@@ -143,7 +144,7 @@ def select(w: Writer, x: Value, dim: int, index: Any) -> Value:
 
 def _pieces(w: Writer, x: Value, dim: int) -> list[Value]:
     """Cut as the result's own sizes say."""
-    sizes = [value.shape[dim] for value in w.result]
+    sizes = [sizes_of(value)[dim] for value in w.result]
     if not all(isinstance(size, int) for size in sizes):
         raise UnmappedError("a split along a dimension whose size is not fixed")
     if len(sizes) == 1:

@@ -310,7 +310,11 @@ def _forced(proto: onnx.ModelProto, names: list[str]) -> onnx.ModelProto:
 
 
 def _compare(sessions: _Sessions, args: tuple[Tensor, ...], report: ExportReport) -> None:
-    reference = sessions.model(args)
+    shapes = [tuple(x.shape) for x in args]
+    try:
+        reference = sessions.model(args)
+    except Exception as error:
+        raise InputError(f"the model fails on inputs of shapes {shapes}: {type(error).__name__}: {error}") from error
     names = [name for name in reference.values if name in sessions.names]  # in the order of execution
     scales = sessions.model.scales
     unit = abs(scales[names[-1]]) if names else 1.0
@@ -321,7 +325,6 @@ def _compare(sessions: _Sessions, args: tuple[Tensor, ...], report: ExportReport
         given = feed | {name: reference.values[name].numpy() for name in names}
         forced = sessions.forced.run([*sessions.outputs, *(name + _FORCED for name in names)], given)
     except Exception as error:
-        shapes = [tuple(x.shape) for x in args]
         raise InputError(f"ONNX Runtime fails on inputs of shapes {shapes}: {error}") from error
     count = len(sessions.outputs)
     report.samples += args[0].shape[0] if args[0].ndim else 1
