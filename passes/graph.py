@@ -320,6 +320,18 @@ def call_module(graph: Graph, path: str, argument: Node | None, before: Node, na
         return graph.create_node("call_module", path, (argument,), name=name)
 
 
+def call_module_like(
+    gm: GraphModule, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], before: Node
+) -> Node:
+    """Add a module and insert its call, in the place and with the origin of ``before``."""
+    path = free_path(gm, path)
+    gm.add_submodule(path, module)
+    with gm.graph.inserting_before(before):
+        made = gm.graph.create_node("call_module", path, args, kwargs)
+    copy_origin(before, made)
+    return made
+
+
 def call_function(
     graph: Graph,
     function: Callable[..., Any],

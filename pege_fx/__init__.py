@@ -38,6 +38,7 @@ from pege_fx.export import export_onnx, to_program, verify_export
 from pege_fx.fake_quant import FakeQuant, fake_quants
 from pege_fx.functional import Estimator
 from pege_fx.inspection import Explanation, SizeReport, size_report, summary
+from pege_fx.integer import IntegerCoverage, integer_coverage, integer_engine
 from pege_fx.policy import QuantPolicy, Rule
 from pege_fx.quantizers import ForwardMethod, Statistics
 from pege_fx.scheduler import GroupCurves, PEGEScheduler
@@ -62,6 +63,7 @@ __all__ = [
     "ForwardMethod",
     "GroupCurves",
     "InputError",
+    "IntegerCoverage",
     "Linear",
     "LogReplacement",
     "Logarithmic",
@@ -90,6 +92,8 @@ __all__ = [
     "export_onnx",
     "fake_quants",
     "functional",
+    "integer_coverage",
+    "integer_engine",
     "load_deployed",
     "parameter_groups",
     "passes",

@@ -17,7 +17,7 @@ LAYERS: list[set[str]] = [
         for n in ("trace", "capture", "normalize", "ranks", "fold_bn", "sign", "plan", "insert", "verify", "lower", "inline")
     },
     {"passes"},
-    {"vocabulary", "scheduler", "inspection", "storage", "training"},
+    {"vocabulary", "scheduler", "inspection", "integer", "storage", "training"},
     {"export.program", "export.writer"},
     {"export.arithmetic", "export.quantization", "export.shapes"},
     {"export.layers"},
