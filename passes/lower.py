@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from pege_fx.batch_norm import FOLDED, BatchNorm, BiasFold, WeightFold
@@ -20,6 +20,7 @@ from pege_fx.passes.graph import (
     get_attr,
     operand,
     operator_of,
+    parent_and_name,
     register_buffer,
     remove_dead_nodes,
     replace,
@@ -148,6 +149,25 @@ def drop_unused(gm: GraphModule) -> None:
             if f"{path}.{name}".lstrip(".") not in used:
                 delattr(module, name)
     gm.delete_all_unused_submodules()
+    called = {str(node.target) for node in gm.graph.find_nodes(op="call_module")}
+    for path, module in reversed(list(gm.named_modules(remove_duplicate=False))):
+        if path and not any(path == target or path.startswith(f"{target}.") for target in called):
+            _make_plain(gm, path, module)
+
+
+def _make_plain(gm: GraphModule, path: str, module: nn.Module) -> None:
+    """Let what only holds tensors be a module without code: a Conv2d without its weight could not be called anyway."""
+    if type(module) is nn.Module or isinstance(module, GraphModule):
+        return
+    holder = nn.Module().train(module.training)
+    for name, parameter in module.named_parameters(recurse=False):
+        holder.register_parameter(name, parameter)
+    for name, buffer in module.named_buffers(recurse=False):
+        holder.register_buffer(name, buffer)
+    for name, child in module.named_children():
+        holder.add_module(name, child)
+    parent, name = parent_and_name(path)
+    gm.get_submodule(parent).add_module(name, holder)
 
 
 def _constant(gm: GraphModule, path: str, value: Tensor | None, dtype: torch.dtype, before: Node) -> Node | None:

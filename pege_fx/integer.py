@@ -277,10 +277,7 @@ def _accumulate(gm: GraphModule, node: Node) -> _Sums | None:
     bias = _bias(gm, operand(node, "bias")) if "bias" in described.parameters else torch.zeros(1)
     if scale.numel() not in (1, count) or bias is None:
         return None
-    if node.op == "call_method":
-        function = getattr(torch.Tensor, str(node.target))
-    else:
-        function = node.target
+    function = getattr(torch.Tensor, str(node.target)) if node.op == "call_method" else node.target
     args, settings = arguments(node)
     named = dict(zip(described.parameters, args, strict=False)) | settings
     rest = {name: value for name, value in named.items() if name not in (*names, "bias")}

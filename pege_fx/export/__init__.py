@@ -60,7 +60,7 @@ def export_onnx(
     chosen = _opset(opset, style, deployed)
     from pege_fx.export.model import build, output_names, warn_if_batch_is_fixed
 
-    program = to_program(deployed, args, dynamic_batch=dynamic_batch)
+    program = to_program(deployed, args, operators="pege_fx", dynamic_batch=dynamic_batch)
     if dynamic_batch:
         warn_if_batch_is_fixed(program)
     places = {name: step.place for name, step in steps_of_all(stepped(deployed))}

@@ -5,9 +5,10 @@ it comes from; quantize and dequantize become operators of their own, which no d
 """
 
 import copy
+import importlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from pege_fx.fake_quant import fake_quants
 from pege_fx.passes.graph import arguments, is_assignment, where
 from pege_fx.passes.lower import unpack_weights
 from pege_fx.passes.pipeline import run
+from pege_fx.spec import bounds_of
 
 _STEPS = "steps"
 _STEP = f"{_STEPS}.node_"  # a bare name could be a module's own: "to"
@@ -59,10 +61,55 @@ def _(codes: Tensor, scale: Tensor, *rest: Tensor | None, bits: int, dtype: torc
 
 
 QUANTIZE, DEQUANTIZE = "pege_fx.quantize.default", "pege_fx.dequantize.default"
-OPAQUE: dict[Any, Callable[..., Any]] = {
-    functional.quantize: torch.ops.pege_fx.quantize,
-    functional.dequantize: torch.ops.pege_fx.dequantize,
-}
+Operators: TypeAlias = Literal["aten", "pege_fx", "quantized_decomposed"]
+
+
+def _replacements(operators: Operators) -> dict[Any, Callable[..., Any]]:
+    """What stands for quantize and dequantize in a program."""
+    if operators == "aten":
+        return {}
+    if operators == "pege_fx":
+        made: tuple[Any, Any] = (torch.ops.pege_fx.quantize, torch.ops.pege_fx.dequantize)
+    elif operators == "quantized_decomposed":
+        try:  # the module registers the operators, and moves or goes with torch.ao
+            importlib.import_module("torch.ao.quantization.fx._decomposed")
+        except ImportError as error:
+            raise ExportError(f"this torch has no quantized_decomposed operators: {error}.") from error
+        made = (_pt2e_quantize, _pt2e_dequantize)
+    else:
+        raise ExportError(f'operators={operators!r}: give "aten", "pege_fx" or "quantized_decomposed".')
+    return dict(zip((functional.quantize, functional.dequantize), made, strict=True))
+
+
+def _pt2e_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None = None, lower: Tensor | None = None, width: Tensor | None = None,
+    *, bits: int, signed: bool, narrow: bool = False,
+) -> Tensor:  # fmt: skip
+    if lower is not None and width is not None:
+        x = (x - lower) / width
+    zero = torch.zeros_like(scale) if zero_point is None else zero_point
+    low, high = bounds_of(bits, signed=signed, narrow=narrow)
+    dtype = torch.int8 if signed else torch.uint8
+    codes: Tensor = torch.ops.quantized_decomposed.quantize_per_tensor.tensor(x, scale, zero.long(), low, high, dtype)
+    return codes
+
+
+def _pt2e_dequantize(
+    codes: Tensor, scale: Tensor, zero_point: Tensor | None = None, *, bits: int, dtype: torch.dtype | None = None
+) -> Tensor:
+    """A zero point may lie between two codes here and not there: with one, plain operations stay."""
+    axes = [axis for axis, size in enumerate(scale.shape) if size > 1]
+    if bits > 8 or dtype is not None or len(axes) > 1 or zero_point is not None:
+        return functional.dequantize(codes, scale, zero_point, bits=bits, dtype=dtype)
+    steps = scale.flatten()
+    zeros, bounds = torch.zeros_like(steps).long(), bounds_of(bits, signed=codes.dtype is torch.int8)
+    operators = torch.ops.quantized_decomposed
+    value: Tensor
+    if axes:
+        value = operators.dequantize_per_channel(codes, steps, zeros, axes[0], *bounds, codes.dtype)
+    else:
+        value = operators.dequantize_per_tensor.tensor(codes, steps.reshape(()), zeros.reshape(()), *bounds, codes.dtype)
+    return value
 
 
 class Step(nn.Module):
@@ -135,14 +182,24 @@ def check_deployed(deployed: Any, args: tuple[Any, ...]) -> Any:
         raise InputError(f"the model fails on inputs of shapes {shapes}: {type(error).__name__}: {error}") from error
 
 
-def to_program(deployed: GraphModule, args: tuple[Any, ...], *, dynamic_batch: bool = True) -> ExportedProgram:
-    """Return a converted graph as a functional ATen program, its first dimensions free.
+def to_program(
+    deployed: GraphModule, args: tuple[Any, ...], *, operators: Operators = "aten", dynamic_batch: bool = True
+) -> ExportedProgram:
+    """Return a converted graph as a functional ATen program by ``torch.export``, its first dimensions free.
+
+    Args:
+        deployed: the result of ``pege_fx.convert``.
+        args: example inputs.
+        operators: what quantizes: "aten", plain operations, same answers to the last bit, runs anywhere, AOTInductor
+            included; "pege_fx", one operator each, for which this package has to be imported; "quantized_decomposed",
+            those of PyTorch's own flow (PT2E), as long as torch has them (it multiplies by 1 / s, so ties may differ).
+        dynamic_batch: leave the first dimension of every input free.
 
     Raises:
         ExportError: if ``torch.export`` can not follow the model.
     """
     check_deployed(deployed, args)
-    return _export(stepped(deployed, OPAQUE), args, dynamic_batch)
+    return _export(stepped(deployed, _replacements(operators)), args, dynamic_batch)
 
 
 def _export(module: nn.Module, args: tuple[Any, ...], dynamic_batch: bool) -> ExportedProgram:
