@@ -258,6 +258,11 @@ def fill(w: Writer, x: Value, value: Any, **settings: Any) -> Value:
     return _filled(w, w.op("Shape", x, dtype=torch.int64), value)
 
 
+@writes("fill.Tensor")
+def fill_by(w: Writer, x: Value, value: Value) -> Value:
+    return w.op("Expand", w.cast(value, x.dtype), w.op("Shape", x, dtype=torch.int64))
+
+
 @writes("zero", "zeros_like")
 def zeros_like(w: Writer, x: Value, **settings: Any) -> Value:
     return fill(w, x, 0)
