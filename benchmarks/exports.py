@@ -25,7 +25,7 @@ RESULTS = Path(__file__).parent / "results" / "exports.json"
 SEGMENTERS = torchvision.models.list_models(module=torchvision.models.segmentation)
 CLASSIFIERS = torchvision.models.list_models(module=torchvision.models)
 GIANTS = {"regnet_y_128gf", "vit_h_14", "vit_l_16", "vit_l_32"}
-SIZES = {"vit": 224, "maxvit": 224, "swin_v2": 256, "swin_": 224, "inception": 160}
+SIZES = {"vit": 224, "maxvit": 224, "swin_v2": 256, "swin_": 224, "inception": 299}
 
 
 def model_and_inputs(name: str) -> tuple[nn.Module, Tensor]:

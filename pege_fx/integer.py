@@ -13,7 +13,6 @@ float (residual sums, averages, normalisations) is computed in float64.
 import copy
 import math
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from pege_fx.errors import ConvertError
+from pege_fx.accumulators import Accumulate, OnIntegers, Requantize, Rescale, thresholds, widen
 from pege_fx.functional import dequantize, quantize
 from pege_fx.passes.graph import (
     arguments,
@@ -40,8 +39,6 @@ from pege_fx.passes.lower import unpack_weights
 from pege_fx.passes.pipeline import run
 from pege_fx.spec import bounds_of
 
-_LOWEST, _HIGHEST = -(2**31), 2**31
-_NEAR = 1e-4  # of an accumulator's unit: closer to a whole number than this, float64 does not decide
 _LAYERS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear")
 _PRODUCTS = ("matmul", "mm", "bmm")
 _KEEP_ORDER: set[Any] = {
@@ -49,83 +46,6 @@ _KEEP_ORDER: set[Any] = {
     torch.unsqueeze, "flatten", "view", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "contiguous", "unflatten",
 }  # fmt: skip
 _RELU: set[Any] = {F.relu, torch.relu, torch.relu_, "relu", "relu_"}
-
-
-def widen(x: Any) -> Any:
-    """Return a float tensor in float64, anything else as it is."""
-    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
-
-
-class Accumulate(nn.Module):
-    """A layer on codes: the exact sums of integer products, int32.
-
-    Runs in float64, whose integers are exact to 2**53: torch has no integer convolution on every device.
-    """
-
-    zero_points: Tensor
-
-    def __init__(self, function: Any, zero_points: list[int]) -> None:
-        super().__init__()
-        self.function = function
-        self.register_buffer("zero_points", torch.tensor(zero_points))
-
-    def forward(self, a: Tensor, b: Tensor, *settings: Any, **named: Any) -> Tensor:
-        first, second = (codes.double() - zero for codes, zero in zip((a, b), self.zero_points, strict=True))
-        sums: Tensor = self.function(first, second, *settings, **named)
-        if sums.numel() and float(sums.abs().max()) >= _HIGHEST:
-            raise ConvertError("an accumulator does not fit in 32 bits: fewer bits, or a smaller layer.")
-        return sums.to(torch.int32)
-
-
-class Rescale(nn.Module):
-    """What accumulators stand for, in float64: scale * acc + bias, along one dimension."""
-
-    scale: Tensor
-    bias: Tensor
-
-    def __init__(self, scale: Tensor, bias: Tensor, axis: int) -> None:
-        super().__init__()
-        self.axis = axis
-        self.register_buffer("scale", scale.double())
-        self.register_buffer("bias", bias.double())
-
-    def forward(self, sums: Tensor) -> Tensor:
-        shape = [1] * sums.ndim
-        shape[self.axis] = -1
-        return sums.double() * self.scale.view(shape) + self.bias.view(shape)
-
-
-class Requantize(nn.Module):
-    """Codes from accumulators: how many of the channel's thresholds are reached, plus the lowest code."""
-
-    thresholds: Tensor
-
-    def __init__(self, thresholds: Tensor, axis: int, lowest: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.axis, self.lowest, self.dtype = axis, lowest, dtype
-        self.register_buffer("thresholds", thresholds)
-
-    def forward(self, sums: Tensor) -> Tensor:
-        rows = sums.movedim(self.axis, 0)
-        if self.thresholds.shape[0] == 1:
-            rows = rows.reshape(1, *rows.shape)
-        flat = rows.reshape(rows.shape[0], -1).to(torch.int64)
-        reached = torch.searchsorted(self.thresholds, flat.contiguous(), right=True)
-        codes = (reached + self.lowest).to(self.dtype).view(rows.shape)
-        return (codes[0] if self.thresholds.shape[0] == 1 else codes).movedim(0, self.axis)
-
-
-class OnIntegers(nn.Module):
-    """A function that keeps the order of values (a max pool, a reshape), on codes."""
-
-    def __init__(self, node: Node) -> None:
-        super().__init__()
-        self.target: Any = node.target
-
-    def forward(self, codes: Tensor, *args: Any, **settings: Any) -> Tensor:
-        call = getattr(torch.Tensor, self.target) if isinstance(self.target, str) else self.target
-        result: Tensor = call(codes.double(), *args, **settings)
-        return result.to(codes.dtype)
 
 
 def integer_engine(deployed: GraphModule) -> GraphModule:
@@ -318,17 +238,17 @@ def _requantize(gm: GraphModule, node: Node, known: dict[Node, _Sums]) -> None:
     sums = known[source]
     args, settings = arguments(node)
     grid = [tensor_of(gm, part) for part in args[1:]]
-    thresholds = _thresholds(sums, clips, grid, settings)
-    if thresholds is None:
+    rows = thresholds(sums.scale, sums.bias, clips, grid, **settings)
+    if rows is None:
         return
     lowest, _ = bounds_of(settings["bits"], signed=settings["signed"], narrow=settings.get("narrow", False))
     dtype = torch.int8 if settings["signed"] else torch.uint8
-    module = Requantize(thresholds, sums.axis, lowest, dtype)
+    module = Requantize(rows, sums.axis, lowest, dtype)
     codes = call_module_like(gm, f"{node.name}_integer", module, (sums.node,), {}, before=node)
     for move in reversed(moves):
         move_args, move_settings = arguments(move)
         codes = call_module_like(
-            gm, f"{node.name}_{move.name}", OnIntegers(move), (codes, *move_args[1:]), move_settings, before=node
+            gm, f"{node.name}_{move.name}", OnIntegers(move.target), (codes, *move_args[1:]), move_settings, before=node
         )
     replace(gm, node, codes)
 
@@ -348,42 +268,3 @@ def _clip(node: Node) -> tuple[float, float] | None:
         low, high = -math.inf if low is None else low, math.inf if high is None else high
         return (low, high) if isinstance(low, (int, float)) and isinstance(high, (int, float)) else None
     return None
-
-
-# --- thresholds ------------------------------------------------------------------------------------------------
-
-
-def _thresholds(
-    sums: _Sums, clips: list[tuple[float, float]], grid: list[Tensor | None], settings: dict[str, Any]
-) -> Tensor | None:
-    """The smallest integer that gives each code above the lowest, int64 of shape (channels, codes - 1)."""
-    step, zero, lower, width = (*grid, None, None, None)[:4]
-    if step is None or step.numel() != 1 or any(part is not None and part.numel() != 1 for part in grid):
-        return None
-    low, high = bounds_of(settings["bits"], signed=settings["signed"], narrow=settings.get("narrow", False))
-    start = 0 if zero is None else int(zero)
-    s, w = Fraction(float(step)), Fraction(1 if width is None else float(width))
-    shift = Fraction(0 if lower is None else float(lower))
-    # round half to even: x / s >= m - 1/2 gives at least m, and the border itself does only if m is even
-    borders = [((m - Fraction(1, 2)) * s * w + shift, m % 2 == 0) for m in range(low + 1 - start, high + 1 - start)]
-    columns = [_reached(border, included, clips, sums) for border, included in borders]
-    return torch.stack(columns, 1)
-
-
-def _reached(border: Fraction, included: bool, clips: list[tuple[float, float]], sums: _Sums) -> Tensor:
-    """For every channel the smallest n with clip(scale * n + bias) >= border (or > border)."""
-    count = max(sums.scale.numel(), sums.bias.numel())
-    for low, high in clips:
-        if (included and border <= low) or border < low:
-            return torch.full((count,), _LOWEST)
-        if border > high or (border == high and not included):
-            return torch.full((count,), _HIGHEST)
-    scale, bias = sums.scale.expand(count), sums.bias.expand(count)
-    place = (float(border) - bias) / scale
-    found = torch.where(place.isfinite(), place, 0.0).clamp(_LOWEST, _HIGHEST).ceil().to(torch.int64)
-    near = (place - place.round()).abs() <= _NEAR * (1 + place.abs() * 1e-6)
-    for i in near.nonzero().flatten().tolist():
-        exact = (border - Fraction(float(bias[i]))) / Fraction(float(scale[i]))
-        whole = math.ceil(exact) if included else math.floor(exact) + 1
-        found[i] = min(max(whole, _LOWEST), _HIGHEST)
-    return found

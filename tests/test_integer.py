@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import pege_fx
 from pege_fx import ConvertError, QuantPolicy, testing
-from pege_fx.integer import Accumulate, Requantize, _reached, _Sums, integer_coverage, integer_engine
+from pege_fx.accumulators import Accumulate, Requantize, first_reaching, thresholds
+from pege_fx.integer import integer_coverage, integer_engine
 
 X = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -47,8 +48,8 @@ def test_a_threshold_is_where_exact_rounding_changes(a: float, b: float, s: floa
             value = min(value, Fraction(clip[1]))
         return round(max(value, Fraction(clip[0])) / step)  # a Fraction rounds half to even
 
-    sums = _Sums(None, torch.tensor([a], dtype=torch.float64), torch.tensor([b], dtype=torch.float64), 1)  # type: ignore[arg-type]
-    n = int(_reached((m - Fraction(1, 2)) * step, m % 2 == 0, [clip], sums))
+    scale, start = torch.tensor([a], dtype=torch.float64), torch.tensor([b], dtype=torch.float64)
+    n = int(first_reaching((m - Fraction(1, 2)) * step, m % 2 == 0, [clip], scale, start))
     if n == 2**31:
         assert code(2**31 - 1) < m
     elif n == -(2**31):
@@ -58,9 +59,10 @@ def test_a_threshold_is_where_exact_rounding_changes(a: float, b: float, s: floa
 
 
 def test_thresholds_halfway_between_codes_round_to_even() -> None:
-    sums = _Sums(None, torch.tensor([0.5], dtype=torch.float64), torch.zeros(1, dtype=torch.float64), 1)  # type: ignore[arg-type]
-    columns = [_reached(Fraction(2 * m - 1, 2), m % 2 == 0, [], sums) for m in (1, 2, 3)]
-    step = Requantize(torch.stack(columns, 1), -1, 0, torch.uint8)
+    half, zero = torch.tensor([0.5], dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    rows = thresholds(half, zero, [], [torch.tensor(1.0)], bits=2, signed=False)
+    assert rows is not None
+    step = Requantize(rows, -1, 0, torch.uint8)
     values = torch.arange(-2, 9)
     assert step(values[None]).flatten().tolist() == (values * 0.5).round().clamp(0, 3).tolist()
 

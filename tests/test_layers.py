@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS: list[set[str]] = [
     {"errors", "spec", "files"},
-    {"kernels", "functional", "packing", "curves", "policy"},
+    {"accumulators", "kernels", "functional", "packing", "curves", "policy"},
     {"plan", "quantizers", "batch_norm", "fake_quant", "attention"},
     {"passes.graph", "passes.pipeline"},
     {

@@ -1,5 +1,7 @@
 """ONNX files: what they hold, that they say what the model says, and what goes wrong."""
 
+import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +146,25 @@ def test_torchvision_models_are_exported(name: str, tmp_path: Path) -> None:
     model = pege_fx.convert(pege_fx.prepare(testing.as_trained(network, 0).eval(), "W4A4", (x,)))
     pege_fx.export_onnx(model, tmp_path / "model.onnx", (x,))
     assert pege_fx.verify_export(model, tmp_path / "model.onnx", [x]).ok
+
+
+def test_the_resnet_20_of_the_cifar_10_example(tmp_path: Path) -> None:
+    """Option-A shortcuts, strided slices and padding; random images, as the data set is not at hand."""
+    path = Path(__file__).parents[2] / "examples" / "cifar10.py"
+    spec = importlib.util.spec_from_file_location("cifar10_to_export", path)
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[spec.name] = example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    torch.manual_seed(0)
+    images = torch.randn(8, 3, 32, 32)
+    model = pege_fx.convert(
+        pege_fx.prepare(example.ResNet20().eval(), QuantPolicy.parse("W2A2", first=None, last=None), (images,))
+    )
+    pege_fx.export_onnx(model, tmp_path / "model.onnx", (images[:1],))
+    report = pege_fx.verify_export(model, tmp_path / "model.onnx", [images])
+    assert report.ok, report
+    assert report.plain.top1 == report.optimized.top1 == 1
 
 
 class Stubborn(nn.Module):
