@@ -159,7 +159,7 @@ def test_the_resnet_20_of_the_cifar_10_example(tmp_path: Path) -> None:
     torch.manual_seed(0)
     images = torch.randn(8, 3, 32, 32)
     model = pege_fx.convert(
-        pege_fx.prepare(example.ResNet20().eval(), QuantPolicy.parse("W2A2", first=None, last=None), (images,))
+        pege_fx.prepare(example.ResNet20(10).eval(), QuantPolicy.parse("W2A2", first=None, last=None), (images,))
     )
     pege_fx.export_onnx(model, tmp_path / "model.onnx", (images[:1],))
     report = pege_fx.verify_export(model, tmp_path / "model.onnx", [images])
