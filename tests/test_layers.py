@@ -21,7 +21,7 @@ LAYERS: list[set[str]] = [
     {"export.program", "export.writer"},
     {"export.arithmetic", "export.quantization", "export.shapes"},
     {"export.layers"},
-    {"export.pooling"},
+    {"export.pooling", "export.runs"},
     {"export.model", "export.verify"},
     {"export"},
     {"api"},

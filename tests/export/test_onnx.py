@@ -38,8 +38,7 @@ def written(model: GraphModule, folder: Path, **options: Any) -> Any:
     return onnx.load(folder / "model.onnx")
 
 
-@pytest.mark.parametrize("style", ["qdq", "qcdq"])
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize(("bits", "style"), [(2, "qdq"), (3, "qcdq"), (3, "qdq"), (8, "qcdq")])
 @pytest.mark.parametrize("method", ["lsq", "pact", "minmax", "dorefa", "interval"])
 def test_methods_and_widths_say_the_same(method: str, bits: int, style: str, tmp_path: Path) -> None:
     model = deployed(f"W{bits}A{bits}", edges=str(bits), method=method)
@@ -52,7 +51,7 @@ def test_methods_and_widths_say_the_same(method: str, bits: int, style: str, tmp
 
 @pytest.mark.filterwarnings("ignore:nothing is quantized")
 @given(testing.networks(), testing.policies(), st.sampled_from(["qdq", "qcdq"]))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=12)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=8)
 def test_any_network_is_exported(tmp_path: Path, case: testing.Case, policy: QuantPolicy, style: Any) -> None:
     assume(not case.network.contains("norm without statistics"))  # batch statistics in evaluation: refused, with the reason
     model = pege_fx.convert(pege_fx.prepare(case.network, policy, tuple(case.inputs)).eval())
@@ -138,10 +137,9 @@ def test_what_convert_can_do_is_exported(options: dict[str, bool], tmp_path: Pat
     assert ("INT32" in kinds) is ("integer_bias" in options)
 
 
-@pytest.mark.parametrize("name", ["shufflenet_v2_x0_5", "squeezenet1_1"])
-def test_torchvision_models_are_exported(name: str, tmp_path: Path) -> None:
+def test_a_torchvision_model_is_exported(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    network = torchvision.models.get_model(name, weights=None, num_classes=10)
+    network = torchvision.models.squeezenet1_1(num_classes=10)
     x = torch.randn(4, 3, 64, 64)
     model = pege_fx.convert(pege_fx.prepare(testing.as_trained(network, 0).eval(), "W4A4", (x,)))
     pege_fx.export_onnx(model, tmp_path / "model.onnx", (x,))
