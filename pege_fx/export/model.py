@@ -183,6 +183,7 @@ def _needed(nodes: list[onnx.NodeProto], outputs: list[str]) -> list[onnx.NodePr
 def output_names(result: Any, prefix: str = "") -> list[str]:
     """Name every tensor of a model's result: by its key, its place, or "output".
 
+    >>> import torch
     >>> output_names({"out": torch.ones(1), "aux": torch.ones(1)}), output_names((torch.ones(1), None, torch.ones(1)))
     (['out', 'aux'], ['output_0', 'output_2'])
     """
