@@ -9,9 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
-from pege_fx.errors import InputError
+from pege_fx.errors import InputError, OtherCallError
 from pege_fx.mode import PYTHON_FORWARD
 from pege_fx.passes.graph import arguments, first_argument, join, module_of, owner, rank_of
+
+
+class OtherGraphCallError(Exception):
+    """A graph inside is called in another way than it was traced for: the message is its path."""
 
 
 class _Recorder(Interpreter):
@@ -55,6 +59,8 @@ def record_shapes(gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, A
             graph.__dict__["forward"] = _Recorder(graph).call
         with torch.no_grad():
             _Recorder(gm).call(*args, **kwargs)
+    except OtherCallError as error:
+        raise OtherGraphCallError(error.__notes__[0].removeprefix("in ")) from error
     except Exception as error:
         given = [*args, *kwargs.values()]
         shapes = [tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in given]

@@ -166,6 +166,7 @@ class PegeTracer(Tracer):
         self._learned: set[Node] = set()  # of parameters
         self._evaluating = False
         self._modes: list[tuple[nn.Module, bool]] = []
+        self._installed: set[nn.Module] = set()
         self._mode_node: Node | None = None
 
     def follow(self, root: nn.Module) -> Graph:
@@ -216,9 +217,15 @@ class PegeTracer(Tracer):
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._evaluating:
             return forward(*args, **kwargs)
-        if self.live_training and _called_by_checkpoint():
+        if not self.live_training:
+            return super().call_module(m, forward, args, kwargs)
+        if _called_by_checkpoint():
             raise ContextError("it checkpoints inside forward, which a graph does not hold")
         self._check_context()  # here, so that the module with the block is to blame and not the one it calls
+        if m not in self._installed and not any(True for _ in m.parameters()):
+            return forward(
+                *args, **kwargs
+            )  # made on the way, as ``nn.ReLU()(x)``: what it does, not what it is, is in the graph
         try:
             if isinstance(m, NORM_THEN_TYPES):
                 y = self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
@@ -250,6 +257,7 @@ class PegeTracer(Tracer):
             function, args = self._call_of(root_fn, list(signature.parameters.values())[1:], self.known)
         if not self.live_training:
             return function, args
+        self._installed = set(self.root.modules())
         mode = self.create_proxy("call_module", TRAINING_MODE, (), {})
         self._mode_node = mode.node
         self._values[mode.node] = bool(self.mode)

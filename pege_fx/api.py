@@ -16,7 +16,7 @@ from pege_fx.inspection import Explanation, bystanders
 from pege_fx.passes.capture import Captured, capture, check_model, stays_python, warn_of
 from pege_fx.passes.pipeline import Pass, Pipeline, run
 from pege_fx.passes.plan import record_classes, warn_if_nothing
-from pege_fx.passes.ranks import record_shapes
+from pege_fx.passes.ranks import OtherGraphCallError, record_shapes
 from pege_fx.plan import Plan
 from pege_fx.policy import QuantPolicy
 from pege_fx.scheduler import plan_of
@@ -73,19 +73,26 @@ def _capture(
 ) -> tuple[Captured, tuple[tuple[Any, ...], Mapping[str, Any]] | None]:
     """Return the model as graphs, and the example call if there is one."""
     check_model(model)
-    if args is None and kwargs is None:
-        captured, example = capture(model, None, blocks), None
-    else:
-        example = ((args,) if isinstance(args, Tensor) else tuple(args or ()), kwargs or {})
-        captured = capture(model, example, blocks)
-    record_classes(model, captured.graphs)
-    groups: dict[str, Any] = {}
-    for gm in captured.graphs:
-        gm.meta |= {"family": captured.graphs, "groups": groups}
-    if example is not None:
-        record_shapes(captured.root, *example, captured.graphs)
+    example = None if args is None and kwargs is None else _call(args, kwargs)
+    refused: list[str] = []
+    while True:
+        captured = capture(model, example, blocks, refused)
+        record_classes(model, captured.graphs)
+        groups: dict[str, Any] = {}
+        for gm in captured.graphs:
+            gm.meta |= {"family": captured.graphs, "groups": groups}
+        try:
+            if example is not None:
+                record_shapes(captured.root, *example, captured.graphs)
+            break
+        except OtherGraphCallError as error:
+            refused.append(str(error))
     warn_of(captured.notes, example is not None)
     return captured, example
+
+
+def _call(args: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    return (args,) if isinstance(args, Tensor) else tuple(args or ()), kwargs or {}
 
 
 def _whole_plan(captured: Captured, policy: QuantPolicy) -> Plan:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from pege_fx.batch_norm import FOLDED, BiasFold, WeightFold
+from pege_fx.batch_norm import FOLDED, BatchNorm, BiasFold, WeightFold
 from pege_fx.fake_quant import FakeQuant
 from pege_fx.functional import dequantize, quantize
 from pege_fx.packing import unpack
@@ -144,6 +144,9 @@ def _read_as_it_is(gm: GraphModule, node: Node) -> Iterable[Tensor]:
         return []
     inside = [child for child in module.modules() if isinstance(child, GraphModule)]
     apart = {id(value) for child in inside for value in [*child.parameters(), *child.buffers()]}
+    apart |= {
+        id(child.num_batches_tracked) for child in module.modules() if isinstance(child, BatchNorm)
+    }  # evaluation has no use
     return [value for value in [*module.parameters(), *module.buffers()] if id(value) not in apart]
 
 
