@@ -39,19 +39,23 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/coverage.json")
     parser.add_argument("--table", type=Path, default=ROOT / "docs/coverage.md")
     args = parser.parse_args()
-    rows = json.loads(args.output.read_text())["rows"] if args.output.exists() else {}
+    known = json.loads(args.output.read_text())["rows"] if args.output.exists() else {}
+    rows: dict[str, Any] = {}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     for name in zoo.cases():
         wanted = any(fnmatch.fnmatch(name, pattern) for pattern in args.only.split(","))
-        stale = name not in rows or args.rerun or (args.failed and not is_good(rows[name]))
+        stale = name not in known or args.rerun or (args.failed and not is_good(known[name]))
         if wanted and stale:
-            rows[name] = in_process(context, name, args.timeout)
-            rows[name]["commit"] = commit
-            print(line(name, rows[name]), flush=True)
-            args.output.write_text(json.dumps({**machine(), "rows": rows}, indent=1) + "\n")
-    args.table.write_text(document({**machine(), "rows": rows}))
+            known[name] = in_process(context, name, args.timeout) | {"commit": commit}
+            print(line(name, known[name]), flush=True)
+            args.output.write_text(json.dumps({**machine(), "rows": known}, indent=1) + "\n")
+        if name in known:
+            rows[name] = known[name]
+    result = {**machine(), "rows": rows}  # in the order of the zoo, and no row of a model that is gone
+    args.output.write_text(json.dumps(result, indent=1) + "\n")
+    args.table.write_text(document(result))
 
 
 def in_process(context: Any, name: str, timeout: float) -> dict[str, Any]:

@@ -6,6 +6,7 @@ output channel of a weight), with few enough steps for its bits.
 """
 
 import itertools
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
@@ -101,6 +102,14 @@ def _product(first: int) -> Callable[[tuple[Any, ...], Any], Iterator[Operands]]
     return read
 
 
+def _grouped(args: tuple[Any, ...], out: Any) -> Iterator[Operands]:
+    """Rows of x sorted by expert, times that expert's matrix."""
+    x, weight = args[:2]
+    if weight.ndim != 3 or x.ndim != 2:
+        raise NotImplementedError(f"a grouped product of {x.ndim} and {weight.ndim} dimensions is not counted: add it.")
+    yield x.numel() * weight.shape[-1], (x, weight), 1
+
+
 def _attention(args: tuple[Any, ...], out: Any) -> Iterator[Operands]:
     """Both products of a fused kernel. The probabilities inside it are seen by nobody: they are no grid."""
     q, k, v = args[:3]
@@ -131,12 +140,16 @@ READERS: dict[str, Callable[[tuple[Any, ...], Any], Iterator[Operands]]] = {
     "addmv": _product(1),
     "addbmm": _product(1),
     "baddbmm": _product(1),
+    "_grouped_mm": _grouped,
     "_trilinear": _trilinear,
     "mkldnn_rnn_layer": _mkldnn_rnn,
     "_scaled_dot_product_flash_attention_for_cpu": _attention,
     "_scaled_dot_product_flash_attention": _attention,
     "_scaled_dot_product_efficient_attention": _attention,
 }
+
+MULTIPLIES = re.compile(r"(^|_)(mm|bmm|matmul|conv\w*|linear|attention|lstm|gru|rnn|einsum)($|_)")
+POINTWISE = ("_thnn_fused_lstm_cell", "_thnn_fused_gru_cell")  # what is left of a cell after its products
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -188,6 +201,8 @@ class Products(TorchDispatchMode):
         if name in READERS:
             for macs, operands, groups in READERS[name](args, out):
                 self.found.append(self._product(name, macs, operands, groups))
+        elif MULTIPLIES.search(name) and name not in POINTWISE:
+            raise NotImplementedError(f"aten::{name} multiplies, and nothing here knows how to count that: add a reader.")
         return out
 
     def _product(self, name: str, macs: int, operands: tuple[Tensor, Tensor], groups: int) -> Product:
@@ -205,8 +220,9 @@ class Products(TorchDispatchMode):
 
 
 @torch.no_grad()
-def products_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Product]:
-    """Run a model once and return every product that it executed."""
+def products_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Product], Any]:
+    """Run a model once; return every product that it executed, and its output."""
+    torch.manual_seed(0)
     with Products(model, [args, kwargs]) as mode:
-        model(*args, **kwargs)
-    return mode.found
+        result = model(*args, **kwargs)
+    return mode.found, result
