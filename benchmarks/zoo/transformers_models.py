@@ -21,163 +21,87 @@ def image(size: int = 32) -> torch.Tensor:
     return torch.randn(2, 3, size, size)
 
 
-def text(config: str, model: str, **settings: Any) -> Made:
-    """A model that takes ``input_ids`` and a mask."""
+def build(config: str, model: str, **settings: Any) -> Any:
     import transformers
 
-    made = getattr(transformers, model)(getattr(transformers, config)(**settings))
-    return made, {"input_ids": tokens(), "attention_mask": torch.ones(2, 16, dtype=torch.long)}
+    return getattr(transformers, model)(getattr(transformers, config)(**settings))
+
+
+def text(config: str, model: str, **settings: Any) -> Made:
+    """A model that takes tokens and a mask."""
+    return build(config, model, **settings), {"input_ids": tokens(), "attention_mask": torch.ones(2, 16, dtype=torch.long)}
 
 
 def sequence_to_sequence(config: str, model: str, **settings: Any) -> Made:
-    import transformers
-
-    made = getattr(transformers, model)(getattr(transformers, config)(**settings))
-    return made, {"input_ids": tokens(), "decoder_input_ids": tokens(2, 8)}
+    return build(config, model, **settings), {"input_ids": tokens(), "decoder_input_ids": tokens(2, 8)}
 
 
 def vision(config: str, model: str, size: int = 32, **settings: Any) -> Made:
-    import transformers
+    return build(config, model, **settings), {"pixel_values": image(size)}
 
-    made = getattr(transformers, model)(getattr(transformers, config)(**settings))
-    return made, {"pixel_values": image(size)}
+
+SIZES = {key: value for key, value in SMALL.items() if key != "vocab_size"}
+VISION = SIZES | {"image_size": 32, "patch_size": 8, "num_labels": 5}
+DETECTOR = {"d_model": 32} | {
+    f"{side}_{name}": value
+    for side in ("encoder", "decoder")
+    for name, value in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 64))
+}
+SPECIAL = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2}
+BART = DETECTOR | SPECIAL | {"vocab_size": 99, "max_position_embeddings": 64}
+T5 = {"vocab_size": 99, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+SPEECH = SMALL | {
+    "conv_dim": (16, 16, 16),
+    "conv_stride": (5, 2, 2),
+    "conv_kernel": (10, 3, 3),
+    "num_feat_extract_layers": 3,
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 2,
+    "mask_time_prob": 0.0,
+}
 
 
 def whisper() -> Made:
-    import transformers
-
-    config = transformers.WhisperConfig(
-        vocab_size=99,
-        num_mel_bins=16,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        encoder_ffn_dim=64,
-        decoder_ffn_dim=64,
-        d_model=32,
-        max_source_positions=20,
-        max_target_positions=20,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        decoder_start_token_id=1,
-        suppress_tokens=None,
-        begin_suppress_tokens=None,
-    )
-    return transformers.WhisperForConditionalGeneration(config), {
-        "input_features": torch.randn(2, 16, 40),
-        "decoder_input_ids": tokens(2, 8),
-    }
+    settings = DETECTOR | SPECIAL | {"vocab_size": 99, "num_mel_bins": 16, "max_source_positions": 20}
+    settings |= {"max_target_positions": 20, "suppress_tokens": None, "begin_suppress_tokens": None}
+    model = build("WhisperConfig", "WhisperForConditionalGeneration", **settings)
+    return model, {"input_features": torch.randn(2, 16, 40), "decoder_input_ids": tokens(2, 8)}
 
 
 def clip() -> Made:
-    import transformers
-
-    part = {k: v for k, v in SMALL.items() if k != "vocab_size"}
-    config = transformers.CLIPConfig(
-        text_config=part | {"vocab_size": 99, "max_position_embeddings": 20, "eos_token_id": 2, "bos_token_id": 1},
-        vision_config=part | {"image_size": 32, "patch_size": 8},
-        projection_dim=16,
-    )
-    return transformers.CLIPModel(config), {
-        "input_ids": tokens(),
-        "pixel_values": image(),
-        "attention_mask": torch.ones(2, 16, dtype=torch.long),
-    }
+    words = SMALL | {"max_position_embeddings": 20, "eos_token_id": 2, "bos_token_id": 1}
+    pixels = SIZES | {"image_size": 32, "patch_size": 8}
+    model, kwargs = text("CLIPConfig", "CLIPModel", text_config=words, vision_config=pixels, projection_dim=16)
+    return model, kwargs | {"pixel_values": image()}
 
 
-def wav2vec2(config: str = "Wav2Vec2Config", model: str = "Wav2Vec2ForCTC", **more: Any) -> Made:
-    import transformers
-
-    settings = getattr(transformers, config)(
-        **SMALL,
-        conv_dim=(16, 16, 16),
-        conv_stride=(5, 2, 2),
-        conv_kernel=(10, 3, 3),
-        num_feat_extract_layers=3,
-        num_conv_pos_embeddings=16,
-        num_conv_pos_embedding_groups=2,
-        mask_time_prob=0.0,
-        **more,
-    )
-    return getattr(transformers, model)(settings), {"input_values": torch.randn(2, 800)}
+def speech(config: str, model: str) -> Made:
+    return build(config, model, **SPEECH), {"input_values": torch.randn(2, 800)}
 
 
-def detr(config: str = "DetrConfig", model: str = "DetrForObjectDetection") -> Made:
+def detr(config: str, model: str) -> Made:
     import transformers
 
     backbone = transformers.ResNetConfig(
         embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", out_features=["stage2"]
     )
-    settings = getattr(transformers, config)(
-        backbone_config=backbone,
-        use_timm_backbone=False,
-        use_pretrained_backbone=False,
-        d_model=32,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        encoder_ffn_dim=64,
-        decoder_ffn_dim=64,
-        num_queries=5,
-        num_labels=4,
-        backbone=None,
-    )
-    return getattr(transformers, model)(settings), {"pixel_values": image(64)}
+    own = {"backbone_config": backbone, "backbone": None, "use_timm_backbone": False, "use_pretrained_backbone": False}
+    return build(config, model, **DETECTOR, **own, num_queries=5, num_labels=4), {"pixel_values": image(64)}
 
 
 def vit_mae() -> Made:
-    import transformers
-
-    part = {k: v for k, v in SMALL.items() if k != "vocab_size"}
-    config = transformers.ViTMAEConfig(
-        **part,
-        image_size=32,
-        patch_size=8,
-        decoder_num_attention_heads=4,
-        decoder_hidden_size=32,
-        decoder_num_hidden_layers=1,
-        decoder_intermediate_size=64,
-    )
-    return transformers.ViTMAEForPreTraining(config), {"pixel_values": image(), "noise": torch.rand(2, 16)}
+    decoder = {f"decoder_{name}": value for name, value in SIZES.items() if name != "num_hidden_layers"}
+    settings = SIZES | decoder | {"decoder_num_hidden_layers": 1, "image_size": 32, "patch_size": 8}
+    model = build("ViTMAEConfig", "ViTMAEForPreTraining", **settings)
+    return model, {"pixel_values": image(), "noise": torch.rand(2, 16)}
 
 
 def time_series() -> Made:
-    import transformers
-
-    config = transformers.PatchTSTConfig(
-        num_input_channels=3,
-        context_length=32,
-        patch_length=8,
-        patch_stride=8,
-        d_model=32,
-        num_attention_heads=4,
-        num_hidden_layers=2,
-        ffn_dim=64,
-        prediction_length=8,
-    )
-    return transformers.PatchTSTForPrediction(config), {"past_values": torch.randn(2, 32, 3)}
+    settings = {"num_input_channels": 3, "context_length": 32, "patch_length": 8, "patch_stride": 8, "prediction_length": 8}
+    settings |= {"d_model": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "ffn_dim": 64}
+    return build("PatchTSTConfig", "PatchTSTForPrediction", **settings), {"past_values": torch.randn(2, 32, 3)}
 
 
-VISION = {k: v for k, v in SMALL.items() if k != "vocab_size"} | {"image_size": 32, "patch_size": 8, "num_labels": 5}
-BART = {
-    "vocab_size": 99,
-    "d_model": 32,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 64,
-    "decoder_ffn_dim": 64,
-    "max_position_embeddings": 64,
-    "pad_token_id": 1,
-    "bos_token_id": 0,
-    "eos_token_id": 2,
-    "decoder_start_token_id": 2,
-}
-T5 = {"vocab_size": 99, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
 GPT = {"vocab_size": 99, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
 DISTIL = {"vocab_size": 99, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "max_position_embeddings": 64}
 
@@ -283,8 +207,8 @@ MODELS: dict[str, Callable[[], Made]] = {
     "pegasus": lambda: sequence_to_sequence("PegasusConfig", "PegasusForConditionalGeneration", **BART),
     "marian": lambda: sequence_to_sequence("MarianConfig", "MarianMTModel", **BART),
     "whisper": whisper,
-    "wav2vec2": wav2vec2,
-    "hubert": lambda: wav2vec2("HubertConfig", "HubertForCTC"),
+    "wav2vec2": lambda: speech("Wav2Vec2Config", "Wav2Vec2ForCTC"),
+    "hubert": lambda: speech("HubertConfig", "HubertForCTC"),
     "clip": clip,
     "vit": lambda: vision("ViTConfig", "ViTForImageClassification", **VISION),
     "deit": lambda: vision("DeiTConfig", "DeiTForImageClassification", **VISION),
@@ -367,7 +291,7 @@ MODELS: dict[str, Callable[[], Made]] = {
         depths=[1, 1, 1, 1],
         num_labels=5,
     ),
-    "detr": detr,
+    "detr": lambda: detr("DetrConfig", "DetrForObjectDetection"),
     "conditional-detr": lambda: detr("ConditionalDetrConfig", "ConditionalDetrForObjectDetection"),
     "yolos": lambda: vision(
         "YolosConfig", "YolosForObjectDetection", **(VISION | {"image_size": [32, 32]}), num_detection_tokens=5
