@@ -10,7 +10,7 @@ import inspect
 import re
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -18,9 +18,10 @@ import numpy
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
+from torch.utils._pytree import tree_map
 
 from pege_fx.batch_norm import only_normalizes
-from pege_fx.errors import InputError, ModelError, PegeWarning
+from pege_fx.errors import InputError, ModelError, PegeWarning, PolicyError, closest
 from pege_fx.explicit import make_explicit
 from pege_fx.fake_quant import FakeQuant
 from pege_fx.mode import PYTHON_FORWARD, TRAINING_MODE, PythonForward, TrainingMode
@@ -28,6 +29,7 @@ from pege_fx.passes.branches import MergeError, merge_branches
 from pege_fx.passes.graph import hides_weights, join, parent_and_name, remove_dead_nodes
 from pege_fx.passes.trace import Known, NotTraceableError, PegeTracer
 from pege_fx.plan import Capture
+from pege_fx.policy import path_pattern
 
 _HUGE_PAGES = 2**22  # from so many bytes on NumPy asks for them
 
@@ -78,13 +80,31 @@ def bind(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
 Call: TypeAlias = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 
-def capture(model: nn.Module, example: Call | None = None) -> Captured:
-    """Capture a copy of the model; ``example`` are positional and keyword arguments of a call."""
+def capture(model: nn.Module, example: Call | None = None, blocks: Iterable[str] = ()) -> Captured:
+    """Capture a copy of the model.
+
+    Args:
+        model: left alone.
+        example: positional and keyword arguments of a call.
+        blocks: patterns of module paths; the outermost modules that they name become GraphModules of their own.
+
+    Raises:
+        ModelError, InputError: if the model can not be copied, or the example does not fit.
+        PolicyError: if a pattern names no module.
+    """
     if example is not None:
         bind(model, *example)
+    names = [name for name, _ in model.named_modules() if name]
+    chosen: set[str] = set()
+    for block in [blocks] if isinstance(blocks, str) else blocks:
+        found = {name for name in names if path_pattern(block).fullmatch(name)}
+        if not found:
+            raise PolicyError(f"blocks={block!r} names no module.\n  closest paths: {closest(block, names)}")
+        chosen |= found
+    outermost = {name for name in chosen if not any(name.startswith(f"{other}.") for other in chosen)}
     root = _copy(model)
     make_explicit(root)
-    return _Ladder(root, example).climb(root, "")
+    return _Ladder(root, example, outermost).climb(root, "")
 
 
 def _copy(model: nn.Module) -> nn.Module:
@@ -141,8 +161,8 @@ def warn_of(notes: list[Capture], has_examples: bool) -> None:
 
 
 class _Ladder:
-    def __init__(self, root: nn.Module, example: Call | None) -> None:
-        self.root, self.example = root, example
+    def __init__(self, root: nn.Module, example: Call | None, blocks: set[str]) -> None:
+        self.root, self.example, self.blocks = root, example, blocks
         self._calls: dict[nn.Module, list[Known]] | None = None
 
     def _known(self, module: nn.Module, prefix: str) -> Known:
@@ -162,7 +182,7 @@ class _Ladder:
         return calls[0]
 
     def climb(self, root: nn.Module, prefix: str) -> Captured:
-        opaque: dict[str, NotTraceableError] = {}
+        opaque = self._blocks_in(root, prefix)
         branches: NotTraceableError | None = None
         while True:
             try:
@@ -191,6 +211,12 @@ class _Ladder:
             both = ("", "") if branches is None else (branches.place, "both branches, one for training, one for evaluation")
             captured.notes.append(Capture(prefix, "symbolic", *both))
         for path, failure in opaque.items():
+            if failure.is_block:
+                inner = self.climb(captured.root.get_submodule(path), join(prefix, path))
+                captured.root.set_submodule(path, inner.root)
+                captured.graphs += inner.graphs
+                captured.notes += [Capture(join(prefix, path), "block"), *inner.notes]
+                continue
             rung = (
                 "leaf" if failure.keeps_meaning and not any(True for _ in root.get_submodule(path).parameters()) else "python"
             )
@@ -199,6 +225,14 @@ class _Ladder:
                 node.meta["stays_python"] = f"stays Python: {failure.reason} ({failure.place})"
             self._capture_children(captured, captured.root.get_submodule(path), join(prefix, path))
         return captured
+
+    def _blocks_in(self, root: nn.Module, prefix: str) -> dict[str, NotTraceableError]:
+        """The blocks below a module, by path."""
+        found: dict[str, NotTraceableError] = {}
+        for path, _ in root.named_modules():
+            if path and join(prefix, path) in self.blocks:
+                found[path] = NotTraceableError(path, "", "a graph of its own, as asked for", is_block=True)
+        return found
 
     def _trace(
         self,
@@ -266,7 +300,7 @@ def _record_calls(root: nn.Module, example: Call) -> dict[nn.Module, list[Known]
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with contextlib.suppress(InputError):  # its forward will say so
-            calls.setdefault(module, []).append(bind(module, args, kwargs))
+            calls.setdefault(module, []).append(bind(module, *map(_as_it_is, (args, kwargs))))
 
     modes = [(module, module.training) for module in root.modules()]
     hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in root.modules()]
@@ -283,6 +317,17 @@ def _record_calls(root: nn.Module, example: Call) -> dict[nn.Module, list[Known]
         for module, training in modes:
             module.training = training
     return calls
+
+
+def _as_it_is(value: Any) -> Any:
+    """Tensors themselves; a copy of other objects, which later calls may change."""
+
+    def keep(leaf: Any) -> Any:
+        with contextlib.suppress(Exception):
+            return leaf if isinstance(leaf, Tensor) else copy.deepcopy(leaf)
+        return leaf
+
+    return tree_map(keep, value)
 
 
 def _place_of(module: nn.Module) -> str:

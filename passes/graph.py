@@ -1,5 +1,6 @@
 """Reading and writing fx graphs: the only file that looks at ``node.args``, with helpers of exact types."""
 
+import inspect
 import operator
 import sys
 import types
@@ -200,6 +201,21 @@ def attribute(gm: GraphModule, node: Any) -> Any:
     if not isinstance(node, Node) or node.op != "get_attr":
         return None
     return operator.attrgetter(str(node.target))(gm)
+
+
+def attribute_of(gm: GraphModule, node: Node) -> Any:
+    """Return the module or tensor that a ``call_module`` or ``get_attr`` node names."""
+    return operator.attrgetter(str(node.target))(gm)
+
+
+def source_of(module: nn.Module) -> str:
+    """Return the source of a module's class, "" for torch's own and where there is none."""
+    if type(module).__module__.startswith("torch."):
+        return ""
+    try:
+        return inspect.getsource(type(module))
+    except (OSError, TypeError):
+        return ""
 
 
 def tensor_of(gm: GraphModule, node: Any) -> Tensor | None:

@@ -3,13 +3,15 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from pege_fx.batch_norm import FOLDED, BatchNorm, BiasFold, WeightFold
 from pege_fx.fake_quant import FakeQuant
 from pege_fx.functional import dequantize, quantize
+from pege_fx.mode import PythonForward
 from pege_fx.passes.graph import (
+    attribute_of,
     call_function,
     calls,
     copy_origin,
@@ -19,6 +21,7 @@ from pege_fx.passes.graph import (
     register_buffer,
     remove_dead_nodes,
     replace,
+    source_of,
     tensor_of,
 )
 from pege_fx.quantizers import Decoding
@@ -83,16 +86,55 @@ def lower_activations(gm: GraphModule) -> None:
 
 
 def drop_unused(gm: GraphModule) -> None:
-    """Erase what the lowered graph does not read any more: float weights, fake-quants, BatchNorms."""
+    """Erase what no lowered graph of the model reads any more: float weights, fake-quants, BatchNorms."""
     remove_dead_nodes(gm)
-    used = {str(node.target) for node in gm.graph.nodes if node.op in ("get_attr", "call_module")}
-    for path, module in list(gm.named_modules()):
-        inside = any(target == path or path.startswith(f"{target}.") for target in used)
-        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        for name in [] if inside else [name for name, _ in own]:
-            if f"{path}.{name}".lstrip(".") not in used:
+    if gm.meta.get("prefix"):
+        return  # tensors may be shared between graphs: the outermost one decides
+    graphs = [module for module in gm.modules() if isinstance(module, GraphModule)]
+    used = _Used()
+    for graph in graphs:
+        used.add_graph(graph)
+    for module in gm.modules():
+        for name, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if id(value) not in used.tensors and not used.may_be_read(module, name):
                 delattr(module, name)
-    gm.delete_all_unused_submodules()
+    for graph in graphs:
+        graph.delete_all_unused_submodules()
+
+
+class _Used:
+    """The tensors that graphs read, and what Python code between them may read."""
+
+    def __init__(self) -> None:
+        self.tensors: set[int] = set()
+        self.python = ""  # the source of modules that stay Python
+        self.below_python: set[nn.Module] = set()
+
+    def add_graph(self, gm: GraphModule) -> None:
+        for node in gm.graph.nodes:
+            if node.op not in ("get_attr", "call_module"):
+                continue
+            value = attribute_of(gm, node)
+            if isinstance(value, PythonForward):
+                self.python += source_of(value.code)
+            elif isinstance(value, nn.Module):
+                self._add_module(value)
+            elif isinstance(value, Tensor):
+                self.tensors.add(id(value))
+
+    def _add_module(self, module: nn.Module) -> None:
+        """A module that a graph calls, or that its root's Python code has: all of it, but a graph inside speaks for itself."""
+        if isinstance(module, GraphModule):
+            self.below_python.add(module)
+            return
+        self.python += source_of(module)
+        self.tensors |= {id(value) for value in [*module.parameters(recurse=False), *module.buffers(recurse=False)]}
+        for child in module.children():
+            self._add_module(child)
+
+    def may_be_read(self, module: nn.Module, name: str) -> bool:
+        """Whether Python code may ask a graph below it for a parameter, as in ``self.layer.weight.dtype``."""
+        return module in self.below_python and f".{name}" in self.python
 
 
 def _constant(gm: GraphModule, path: str, value: Tensor | None, dtype: torch.dtype, before: Node) -> Node | None:

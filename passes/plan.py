@@ -11,6 +11,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from pege_fx.batch_norm import BatchNorm
 from pege_fx.errors import PegeWarning
+from pege_fx.passes.costs import multiply_accumulates
 from pege_fx.passes.graph import (
     Operator,
     channels_of,
@@ -152,7 +153,8 @@ def _operation(gm: GraphModule, node: Node, op: Op, choice: Choice) -> Operation
     if choice.specs["output"] is not None:
         edges.append(_activation_edge(node, "output", "output", choice))
     parameters = sum(value.numel() for _, value in filter(None, (_parameter(gm, n) for n in node.all_input_nodes)))
-    return Operation(node.name, op.path, op.function, tuple(edges), node.meta.get("batch_norm", ""), parameters)
+    verdict, macs = node.meta.get("batch_norm", ""), multiply_accumulates(gm, node)
+    return Operation(node.name, op.path, op.function, tuple(edges), verdict, parameters, macs=macs)
 
 
 def _weight_edge(gm: GraphModule, node: Node, name: str, choice: Choice) -> Edge:
@@ -168,7 +170,8 @@ def _weight_edge(gm: GraphModule, node: Node, name: str, choice: Choice) -> Edge
         return Edge(name, path, None, rule, f"its weight is {value.dtype}", choice.schedule)
     if spec is not None and channels_of(node, name, value) is None:
         spec = dataclasses.replace(spec, granularity="tensor")
-    return _edge(name, path, spec, "weight", False, rule, choice.schedule)
+    edge = _edge(name, path, spec, "weight", False, rule, choice.schedule)
+    return dataclasses.replace(edge, elements=value.numel())
 
 
 def _activation_edge(source: object, name: str, field: str, choice: Choice) -> Edge:

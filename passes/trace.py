@@ -62,9 +62,10 @@ class Known:
 class NotTraceableError(Exception):
     """A module whose ``forward`` can not be followed: which, where, and why."""
 
-    def __init__(self, path: str, place: str, reason: str, cause: Exception | None = None) -> None:
+    def __init__(self, path: str, place: str, reason: str, cause: Exception | None = None, *, is_block: bool = False) -> None:
         super().__init__(f"{path}: {reason} ({place})")
         self.path, self.place, self.reason = path, place, reason
+        self.is_block = is_block
         self.asks_mode = isinstance(cause, ModeError)
         self.keeps_meaning = isinstance(cause, (ModeError, ContextError))  # by staying Python, and nothing could be decided
 
@@ -160,6 +161,7 @@ class PegeTracer(Tracer):
         self.specialised: dict[str, str] = {}
         self.failed: str | None = None
         self._values: dict[Node, Any] = {}
+        self._unsized: set[Node] = set()  # tensors whose sizes depend on what tensors hold
         self._static: set[Node] = set()  # made of parameters and buffers alone
         self._learned: set[Node] = set()  # of parameters
         self._evaluating = False
@@ -324,6 +326,8 @@ class PegeTracer(Tracer):
     def _note_origin(self, node: Node) -> None:
         """Where the value comes from: constants of the model may steer Python, sizes too, what tensors hold may not."""
         sources = node.all_input_nodes
+        if any(s in self._unsized for s in sources) or _depends_on_data(node, [self._values.get(s) for s in sources]):
+            self._unsized.add(node)
         reads_size = node.target in _READING_SIZES or (node.target is getattr and arguments(node)[0][1] in _READING_SIZES)
         if node.op == "get_attr" or (sources and all(source in self._static for source in sources)):
             self._static.add(node)
@@ -384,7 +388,7 @@ class PegeTracer(Tracer):
         value = self._values.get(proxy.node, _UNKNOWN)
         if proxy.node in self._static and proxy.node not in self._learned:
             return value
-        if value is _UNKNOWN or (isinstance(value, Tensor) and not sized):
+        if value is _UNKNOWN or proxy.node in self._unsized or (isinstance(value, Tensor) and not sized):
             raise DataDependenceError(f"{use} asks for the value of {proxy.node}, which depends on data")
         shown = f"{len(value)} items" if sized else repr(value)
         self.specialised[_here()] = f"{use} of {proxy.node} is {shown}"
@@ -414,7 +418,21 @@ _READING_SIZES: set[Any] = {
     "ndimension", "is_contiguous", "is_floating_point", "is_complex", "get_device", "element_size", "itemsize", "names",
     "is_sparse", "is_nested", "is_quantized", "storage_offset", torch.numel, torch.is_floating_point, torch.is_complex, len,
 }  # fmt: skip
+_SELECTING: set[Any] = {
+    "nonzero", "masked_select", "unique", "unique_consecutive", "argwhere", "tolist", torch.nonzero, torch.masked_select,
+    torch.unique, torch.unique_consecutive, torch.argwhere, torch.bincount, "bincount", torch.repeat_interleave,
+    "repeat_interleave",
+}  # fmt: skip
 _FACTORIES = ("arange", "zeros", "ones", "full", "empty", "rand", "randn", "eye", "linspace", "tensor", "finfo", "iinfo")
+
+
+def _depends_on_data(node: Node, sources: list[Any]) -> bool:
+    """Whether the size of a node's result depends on what its inputs hold: a selection."""
+    if node.target in (torch.where, "where"):
+        return len(sources) == 1
+    if node.target is operator.getitem:
+        return any(isinstance(source, Tensor) and source.dtype in (torch.bool, torch.uint8) for source in sources[1:])
+    return node.target in _SELECTING
 
 
 def _run(root: nn.Module, node: Node, args: Any, kwargs: Any) -> Any:

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from pege_fx import passes as graph_passes
-from pege_fx.errors import PegeWarning, PolicyError
+from pege_fx.diff import PassTrace
+from pege_fx.errors import ModelError, PegeWarning, PolicyError
 from pege_fx.fake_quant import fake_quants
-from pege_fx.inspection import Explanation
+from pege_fx.inspection import Explanation, bystanders
 from pege_fx.passes.capture import Captured, capture, check_model, stays_python, warn_of
 from pege_fx.passes.pipeline import Pass, Pipeline, run
 from pege_fx.passes.plan import record_classes, warn_if_nothing
@@ -65,15 +66,15 @@ def _as_policy(policy: QuantPolicy | str) -> QuantPolicy:
 
 
 def _capture(
-    model: nn.Module, args: tuple[Any, ...] | None, kwargs: Mapping[str, Any] | None
+    model: nn.Module, args: tuple[Any, ...] | None, kwargs: Mapping[str, Any] | None, blocks: Iterable[str] = ()
 ) -> tuple[Captured, tuple[tuple[Any, ...], Mapping[str, Any]] | None]:
     """Return the model as graphs, and the example call if there is one."""
     check_model(model)
     if args is None and kwargs is None:
-        captured, example = capture(model), None
+        captured, example = capture(model, None, blocks), None
     else:
         example = ((args,) if isinstance(args, Tensor) else tuple(args or ()), kwargs or {})
-        captured = capture(model, example)
+        captured = capture(model, example, blocks)
     record_classes(model, captured.graphs)
     groups: dict[str, Any] = {}
     for gm in captured.graphs:
@@ -87,7 +88,9 @@ def _capture(
 def _whole_plan(captured: Captured, policy: QuantPolicy) -> Plan:
     """The plans of all graphs as one; the graphs forget what only the passes needed."""
     operations = [operation for gm in captured.graphs for operation in gm.meta["plan"].operations]
-    plan = Plan(type(captured.root).__name__, policy, tuple(operations), tuple(captured.notes))
+    grids = {id(value) for fq in fake_quants(captured.root).values() for value in fq.parameters()}
+    parameters = sum(value.numel() for value in captured.root.parameters() if id(value) not in grids)
+    plan = Plan(type(captured.root).__name__, policy, tuple(operations), tuple(captured.notes), parameters)
     for gm in captured.graphs:
         for key in ("family", "groups", "plan"):
             gm.meta.pop(key, None)
@@ -104,6 +107,7 @@ def prepare(
     *,
     batch_norm: BatchNormMode = "train",
     seed: int = 0,
+    blocks: Iterable[str] = (),
     passes: Iterable[Pass] | None = None,
 ) -> GraphModule:
     """Return a GraphModule that trains quantized: traced, BatchNorm folded, a fake-quant on every edge of the policy.
@@ -118,6 +122,8 @@ def prepare(
         batch_norm: "train": batch statistics live in training, folded in evaluation; "freeze": merged into the weights
             at once; "keep": left alone.
         seed: of the replacement masks.
+        blocks: patterns of module paths (as in ``Rule(match=...)``); each module that they name becomes a GraphModule of its
+            own inside the whole, which sharding or activation checkpointing can wrap.
         passes: run instead of ``prepare_passes(policy, batch_norm=..., seed=...)``.
 
     Raises:
@@ -130,7 +136,7 @@ def prepare(
     """
     policy = _as_policy(policy)
     pipeline = prepare_passes(policy, batch_norm=batch_norm, seed=seed) if passes is None else passes
-    captured, example = _capture(model, example_inputs, example_kwargs)
+    captured, example = _capture(model, example_inputs, example_kwargs, blocks)
     run(captured.graphs, pipeline)
     plan, gm = _whole_plan(captured, policy), captured.root
     for fq in fake_quants(gm).values():
@@ -146,11 +152,13 @@ def convert(gm: GraphModule) -> GraphModule:
     Its outputs are those of ``gm.eval()``. The prepared model itself is not changed.
 
     Raises:
-        ModelError: if ``gm`` was not prepared.
+        ModelError: if ``gm`` was not prepared, or an activation was never calibrated.
         ConvertError: if a forward method does not say how it is deployed.
     """
     plan_of(gm)
     for name, site in fake_quants(gm).items():
+        if site.site.kind == "activation" and not site.is_calibrated:
+            raise ModelError(f"{name} has seen no data: call pege_fx.calibrate(gm, batches), or train, before convert.")
         if float(site.schedule.rate) < 1.0:
             warnings.warn(
                 f"replacement is not complete: {name} was trained at p = {float(site.schedule.rate):.3f}; "
@@ -172,6 +180,7 @@ def explain(
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     batch_norm: BatchNormMode = "train",
+    blocks: Iterable[str] = (),
 ) -> Explanation:
     """Return what ``prepare`` would do, without doing it: each node, the rule that decided, the bits, or why not.
 
@@ -181,6 +190,32 @@ def explain(
     policy = _as_policy(policy)
     passes = prepare_passes(policy, batch_norm=batch_norm)
     decided = passes.index(next(step for step in passes if isinstance(step, graph_passes.MakePlan)))
-    captured, _ = _capture(model, example_inputs, example_kwargs)
-    run(captured.graphs, passes[: decided + 1])
-    return Explanation(_whole_plan(captured, policy), f"{type(model).__name__}: dry run")
+    captured, _ = _capture(model, example_inputs, example_kwargs, blocks)
+    for step in passes[: decided + 1]:  # nobody runs these graphs: no need to lint and to compile them
+        for gm in captured.graphs:
+            step(gm)
+    seen = tuple(bystanders((gm.meta.get("prefix", ""), gm) for gm in captured.graphs))
+    return Explanation(_whole_plan(captured, policy), f"{type(model).__name__}: dry run", seen)
+
+
+def trace_passes(
+    model: nn.Module,
+    policy: QuantPolicy | str,
+    example_inputs: tuple[Any, ...] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    batch_norm: BatchNormMode = "train",
+    seed: int = 0,
+    passes: Iterable[Pass] | None = None,
+) -> PassTrace:
+    """Return what each pass of ``prepare`` does to the graph, from the one that torch.fx traced; arguments as there.
+
+    >>> import torch
+    >>> trace = trace_passes(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), "W4A4", torch.randn(2, 4))
+    >>> print(trace["FoldBatchNorm"].of_kind("added")[0])
+    + _0_weight_fold = 0.weight_fold(_0_weight): WeightFold()  (between _0_weight and _0)
+    """
+    pipeline = prepare_passes(policy, batch_norm=batch_norm, seed=seed) if passes is None else passes
+    trace = PassTrace()
+    prepare(model, policy, example_inputs, example_kwargs, passes=trace.watching(pipeline))
+    return trace

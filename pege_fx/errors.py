@@ -52,6 +52,10 @@ class ExportError(PegeError):
     """A deployed graph that can not be written in the format asked for."""
 
 
+class OutputError(PegeError):
+    """A file that can not be written: its ending says no format, or the place does not exist or is not writable."""
+
+
 class PegeWarning(UserWarning):
     """Something that works, but probably not as the user expects."""
 

@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from pege_fx.errors import SpecError
 from pege_fx.kernels import LocalKernel, worth_compiling
@@ -147,7 +148,7 @@ def codes_of(
 
 
 def quantize(
-    x: Tensor,
+    x: Any,
     scale: Tensor,
     zero_point: Tensor | None = None,
     lower: Tensor | None = None,
@@ -156,20 +157,25 @@ def quantize(
     bits: int,
     signed: bool,
     narrow: bool = False,
-) -> Tensor:
+) -> Any:
     """Return the codes of ``x`` as int8 (signed) or uint8 (unsigned): a node of a converted graph."""
+    if isinstance(x, PackedSequence):
+        settings: dict[str, Any] = {"bits": bits, "signed": signed, "narrow": narrow}
+        return x._replace(data=quantize(x.data, scale, zero_point, lower, width, **settings))
     interval = None if lower is None or width is None else (lower, width)
     bounds = bounds_of(bits, signed=signed, narrow=narrow)
     return codes_of(x, scale, bounds, zero_point, interval).to(torch.int8 if signed else torch.uint8)
 
 
 def dequantize(
-    codes: Tensor, scale: Tensor, zero_point: Tensor | None = None, *, bits: int, dtype: torch.dtype | None = None
-) -> Tensor:
+    codes: Any, scale: Tensor, zero_point: Tensor | None = None, *, bits: int, dtype: torch.dtype | None = None
+) -> Any:
     """Return s * (codes - z): a node of a converted graph.
 
     ``bits`` says how wide the codes are, for whoever packs them; ``dtype`` is the result's, by default the scale's.
     """
+    if isinstance(codes, PackedSequence):
+        return codes._replace(data=dequantize(codes.data, scale, zero_point, bits=bits, dtype=dtype))
     value = _value(codes.to(scale.dtype), scale, zero_point)
     return value if dtype is None else value.to(dtype)
 

@@ -1,212 +1,212 @@
-"""Tables for people: what is quantized, how, by which rule, and why the rest is not; how large the model is."""
+"""What is quantized, how, by which rule, and why the rest is not: a plan to read, as a table or operation by operation."""
 
-import io
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
-from rich.text import Text
-from torch.fx import GraphModule
+from torch import nn
+from torch.fx import GraphModule, Node
 
+from pege_fx.batch_norm import BatchNorm
 from pege_fx.errors import ModelError, closest
-from pege_fx.functional import dequantize, quantize
-from pege_fx.passes.graph import arguments, join
-from pege_fx.plan import FLOAT_BY_POLICY, Edge, Operation, Plan
+from pege_fx.fake_quant import FakeQuant
+from pege_fx.listing import Listing
+from pege_fx.passes.graph import function_name, join, module_of, operator_of, scope
+from pege_fx.plan import Operation, Plan, in_words
+from pege_fx.policy import path_pattern
 from pege_fx.scheduler import plan_of
+from pege_fx.size import SizeReport, graphs_of, size_report
+from pege_fx.tables import (
+    COLUMNS,
+    bits_named,
+    captures_of,
+    collapsed,
+    headings,
+    macs_by_format,
+    operation_to_dict,
+    parameters_by_bits,
+    row_of,
+    rules_of,
+    totals,
+)
 
-PLAIN_WIDTH = 200
-
-
-@dataclass(frozen=True)
-class Listing:
-    """A table that prints as text, and in colour where rich prints it; ``rows`` holds its cells."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    notes: tuple[str, ...] = ()
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        table = Table(title=Text(self.title), title_justify="left", box=None, pad_edge=False)
-        for column in self.columns:
-            table.add_column(Text(column), overflow="fold", no_wrap=column == self.columns[0])
-        for row in self.rows:
-            table.add_row(*map(Text, row))
-        yield table
-        yield from map(Text, self.notes)
-
-    def __str__(self) -> str:
-        text = io.StringIO()
-        Console(file=text, width=PLAIN_WIDTH, color_system=None).print(self, markup=False, highlight=False)
-        return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
-
-
-def _bits(edge: Edge | None) -> str:
-    if edge is None:
-        return "-"
-    return "float" if edge.spec is None else str(edge.spec.bits)
-
-
-def _signs(edges: Iterable[Edge]) -> str:
-    return "/".join("s" if edge.spec.signed else "u" for edge in edges if edge.spec is not None) or "-"
-
-
-def _words(edges: Iterable[Edge], field: str) -> str:
-    return "/".join(dict.fromkeys(str(getattr(edge.spec, field)) for edge in edges if edge.spec is not None)) or "-"
-
-
-def _rule_number(edge: Edge) -> str:
-    return edge.rule.partition(":")[0] if edge.rule.startswith("rule") else ""
-
-
-def _why(operation: Operation) -> str:
-    """The rules that decided, by number; and for edges that are float for another cause, the reason."""
-    if operation.reason:
-        return operation.reason
-    words: dict[str, None] = {}
-    for edge in operation.edges:
-        by_rule = edge.spec is not None or edge.reason == FLOAT_BY_POLICY
-        words[_rule_number(edge) if by_rule else f"{edge.operand}: {edge.reason}"] = None
-    return "; ".join(word for word in words if word)
-
-
-def _verdict(operation: Operation) -> str:
-    """The BatchNorm's verdict; a BatchNorm beside the operation by its name alone."""
-    beside = operation.path.rpartition(".")[0]
-    return operation.batch_norm.replace(f" {beside}.", " ") or "-"
-
-
-_COLUMNS = ("path", "op", "weight", "input", "sign", "method", "estimator", "BatchNorm", "parameters", "rule or reason")
-
-
-def _row(operation: Operation) -> tuple[str, ...]:
-    inputs = [edge for edge in operation.edges if edge.operand not in ("weight", "output")]
-    return (
-        operation.path,
-        operation.function,
-        _bits(operation.edge("weight")),
-        "/".join(dict.fromkeys(map(_bits, inputs))) or "-",
-        _signs(operation.edges),
-        _words(operation.edges, "method"),
-        _words(operation.edges, "estimator"),
-        _verdict(operation),
-        f"{operation.parameters:,}",
-        _why(operation),
-    )
-
-
-def table(plan: Plan, title: str) -> Listing:
-    """Return a plan as a table, one row for each operation."""
-    edges = [edge for operation in plan.operations for edge in operation.edges]
-    quantized = sum(edge.spec is not None for edge in edges)
-    note = f"{quantized} of {len(edges)} edges quantized; sign: s signed, u unsigned, in the order weight / inputs."
-    rules = sorted(
-        {edge.rule for edge in edges if edge.rule.startswith("rule")}, key=lambda rule: int(rule.split()[1].rstrip(":"))
-    )
-    captures = [
-        f"{note.path or 'the model'}: {note.rung}, {note.reason} ({note.place})" for note in plan.captures if note.reason
-    ]
-    return Listing(title, _COLUMNS, tuple(map(_row, plan.operations)), (note, *rules, *captures))
+Filter: TypeAlias = str | Callable[[Operation], bool]
 
 
 @dataclass(frozen=True)
-class Explanation:
-    """A plan to read: prints as a table; ``explanation["layer1.0.conv1"]`` is one operation's decisions."""
+class Bystander:
+    """A node that is no operation: a ReLU, an addition, a BatchNorm, a fake-quant.
+
+    Attributes:
+        node: its name.
+        path: of the module it calls or belongs to.
+        function: what it does.
+        reason: what became of it.
+        parameters: number of elements of its module.
+    """
+
+    node: str
+    path: str
+    function: str
+    reason: str
+    parameters: int = 0
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A plan to read. It prints as a table with totals; ``summary["layer1.0.conv1"]`` is all about one module or node.
+
+    ``to_dict()``, ``to_json()``, ``to_markdown()`` and, in a notebook, HTML hold the same.
+    """
 
     plan: Plan
     title: str
+    bystanders: tuple[Bystander, ...] = ()
+    size: SizeReport | None = None
+    match: Filter | None = None
+    depth: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.depth is not None and (isinstance(self.depth, bool) or not isinstance(self.depth, int) or self.depth < 1):
+            raise ModelError(f"depth={self.depth!r}: give a whole number of path components, 1 or more, or None for all.")
+        if self.plan.operations and not self.operations:
+            names = [operation.path for operation in self.plan.operations]
+            near = f"; closest: {closest(self.match, names)}" if isinstance(self.match, str) else ""
+            raise ModelError(f"match={self.match!r} selects none of {len(names)} operations{near}.")
 
     @property
-    def listing(self) -> Listing:
-        return table(self.plan, self.title)
+    def operations(self) -> tuple[Operation, ...]:
+        """Those that the filter selects, in the order of the graph."""
+        if self.match is None:
+            return self.plan.operations
+        selects = self.match
+        if isinstance(selects, str):
+            pattern = path_pattern(selects)
+            return tuple(operation for operation in self.plan.operations if pattern.fullmatch(operation.path))
+        return tuple(filter(selects, self.plan.operations))
 
     def __getitem__(self, path: str) -> Operation:
+        """Return what was decided for a module or node, and why; print it to read it.
+
+        For what is no operation (a ReLU, a BatchNorm), ``reason`` says what became of it.
+
+        Raises:
+            ModelError: if there is none of that name; it names the closest.
+        """
         for operation in self.plan.operations:
             if path in (operation.path, operation.node):
                 return operation
-        names = [operation.path for operation in self.plan.operations]
-        raise ModelError(f"no operation is called {path!r}; closest: {closest(path, names)}.")
+        for other in self.bystanders:
+            if path in (other.path, other.node):
+                return self._as_operation(other)
+        known: list[Operation | Bystander] = [*self.plan.operations, *self.bystanders]
+        names = {name for seen in known for name in (seen.path, seen.node) if name}
+        raise ModelError(f"no operation, module or node is called {path!r}; closest: {closest(path, names)}.")
 
-    def __rich__(self) -> Listing:
-        return self.listing
+    def _as_operation(self, other: Bystander) -> Operation:
+        readers = [
+            f"{operation.path} reads it, {edge}"
+            for operation in self.plan.operations
+            for edge in operation.edges
+            if edge.source == other.node and edge.operand != "output"
+        ]
+        reason = "\n  ".join([other.reason, *readers])
+        return Operation(other.node, other.path, other.function, parameters=other.parameters, reason=reason)
+
+    @property
+    def listing(self) -> Listing:
+        """The table, its totals and its rules."""
+        notes = (*totals(self.plan, self.size), *rules_of(self.plan), *captures_of(self.plan))
+        if self.depth is not None:
+            return collapsed(self.operations, self.depth, self.title, notes)
+        rows = tuple(map(row_of, self.operations))
+        return Listing(self.title, COLUMNS, rows, notes, headings(self.operations))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self.listing
 
     def __str__(self) -> str:
         return str(self.listing)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data: the model, its totals, rules, operations with their edges, and how it was captured."""
+        return {
+            "model": self.plan.model,
+            "policy": self.plan.policy.to_dict(),
+            "totals": {
+                "parameters": self.plan.parameters,
+                "parameters_by_bits": bits_named(parameters_by_bits(self.plan)),
+                "macs_by_format": dict(macs_by_format(self.plan.operations) or {}) or None,
+                "float_bytes": self.size.float_bytes if self.size else None,
+                "quantized_bytes": self.size.quantized_bytes if self.size else None,
+            },
+            "operations": [operation_to_dict(operation) for operation in self.operations],
+            "captures": [vars(capture) for capture in self.plan.captures],
+        }
 
-def summary(gm: GraphModule) -> Listing:
-    """Return a table of a prepared model: bits, sign, method, estimator, rule, BatchNorm verdict, parameters.
+    def to_json(self) -> str:
+        """Return ``to_dict()`` as JSON."""
+        return json.dumps(self.to_dict(), indent=2)
 
-    Raises:
-        ModelError: if ``gm`` was not prepared.
-    """
-    plan = plan_of(gm)
-    return table(plan, f"{plan.model}: prepared")
+    def to_markdown(self) -> str:
+        """Return the table as Markdown."""
+        return self.listing.to_markdown()
+
+    def to_html(self) -> str:
+        """Return the table as HTML."""
+        return self.listing.to_html()
+
+    _repr_html_ = to_html
 
 
 @dataclass(frozen=True)
-class SizeReport:
-    """Bytes of parameters and buffers: as float, and as deployed with codes packed to their bits."""
-
-    float_bytes: int
-    quantized_bytes: int
-
-    @property
-    def ratio(self) -> float:
-        return self.float_bytes / self.quantized_bytes if self.quantized_bytes else 1.0
-
-    def __str__(self) -> str:
-        return f"float {_human(self.float_bytes)}, quantized {_human(self.quantized_bytes)}: {self.ratio:.1f} times smaller"
+class Explanation(Summary):
+    """The summary of a dry run: what ``prepare`` would do."""
 
 
-def _human(count: int) -> str:
-    value = float(count)
-    for unit in ("bytes", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} GiB"
+def summary(gm: GraphModule, match: Filter | None = None, *, depth: int | None = None) -> Summary:
+    """Return what a prepared model has become, to print, to search and to save.
 
+    Args:
+        gm: a prepared model.
+        match: only these operations: a glob over paths (or ``re:`` and a regular expression), or a predicate.
+        depth: one row for each module of that many path components, instead of one for each operation.
 
-def size_report(gm: GraphModule) -> SizeReport:
-    """Count the bytes of a converted model, and of the same model with its weights in float32.
+    Raises:
+        ModelError: if ``gm`` was not prepared, or nothing matches.
 
-    Codes count their bits (b * n / 8, rounded up per weight), scales and what stayed float their own size.
+    >>> import pege_fx
+    >>> gm = pege_fx.prepare(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), "W4A4")
+    >>> print(summary(gm)["1"])
+    1: ReLU, 0 parameters
+      not quantized itself: only operations with a weight and matrix products are
+      2 reads it, input (_1): 8 bits unsigned per tensor, lsq, pege by rule 2: Rule(role='last', weight='8', input='8')
     """
-    bits, grids = dict(_code_bits(gm)), _grids(gm)
-    float_bytes = quantized_bytes = 0
-    for name, value in [*gm.named_parameters(), *gm.named_buffers()]:
-        if name in bits:
-            float_bytes += 4 * value.numel()
-            quantized_bytes += (bits[name] * value.numel() + 7) // 8
-        else:
-            own = value.numel() * value.element_size()
-            quantized_bytes += own
-            float_bytes += 0 if name in grids else own
-    return SizeReport(float_bytes, quantized_bytes)
+    plan = plan_of(gm)
+    seen = tuple(bystanders(graphs_of(gm)))
+    return Summary(plan, f"{plan.model}: prepared", seen, size_report(gm), match, depth)
 
 
-def _graphs(gm: GraphModule) -> Iterator[tuple[str, GraphModule]]:
-    """The graph and those inside modules that stay Python, by path."""
-    for path, module in gm.named_modules():
-        if isinstance(module, GraphModule):
-            yield path, module
+def bystanders(graphs: Iterable[tuple[str, GraphModule]]) -> Iterator[Bystander]:
+    """Yield every node that calls something and is no operation; graphs come with their path."""
+    for prefix, gm in graphs:
+        for node in gm.graph.nodes:
+            if node.op.startswith("call_") and operator_of(node) is None:
+                yield _bystander(prefix, gm, node)
 
 
-def _code_bits(gm: GraphModule) -> Iterator[tuple[str, int]]:
-    for path, inner in _graphs(gm):
-        for node in inner.graph.find_nodes(op="call_function", target=dequantize):
-            source = node.all_input_nodes[0]
-            if source.op == "get_attr":
-                yield join(path, str(source.target)), int(arguments(node)[1]["bits"])
-
-
-def _grids(gm: GraphModule) -> set[str]:
-    """Scales, zero points and intervals: what the float model does not have."""
-    found = set()
-    for path, inner in _graphs(gm):
-        for function in (quantize, dequantize):
-            for node in inner.graph.find_nodes(op="call_function", target=function):
-                found |= {join(path, str(source.target)) for source in node.all_input_nodes[1:] if source.op == "get_attr"}
-    return found
+def _bystander(prefix: str, gm: GraphModule, node: Node) -> Bystander:
+    module = module_of(gm, node, nn.Module)
+    if module is None:
+        reason = "not quantized itself: only operations with a weight and matrix products are"
+        return Bystander(node.name, join(prefix, scope(node), function_name(node)), function_name(node), reason)
+    path, what = join(prefix, str(node.target)), type(module).__name__
+    if isinstance(module, FakeQuant):
+        return Bystander(node.name, path, "fake-quant", f"{in_words(module.site.spec)} by {module.site.rule}")
+    reason = "not quantized itself: only operations with a weight and matrix products are"
+    if isinstance(module, BatchNorm):
+        reason = node.meta.get("batch_norm") or (f"folded {node.target}" if what.startswith("Folded") else reason)
+        what = what.removeprefix("Folded")
+    return Bystander(node.name, path, what, reason, sum(p.numel() for p in module.parameters()))

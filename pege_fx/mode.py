@@ -57,8 +57,13 @@ class PythonForward(nn.Module):
         super().__init__()
         self._code = (code,)  # in a tuple: no child, so no key of it is doubled
 
+    @property
+    def code(self) -> nn.Module:
+        """The module whose ``forward`` runs."""
+        return self._code[0]
+
     def forward(self, owned: dict[str, Any], arguments: dict[str, Any], extra: tuple[Any, ...], more: dict[str, Any]) -> Any:
-        (code,) = self._code
+        code = self.code
         code.training = self.training
         for name, value in owned.items():
             if getattr(code, name, None) is not value:

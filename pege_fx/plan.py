@@ -8,6 +8,17 @@ from pege_fx.policy import QuantPolicy
 from pege_fx.spec import QuantSpec
 
 FLOAT_BY_POLICY = "float by the policy"
+FLOAT_BITS = 32
+
+
+def in_words(spec: QuantSpec) -> str:
+    """Say a resolved format in words.
+
+    >>> in_words(QuantSpec(bits=4).resolve("weight", non_negative=False))
+    '4 bits signed per channel, lsq, pege'
+    """
+    sign = "signed" if spec.signed else "unsigned"
+    return f"{spec.bits} bits {sign} per {spec.granularity}, {spec.method}, {spec.estimator}"
 
 
 @dataclass(frozen=True)
@@ -21,6 +32,7 @@ class Edge:
         rule: the rule that decided.
         reason: why it stays float; "" if quantized.
         group: schedule group.
+        elements: number of elements of the weight it reads; 0 for an activation.
     """
 
     operand: str
@@ -29,6 +41,24 @@ class Edge:
     rule: str
     reason: str = ""
     group: str = "default"
+    elements: int = 0
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether a rule's ``weight`` decides it."""
+        return self.elements > 0 or self.operand == "weight"
+
+    def __str__(self) -> str:
+        """What was decided, and by what, in one line."""
+        read = "" if self.is_weight or self.operand == "output" else f" ({self.source})"
+        if self.spec is None:
+            by = f" by {self.rule}" if self.reason == FLOAT_BY_POLICY else f": {self.reason}"
+            return f"{self.operand}{read}: float{by}"
+        return f"{self.operand}{read}: {in_words(self.spec)} by {self.rule}"
+
+
+def _widest(edges: tuple[Edge, ...]) -> int:
+    return max((FLOAT_BITS if edge.spec is None else edge.spec.bits for edge in edges), default=FLOAT_BITS)
 
 
 @dataclass(frozen=True)
@@ -43,6 +73,7 @@ class Operation:
         batch_norm: what became of the BatchNorm behind it, "" where there is none.
         parameters: number of elements of its weight and bias, or of the module.
         reason: why it has no edges; "" if it has.
+        macs: multiply-accumulates on the example inputs; None if their shapes are not known.
     """
 
     node: str
@@ -52,10 +83,52 @@ class Operation:
     batch_norm: str = ""
     parameters: int = 0
     reason: str = ""
+    macs: int | None = None
+
+    def __str__(self) -> str:
+        """Everything that was decided for it, and why, in a few lines."""
+        facts = [self.function, f"{self.parameters:,} parameters"]
+        facts += [] if self.macs is None else [f"{self.macs:,} multiply-accumulates"]
+        facts += [f"BatchNorm: {self.batch_norm}"] if self.batch_norm else []
+        lines = [f"{self.path or self.node}: {', '.join(facts)}"]
+        lines += [f"  {self.reason}"] if self.reason else [f"  {edge}" for edge in self.edges]
+        return "\n".join(lines)
 
     def edge(self, operand: str) -> Edge | None:
         """Return the edge of an operand, or None."""
         return next((edge for edge in self.edges if edge.operand == operand), None)
+
+    @property
+    def weights(self) -> tuple[Edge, ...]:
+        """Its weight edges; most operations have one or none."""
+        return tuple(edge for edge in self.edges if edge.is_weight)
+
+    @property
+    def inputs(self) -> tuple[Edge, ...]:
+        """Its activation edges, the output's left out."""
+        return tuple(edge for edge in self.edges if not edge.is_weight and edge.operand != "output")
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Bits of the two factors of each product: weight and input, or two inputs; float counts as ``FLOAT_BITS``."""
+        weights, inputs = map(_widest, (self.weights, self.inputs))
+        return (inputs if not self.weights else weights), inputs
+
+    @property
+    def format(self) -> str:
+        """The widths in short: "W4A8"; "A8A8" without a weight, "W4" without an input, "float" if all are."""
+        if all(edge.spec is None for edge in self.edges):
+            return "float"
+        first, second = self.widths
+        if not self.weights:
+            return f"A{first}A{second}"
+        return f"W{first}A{second}" if self.inputs else f"W{first}"
+
+    @property
+    def bit_operations(self) -> int | None:
+        """Multiply-accumulates times the bits of both factors; None if the former are not known."""
+        first, second = self.widths
+        return None if self.macs is None else self.macs * first * second
 
 
 @dataclass(frozen=True)
@@ -64,7 +137,8 @@ class Capture:
 
     Attributes:
         path: of the module; "" is the model itself.
-        rung: "symbolic", "specialised" (on the example inputs) or "python" (left as it is).
+        rung: "symbolic", "specialised" (on the example inputs), "python" (left as it is), "leaf" (left as it is, and has
+            nothing to quantize) or "block" (a graph of its own, as asked for).
         place: file and line that made it so, "" where nothing did.
         reason: what was fixed there, or why it can not be traced.
     """
@@ -77,12 +151,13 @@ class Capture:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every operation in the graph's order, under a policy, and how each part was captured."""
+    """Every operation in the graph's order, under a policy, how each part was captured, and the model's parameters."""
 
     model: str
     policy: QuantPolicy
     operations: tuple[Operation, ...]
     captures: tuple[Capture, ...] = ()
+    parameters: int = 0
 
     @property
     def quantized(self) -> Iterator[tuple[Operation, Edge, QuantSpec]]:

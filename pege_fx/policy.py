@@ -122,7 +122,7 @@ class Rule:
         if all(getattr(self, name) is UNSET for name in (*EDGES, "schedule")):
             raise PolicyError(f"{self!r} sets nothing: give weight, input, output or schedule.")
         if self.match is not None:
-            object.__setattr__(self, "_pattern", _pattern(self.match))
+            object.__setattr__(self, "_pattern", path_pattern(self.match))
 
     def selects(self, op: Op) -> bool:
         """Tell whether the rule is about this operation."""
@@ -142,7 +142,8 @@ class Rule:
         return f"Rule({', '.join(words)})"
 
 
-def _pattern(match: str) -> re.Pattern[str]:
+def path_pattern(match: str) -> re.Pattern[str]:
+    """Compile what ``Rule(match=...)`` takes: a glob (``*`` also crosses dots), or ``re:`` and a regular expression."""
     if not isinstance(match, str):
         raise PolicyError(f"match={match!r} is not text: give a glob, or 're:' and a regular expression.")
     if not match.startswith("re:"):

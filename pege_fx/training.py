@@ -52,7 +52,7 @@ def observe(gm: GraphModule, calls: Iterable[tuple[tuple[Any, ...], Mapping[str,
             for site in sites:
                 site.observing = True
             for args, kwargs in calls:
-                _call(gm, args, kwargs)
+                call(gm, args, kwargs)
                 count += 1
         finally:
             for site in sites:
@@ -73,7 +73,8 @@ def as_arguments(gm: GraphModule, batch: Any) -> tuple[tuple[Any, ...], dict[str
     return tuple(batch[: len(parameters)]), {}
 
 
-def _call(gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def call(gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Run the model; ``InputError`` with the shapes if it fails."""
     try:
         return gm(*args, **kwargs)
     except Exception as error:

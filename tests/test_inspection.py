@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import pege_fx
-from pege_fx import ModelError, QuantPolicy, QuantSpec, Rule, SizeReport
-from pege_fx.inspection import Listing
+from pege_fx import Listing, ModelError, QuantPolicy, QuantSpec, Rule, SizeReport
 
 
 class Net(nn.Module):
@@ -36,9 +35,12 @@ POLICY = QuantPolicy(
 )
 
 
+X = (torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0)),)
+
+
 def prepared() -> GraphModule:
     torch.manual_seed(0)
-    return pege_fx.prepare(Net(), POLICY, (torch.randn(2, 3, 6, 6),))
+    return pege_fx.prepare(Net(), POLICY, X)
 
 
 def cells(listing: Listing) -> dict[str, dict[str, str]]:
@@ -47,7 +49,7 @@ def cells(listing: Listing) -> dict[str, dict[str, str]]:
 
 
 def test_a_summary_says_what_became_of_each_operation() -> None:
-    found = cells(pege_fx.summary(prepared()))
+    found = cells(pege_fx.summary(prepared()).listing)
     assert list(found) == ["conv1", "conv2", "fc"]
     columns = ("op", "weight", "input", "sign", "method", "estimator", "parameters")
     assert [tuple(row[name] for name in columns) for row in found.values()] == [
@@ -78,8 +80,7 @@ def test_plain_text_holds_every_cell_and_every_rule(made: object) -> None:
 
 
 def test_explain_is_what_prepare_does() -> None:
-    # Signs of activations need no example here, so the dry run has nothing less to go by.
-    assert pege_fx.explain(Net(), POLICY).listing.rows == pege_fx.summary(prepared()).rows
+    assert pege_fx.explain(Net(), POLICY, X).listing.rows == pege_fx.summary(prepared()).listing.rows
 
 
 def rich_text(shown: object) -> str:
@@ -106,7 +107,7 @@ def test_one_operation_is_found_by_its_path_or_node() -> None:
     assert explanation["conv2"].edge("weight").spec.bits == 2  # type: ignore[union-attr]
     assert explanation[explanation["conv2"].node] is explanation["conv2"]
     assert explanation["conv2"].edge("output") is None
-    with pytest.raises(ModelError, match=r"no operation is called 'conv3'; closest: conv[12]"):
+    with pytest.raises(ModelError, match=r"no operation, module or node is called 'conv3'; closest: conv[12]"):
         explanation["conv3"]
 
 

@@ -8,18 +8,31 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS: list[set[str]] = [
-    {"errors", "spec"},
+    {"errors", "spec", "listing"},
     {"kernels", "functional", "curves", "policy"},
     {"plan", "quantizers", "batch_norm", "fake_quant", "attention", "mode", "recurrent", "transformer", "explicit"},
-    {"passes.graph", "passes.pipeline"},
+    {"passes.graph", "passes.pipeline", "passes.costs"},
     {
         f"passes.{n}"
         for n in ("trace", "branches", "capture", "normalize", "ranks", "fold_bn", "sign", "plan", "insert", "verify", "lower")
     },
     {"passes"},
-    {"scheduler", "inspection", "training"},
+    {
+        "scheduler",
+        "inspection",
+        "tables",
+        "size",
+        "diff",
+        "diff_picture",
+        "coverage",
+        "telemetry",
+        "sensitivity",
+        "mixed_precision",
+        "training",
+    },
     {"api"},
     {"", "testing"},
+    {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Inside a layer a file may use another one; these are all the cases. Capture drives the tracer: the two are one pass.
@@ -27,8 +40,11 @@ INSIDE = {
     ("spec", "errors"), ("functional", "kernels"), ("fake_quant", "plan"), ("fake_quant", "quantizers"),
     ("fake_quant", "batch_norm"),
     ("explicit", "attention"), ("explicit", "batch_norm"), ("explicit", "recurrent"), ("explicit", "transformer"),
-    ("passes.capture", "passes.trace"),
-    ("passes.capture", "passes.branches"), ("inspection", "scheduler"), ("training", "scheduler"),
+    ("passes.capture", "passes.trace"), ("passes.capture", "passes.branches"),
+    ("inspection", "scheduler"), ("training", "scheduler"), ("listing", "errors"), ("passes.costs", "passes.graph"),
+    ("tables", "size"), ("inspection", "tables"), ("inspection", "size"),
+    ("telemetry", "scheduler"), ("sensitivity", "mixed_precision"), ("sensitivity", "scheduler"),
+    ("sensitivity", "size"), ("sensitivity", "training"), ("diff", "size"), ("diff", "diff_picture"), ("diff_picture", "diff"),
 }  # fmt: skip
 
 

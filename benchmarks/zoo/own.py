@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.zoo import own_sequences as sequences
 from benchmarks.zoo import own_vision as vision
@@ -29,7 +29,6 @@ MODELS: dict[str, Callable[[], Example]] = {
     "dcgan generator": lambda: Example(vision.Generator(), (torch.randn(2, 20, 1, 1),)),
     "spectral norm critic": lambda: Example(vision.Critic(), (images(),)),
     "weight norm wavenet": lambda: Example(sequences.WaveNet(), (torch.randn(2, 1, 40),)),
-    "old weight norm wavenet": lambda: Example(sequences.WaveNet(nn.utils.weight_norm), (torch.randn(2, 1, 40),)),
     "dataclass output": lambda: Example(vision.DataclassOutput(), (images(16),), {"labels": torch.tensor([1, 3])}),
     "vq-vae": lambda: Example(vision.VectorQuantizer(), (images(),)),
     "mixture of experts": lambda: Example(sequences.Router(), (torch.randn(12, 16),)),

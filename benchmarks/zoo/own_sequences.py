@@ -1,7 +1,6 @@
 """Sequence models as users write them: packed sequences, loops over time, tied heads, bare parameters, experts."""
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -116,8 +115,9 @@ class NanoGPT(nn.Module):
 class WaveNet(nn.Module):
     """Weight-normed dilated convolutions with gates and skips."""
 
-    def __init__(self, norm: Callable[[nn.Module], nn.Module] = nn.utils.parametrizations.weight_norm, width: int = 16) -> None:
+    def __init__(self, width: int = 16) -> None:
         super().__init__()
+        norm = nn.utils.parametrizations.weight_norm
         self.start = norm(nn.Conv1d(1, width, 1))
         self.gates = nn.ModuleList(norm(nn.Conv1d(width, 2 * width, 3, dilation=2**i)) for i in range(4))
         self.skips = nn.ModuleList(norm(nn.Conv1d(width, 2 * width, 1)) for _ in range(4))

@@ -495,3 +495,100 @@ def test_a_batch_norm_that_does_more_is_left_as_it_is() -> None:
     for _ in range(2):
         assert torch.equal(model(image()), gm(image()))
     assert int(gm.state_dict()["1.num_batches_tracked"]) == int(model.state_dict()["1.num_batches_tracked"]) == 2
+
+
+# --- blocks by choice ------------------------------------------------------------------------------------------------
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3)
+        self.layers = nn.ModuleList([Residual() for _ in range(3)])
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        for layer in self.layers:
+            x = layer(x)
+        y: Tensor = self.head(x.mean((2, 3)))
+        return y
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        y = self.bn(self.conv(x))
+        return F.relu(x + (y if scale is None else y * scale))
+
+
+@pytest.mark.parametrize("examples", [None, (image(),)])
+def test_blocks_are_graphs_of_their_own_with_the_same_plan(examples: Any) -> None:
+    model = Stack()
+    whole = pege_fx.prepare(model, "W4A4", examples)
+    gm = pege_fx.prepare(model, "W4A4", examples, blocks=["layers.*[0-9]"])
+    for layer in gm.get_submodule("layers").children():
+        assert isinstance(layer, GraphModule)
+        assert layer.code == next(gm.get_submodule("layers").children()).code  # repeated blocks are traced alike
+    assert {capture.rung for capture in captures(gm)} == {"symbolic", "block"}
+    described = [{(op.path, e.operand, e.spec) for op in plan_of(g).operations for e in op.edges} for g in (whole, gm)]
+    assert described[0] == described[1]  # the signs too, which pass through the blocks
+    assert set(model.state_dict()) <= set(gm.state_dict())
+    zero = Constant(0.0)
+    PEGEScheduler(gm, 1, zero, zero, zero)
+    assert_same_function(model, gm, (image(),), tolerance=0)
+    pege_fx.calibrate(at_p_1(gm).eval(), [image()])
+    for made in (copy.deepcopy(gm), pickle.loads(pickle.dumps(gm)), pege_fx.convert(gm)):
+        assert torch.equal(made(image()), gm(image()))
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any) -> Any:
+        return checkpoint(self.inner, *args, use_reentrant=False)
+
+
+def test_blocks_can_be_checkpointed_one_by_one() -> None:
+    gm = pege_fx.prepare(Stack(), "W4A4", (image(),), blocks="layers.*")
+    plain = copy.deepcopy(gm)
+    layers = gm.get_submodule("layers")
+    for name, layer in list(layers.named_children()):
+        layers.set_submodule(name, Checkpointed(layer))
+    for model in (gm, plain):
+        model(image()).sum().backward()
+    for (_, a), (_, b) in zip(gm.named_parameters(), plain.named_parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None)
+        assert a.grad is None or b.grad is None or torch.equal(a.grad, b.grad)
+
+
+def test_a_block_that_is_not_there_is_refused_with_the_closest() -> None:
+    with pytest.raises(pege_fx.PolicyError, match=r"blocks='layer.0' names no module.\n  closest paths: layers.0"):
+        pege_fx.prepare(Stack(), "W4A4", blocks=["layer.0"])
+
+
+class Selects(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.fc, self.how = nn.Linear(4, 4), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = {
+            "where": lambda: x[torch.where(x[:, 0] > 0)[0]],
+            "mask": lambda: x[x[:, 0] > 0],
+            "nonzero": lambda: (x > 0).nonzero(),
+        }[self.how]()
+        return self.fc(x) if rows.shape[0] > 0 else -x
+
+
+@pytest.mark.filterwarnings("ignore::pege_fx.PegeWarning")
+@pytest.mark.parametrize("how", ["where", "mask", "nonzero"])
+def test_a_size_that_depends_on_data_never_steers_a_graph(how: str) -> None:
+    gm = pege_fx.prepare(Selects(how), "W4A4", (torch.ones(2, 4),))
+    assert captures(gm)[0].rung == "python"
+    assert torch.equal(gm(-torch.ones(2, 4)), torch.ones(2, 4))

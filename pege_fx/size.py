@@ -1,0 +1,149 @@
+"""How large a model is: as float, and with its codes packed to their bits."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from pege_fx.batch_norm import FOLDED, BiasFold, WeightFold
+from pege_fx.fake_quant import FakeQuant
+from pege_fx.functional import dequantize, quantize
+from pege_fx.passes.graph import arguments, join, module_of, tensor_of
+from pege_fx.quantizers import Encoding
+
+
+@dataclass(frozen=True)
+class SizeReport:
+    """Bytes of parameters and buffers: as float, and as deployed with codes packed to their bits."""
+
+    float_bytes: int
+    quantized_bytes: int
+
+    @property
+    def ratio(self) -> float:
+        return self.float_bytes / self.quantized_bytes if self.quantized_bytes else 1.0
+
+    def __str__(self) -> str:
+        return f"float {_human(self.float_bytes)}, quantized {_human(self.quantized_bytes)}: {self.ratio:.1f} times smaller"
+
+
+def _human(count: int) -> str:
+    value = float(count)
+    for unit in ("bytes", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} GiB"
+
+
+def size_report(gm: GraphModule) -> SizeReport:
+    """Count the bytes of a converted model, and of the same model with its weights in float32.
+
+    Codes count their bits (b * n / 8, rounded up per weight), scales and what stayed float their own size. Of a prepared
+    model: what ``convert`` will make of it.
+    """
+    if any(isinstance(module, FakeQuant) for module in gm.modules()):
+        return _expected(gm)
+    bits, grids = dict(_code_bits(gm)), _grids(gm)
+    float_bytes = quantized_bytes = 0
+    for name, value in [*gm.named_parameters(), *gm.named_buffers()]:
+        if name in bits:
+            float_bytes += 4 * value.numel()
+            quantized_bytes += (bits[name] * value.numel() + 7) // 8
+        else:
+            own = value.numel() * value.element_size()
+            quantized_bytes += own
+            float_bytes += 0 if name in grids else own
+    return SizeReport(float_bytes, quantized_bytes)
+
+
+def graphs_of(gm: GraphModule) -> Iterator[tuple[str, GraphModule]]:
+    """The graph and those inside modules that stay Python, by path."""
+    for path, module in gm.named_modules():
+        if isinstance(module, GraphModule):
+            yield path, module
+
+
+def _code_bits(gm: GraphModule) -> Iterator[tuple[str, int]]:
+    for path, inner in graphs_of(gm):
+        for node in inner.graph.find_nodes(op="call_function", target=dequantize):
+            source = node.all_input_nodes[0]
+            if source.op == "get_attr":
+                yield join(path, str(source.target)), int(arguments(node)[1]["bits"])
+
+
+def _grids(gm: GraphModule) -> set[str]:
+    """Scales, zero points and intervals: what the float model does not have."""
+    found = set()
+    for path, inner in graphs_of(gm):
+        for function in (quantize, dequantize):
+            for node in inner.graph.find_nodes(op="call_function", target=function):
+                found |= {join(path, str(source.target)) for source in node.all_input_nodes[1:] if source.op == "get_attr"}
+    return found
+
+
+# --- before conversion -------------------------------------------------------------------------------------------
+
+
+def _expected(gm: GraphModule) -> SizeReport:
+    """What ``convert`` keeps: codes and grids for fake-quants, folded weights and biases, and what the graph reads as it is."""
+    float_bytes = quantized_bytes = 0
+    plain: dict[int, Tensor] = {}
+    for _, inner in graphs_of(gm):
+        for node in inner.graph.nodes:
+            plain |= {id(value): value for value in _read_as_it_is(inner, node)}
+            module = module_of(inner, node, nn.Module)
+            if isinstance(module, FakeQuant):
+                weight = tensor_of(inner, node.all_input_nodes[0]) if module.site.kind == "weight" else None
+                codes = 0 if weight is None else weight.numel()
+                float_bytes += 4 * codes
+                quantized_bytes += (module.site.spec.bits * codes + 7) // 8 + _grid_bytes(module, weight)
+            elif isinstance(module, BiasFold):
+                float_bytes += _bytes(module.fold.bn.running_mean)
+                quantized_bytes += _bytes(module.fold.bn.running_mean)
+    kept = sum(map(_bytes, plain.values()))
+    return SizeReport(float_bytes + kept, quantized_bytes + kept)
+
+
+def _bytes(value: Tensor) -> int:
+    return value.numel() * value.element_size()
+
+
+def _read_as_it_is(gm: GraphModule, node: Node) -> Iterable[Tensor]:
+    """The tensors that a node brings into the deployed graph unchanged."""
+    value = tensor_of(gm, node)
+    if value is not None:
+        readers = [module_of(gm, user, nn.Module) for user in node.users]
+        taken = all(isinstance(reader, BiasFold) or _takes_weight(reader) for reader in readers)
+        return [] if taken else [value]
+    module = module_of(gm, node, nn.Module)
+    if module is None or isinstance(module, (FakeQuant, WeightFold, BiasFold, GraphModule, *FOLDED.values())):
+        return []
+    inside = [child for child in module.modules() if isinstance(child, GraphModule)]
+    apart = {id(value) for child in inside for value in [*child.parameters(), *child.buffers()]}
+    return [value for value in [*module.parameters(), *module.buffers()] if id(value) not in apart]
+
+
+def _takes_weight(reader: nn.Module | None) -> bool:
+    return isinstance(reader, FakeQuant) and reader.site.kind == "weight"
+
+
+@torch.no_grad()
+def _grid_bytes(fq: FakeQuant, weight: Tensor | None) -> int:
+    """Constants that convert writes beside the codes: one grid, or two where codes mean something else than what made them."""
+    decoding = fq.decoding()
+    if fq.fold is not None and fq.method.channels is not None and fq.method.shape is not None:
+        folded = decoding.scale * fq.fold.channels.broadcast(fq.fold.sign(), fq.method.shape)  # of its shape, once folded
+        decoding = decoding._replace(scale=folded)
+    grids: list[tuple[Tensor | None, ...]] = [decoding]
+    if weight is None:
+        encoding = fq.method.encoding()
+        same = Encoding(*decoding)._replace(lower=encoding.lower, width=encoding.width)
+        grids = [encoding] if _equal(encoding, same) else [encoding, decoding]
+    return sum(4 * value.numel() for grid in grids for value in grid if value is not None)
+
+
+def _equal(a: Encoding, b: Encoding) -> bool:
+    return all(x is y or (x is not None and y is not None and torch.equal(x, y)) for x, y in zip(a, b, strict=True))
