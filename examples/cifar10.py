@@ -14,6 +14,7 @@ checkpoints and results.json. A run that was stopped, or killed, goes on when th
 """
 
 import argparse
+import csv
 import hashlib
 import io
 import json
@@ -39,6 +40,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+try:
+    from torch.utils.tensorboard import SummaryWriter
+except ImportError:
+    SummaryWriter = None
+
 import pege_fx
 from pege_fx import Constant, Exponential, LogReplacement, PEGEScheduler, QuantPolicy
 
@@ -47,8 +53,8 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 # What may differ between a run and its continuation, and what must not in float training.
 INCIDENTAL = {"output", "data_dir", "download_dir", "cache", "device", "compile", "compile_mode", "eval_batch_size"}
-INCIDENTAL |= {"time_limit", "deadline", "match"}
-FLOAT_SETTINGS = ("seed", "float_epochs", "float_lr", "batch_size", "subset", "amp")
+INCIDENTAL |= {"time_limit", "deadline", "match", "on_corrupt", "tensorboard"}
+FLOAT_SETTINGS = ("seed", "model", "float_epochs", "float_lr", "batch_size", "subset", "amp")
 
 
 class UserError(Exception):
@@ -93,6 +99,24 @@ class ResNet20(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+class VGG16(nn.Sequential):
+    """Thirteen convolutions with BatchNorm in five stages, and one linear layer."""
+
+    def __init__(self, classes: int) -> None:
+        layers: list[nn.Module] = []
+        before = 3
+        for stage in ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512)):
+            for after in stage:
+                layers += [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+                nn.init.kaiming_normal_(layers[-3].weight, mode="fan_out")
+                before = after
+            layers.append(nn.MaxPool2d(2))
+        super().__init__(*layers, nn.Flatten(), nn.Linear(before, classes))
+
+
+NETWORKS: dict[str, Callable[[int], nn.Module]] = {"resnet20": ResNet20, "vgg16": VGG16}
+
+
 # --- the data ------------------------------------------------------------------------------------------------
 
 
@@ -111,20 +135,25 @@ def members(source: Path) -> Iterator[tuple[str, Path | bytes | None]]:
         raise UserError(f"{source} is no tar archive that can be read ({error}): copy it again.") from error
 
 
-def decode(files: list[tuple[str, Path | bytes]]) -> Tensor:
-    """Return images as uint8, (N, 32, 32, 3); other sizes are resized."""
-    images = np.empty((len(files), SIDE, SIDE, 3), np.uint8)
+def decode(files: list[tuple[str, Path | bytes]], skip_corrupt: bool) -> tuple[Tensor, Tensor]:
+    """Return images as uint8, (N, 32, 32, 3), other sizes resized; and which of the files could be read, (N,)."""
+    images, good = np.zeros((len(files), SIDE, SIDE, 3), np.uint8), torch.ones(len(files), dtype=torch.bool)
     for i, (name, content) in enumerate(files):
         try:
             with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
                 rgb = image.convert("RGB")
         except (OSError, SyntaxError, ValueError) as error:
-            raise UserError(f"{name} is no image that can be read ({error}): repair it, or take it out.") from error
+            if not skip_corrupt:
+                fix = "repair it, take it out, or give --on-corrupt skip."
+                raise UserError(f"{name} is no image that can be read ({error}): {fix}") from error
+            print(f"skipped: {name} is no image that can be read ({error})", file=sys.stderr)
+            good[i] = False
+            continue
         images[i] = rgb if rgb.size == (SIDE, SIDE) else rgb.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
-    return torch.from_numpy(images)
+    return torch.from_numpy(images), good
 
 
-def read_images(source: Path) -> dict[str, Any]:
+def read_images(source: Path, skip_corrupt: bool = False) -> dict[str, Any]:
     """Decode an ImageFolder with train/ and test/, or a tar archive of one, in as many threads as there are cores."""
     found: dict[str, dict[str, list[tuple[str, Path | bytes]]]] = {"train": {}, "test": {}}
     for name, content in members(source):
@@ -147,9 +176,10 @@ def read_images(source: Path) -> dict[str, Any]:
     for split, folders in found.items():
         files = [file for label in classes for file in folders[label]]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            images = torch.cat(list(pool.map(decode, (files[i : i + 256] for i in range(0, len(files), 256)))))
+            parts = [files[i : i + 256] for i in range(0, len(files), 256)]
+            images, good = map(torch.cat, zip(*pool.map(decode, parts, [skip_corrupt] * len(parts)), strict=True))
         labels = torch.tensor([i for i, label in enumerate(classes) for _ in folders[label]])
-        data |= {f"{split}_images": images, f"{split}_labels": labels}
+        data |= {f"{split}_images": images[good], f"{split}_labels": labels[good]}
     return data
 
 
@@ -179,7 +209,7 @@ def load_data(args: argparse.Namespace) -> dict[str, Any]:
         key = hashlib.sha256(listing.encode()).hexdigest()[:12]
         cache = Path(args.cache or args.output) / f"images-{key}.pt"
         if not cache.exists():
-            save(read_images(source), cache)
+            save(read_images(source, args.on_corrupt == "skip"), cache)
         data = load(cache)
     if args.subset is not None:
         for split in ("train", "test"):
@@ -287,6 +317,7 @@ class Display:
         words = [f"epoch {row['epoch']}/{self.epochs}"]
         if "p" in row:
             words.append(f"p {row['p']:.3f}  λ {row['weight_lambda']:.1e} {row['activation_lambda']:.1e}")
+        words.append(f"{row['rate']:.0f} images/s")
         words.append(f"loss {row['loss']:.4f}  train {row['train_accuracy']:.2f} %  test {row['test_accuracy']:.2f} %")
         self.bar.update(self.task, state="  ".join(words))
         if self.bar.disable:
@@ -332,7 +363,7 @@ class Run:
     def float_model(self) -> tuple[nn.Module, dict[str, Any] | None]:
         """Return the float model, from --float-checkpoint or trained; and the state of that training."""
         torch.manual_seed(self.seed)
-        model = ResNet20(self.classes).to(self.device, memory_format=torch.channels_last)
+        model = NETWORKS[self.args.model](self.classes).to(self.device, memory_format=torch.channels_last)
         if self.args.float_checkpoint is None:
             sgd = torch.optim.SGD(model.parameters(), self.args.float_lr, 0.9, weight_decay=1e-4, fused=True)
             return model, self.fit("float", model, sgd, self.args.float_epochs)
@@ -356,10 +387,17 @@ class Run:
         gm = pege_fx.prepare(model.train(), policy_of(args), (examples,), seed=self.seed)
         adam = torch.optim.Adam(pege_fx.parameter_groups(gm, args.lr, args.quantizer_lr, weight_decay=1e-4), fused=True)
         scheduler = PEGEScheduler(gm, **schedule(args, args.epochs * self.steps))
-        return gm, self.fit("qat", gm, adam, args.epochs, scheduler)
+        teacher = model.eval() if args.distill else None
+        return gm, self.fit("qat", gm, adam, args.epochs, scheduler, teacher)
 
     def fit(
-        self, phase: str, model: nn.Module, optimizer: Any, epochs: int, scheduler: PEGEScheduler | None = None
+        self,
+        phase: str,
+        model: nn.Module,
+        optimizer: Any,
+        epochs: int,
+        scheduler: PEGEScheduler | None = None,
+        teacher: nn.Module | None = None,
     ) -> dict[str, Any]:
         """Train, from the checkpoint of this phase if there is one; return the last checkpoint."""
         path, size = self.folder / f"{phase}.pt", self.args.batch_size
@@ -373,12 +411,20 @@ class Run:
             x, labels = self.train(draw)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp):
                 logits = model(x)
-            return F.cross_entropy(logits.float(), labels), (logits.argmax(1) == labels).sum()
+                with torch.no_grad():
+                    taught = None if teacher is None else teacher(x)
+            loss = F.cross_entropy(logits.float(), labels)
+            if taught is not None:  # the soft part of Hinton et al., 2015, at temperature 4
+                student, wanted = (F.log_softmax(values.float() / 4, 1) for values in (logits, taught))
+                soft = 16 * F.kl_div(student, wanted, reduction="batchmean", log_target=True)
+                loss = (1 - self.args.distill) * loss + self.args.distill * soft
+            return loss, (logits.argmax(1) == labels).sum()
 
         def predict(draw: Tensor) -> Tensor:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp):
                 return model(self.test(draw)[0])
 
+        plain_loss_of = loss_of
         loss_of, predict = self.compiled(loss_of), self.compiled(predict)
         display = Display(f"{phase} seed {self.seed}", state["epoch"], epochs, self.steps)
         with display.bar:
@@ -389,6 +435,12 @@ class Run:
                     row["p"], (row["weight_lambda"], row["activation_lambda"]) = scheduler.rate, scheduler.lambdas
                 model.train()
                 draw, totals = self.train.draw(generator), torch.zeros(2, device=self.device)
+                if phase == "qat" and self.args.estimator == "ewgs" and (epoch - 1) % self.args.ewgs_every == 0:
+                    batches = draw.split(size)[: min(3, self.steps)]
+                    found = pege_fx.update_ewgs(
+                        model, lambda batch: plain_loss_of(batch)[0], batches, draws=self.args.ewgs_draws
+                    )
+                    row["mean_delta"] = mean(found.values())
                 for step in range(self.steps):
                     loss, right = loss_of(draw[step * size : (step + 1) * size])
                     loss.backward()
@@ -400,10 +452,13 @@ class Run:
                     display.step()
                 cosine.step()
                 row["loss"], right = (totals / self.steps).tolist()  # the one wait for the device in an epoch
+                if not math.isfinite(row["loss"]) and scheduler is not None:
+                    pege_fx.Guard(model).check(loss, self.train(draw[(self.steps - 1) * size : self.steps * size])[0])
                 if not math.isfinite(row["loss"]):
                     raise UserError(f"the loss is {row['loss']} in {phase} epoch {epoch}: lower the learning rate, or λ.")
                 row["train_accuracy"], row["test_accuracy"] = 100 * right, self.evaluate(model, predict)
                 row["seconds"] = time.perf_counter() - started
+                row["rate"] = self.steps * size / row["seconds"]
                 state = {
                     "settings": self.settings,
                     "epoch": epoch,
@@ -417,11 +472,23 @@ class Run:
                     "scheduler": None if scheduler is None else scheduler.state_dict(),
                 }
                 save(state, path)
+                self.write_history(phase, state["history"])
                 display.epoch(row)
                 self.stopped = time.perf_counter() > self.args.deadline
                 if self.stopped:
                     break
         return state
+
+    def write_history(self, phase: str, history: list[dict[str, Any]]) -> None:
+        """The history as CSV, and its last row for TensorBoard."""
+        with open(self.folder / f"{phase}.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(name for row in history for name in row)))
+            writer.writeheader()
+            writer.writerows(history)
+        if self.args.tensorboard:
+            with SummaryWriter(str(self.folder)) as board:
+                for name, value in history[-1].items():
+                    board.add_scalar(f"{phase}/{name}", value, history[-1]["epoch"])
 
     def resume(
         self, path: Path, model: nn.Module, optimizer: Any, cosine: Any, generator: Any, scheduler: Any
@@ -479,8 +546,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--data-dir", help="ImageFolder with train/ and test/, a tar archive of one, or cached images; default: download")
     add("--download-dir", default="data", help="where torchvision keeps its CIFAR-10")
     add("--cache", help="folder for the decoded images; default: --output")
+    add(
+        "--on-corrupt",
+        default="stop",
+        choices=("stop", "skip"),
+        help="at an image that can not be read; either way it is named",
+    )
     add("--output", default="runs/cifar10", help="folder of results and checkpoints")
     add("--subset", type=int, help="use this many training images, and at most as many test images")
+    add("--model", default="resnet20", choices=tuple(NETWORKS))
     add("--estimator", default="pege", choices=("pege", "ste", "ewgs", "pege-relative"))
     add("--method", default="lsq", choices=("lsq", "pact", "dorefa", "interval", "minmax"))
     add("--bits", default="W2A2")
@@ -497,17 +571,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--replacement-end", type=float, default=0.5, help="part of the training after which p is 1")
     add("--weight-lambda", type=float, nargs=2, default=[1e-8, 1e-6], metavar=("A", "B"), help="λ grows from A to B")
     add("--activation-lambda", type=float, nargs=2, default=[1e-9, 1e-8], metavar=("A", "B"))
+    add("--distill", type=float, default=0.0, metavar="SHARE", help="of the loss: to be like the float model, 0 to 1")
+    add("--ewgs-every", type=int, default=10, help="epochs from one estimate of EWGS' δ to the next")
+    add("--ewgs-draws", type=int, default=10, help="Hutchinson's random vectors for each of its 3 batches")
     add("--refresh", default="step", choices=("step", "never"), help="masks: redrawn every step, or growing")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--compile", action=switch, help="torch.compile; default: on CUDA")
     add("--compile-mode", choices=("default", "reduce-overhead", "max-autotune-no-cudagraphs"), default="default")
     add("--amp", action=switch, help="bfloat16 autocast; default: on CUDA")
     add("--time-limit", type=float, default=math.inf, metavar="SECONDS", help="stop after the epoch that passes it")
+    add("--tensorboard", action="store_true", help="event files beside the CSV; needs the package tensorboard")
     add("--match", action="store_true", help="at the end: summary, accuracy of the converted model, size")
     args = parser.parse_args(argv)
-    for name in ("batch_size", "eval_batch_size", "subset"):
+    for name in ("batch_size", "eval_batch_size", "subset", "ewgs_every", "ewgs_draws"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if not 0 <= args.distill <= 1:
+        parser.error("--distill must lie between 0 and 1")
     if min(args.epochs, args.float_epochs) < 0:
         parser.error("--epochs and --float-epochs can not be negative")
     if args.replacement_start is None:
@@ -517,6 +597,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def choose_device(args: argparse.Namespace) -> None:
     """Resolve "auto", and the switches that were left out."""
+    if args.tensorboard and SummaryWriter is None:
+        raise UserError("--tensorboard needs a package: pip install tensorboard, or leave it out; there is a CSV anyway.")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no GPU; use --device cpu, or a CUDA build on a machine with a GPU.")
     if args.device == "auto":

@@ -6,8 +6,9 @@ scheduler = pege_fx.PEGEScheduler(gm, total_steps=epochs)
 deployed = pege_fx.convert(gm)
 """
 
-from pege_fx import curves, functional, passes
+from pege_fx import curves, dataflow, functional, passes
 from pege_fx.api import convert, convert_passes, explain, prepare, prepare_passes, trace_passes
+from pege_fx.checkpoint import CheckpointInfo, checkpoint_info, load, newest, save
 from pege_fx.coverage import Coverage
 from pege_fx.curves import (
     Constant,
@@ -20,7 +21,10 @@ from pege_fx.curves import (
     RampReplacement,
     Step,
 )
+from pege_fx.dataflow import to_networkx
 from pege_fx.diff import Diff, PassTrace, diff
+from pege_fx.distributed import shard
+from pege_fx.draw import draw
 from pege_fx.errors import (
     CheckpointError,
     ConvertError,
@@ -28,6 +32,7 @@ from pege_fx.errors import (
     FoldError,
     InputError,
     ModelError,
+    NonFiniteError,
     OutputError,
     PegeError,
     PegeWarning,
@@ -37,12 +42,15 @@ from pege_fx.errors import (
     TraceError,
     VerifyError,
 )
+from pege_fx.ewgs import update_ewgs
 from pege_fx.fake_quant import FakeQuant, fake_quants
 from pege_fx.functional import Estimator
+from pege_fx.guard import Finding, Guard
 from pege_fx.inspection import Explanation, Summary, summary
 from pege_fx.listing import Listing
 from pege_fx.policy import QuantPolicy, Rule
 from pege_fx.quantizers import ForwardMethod, Statistics
+from pege_fx.report import report
 from pege_fx.scheduler import GroupCurves, PEGEScheduler
 from pege_fx.sensitivity import Sensitivity, sensitivity
 from pege_fx.size import SizeReport, size_report
@@ -55,6 +63,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CSVWriter",
     "CheckpointError",
+    "CheckpointInfo",
     "Constant",
     "ConvertError",
     "Cosine",
@@ -66,15 +75,18 @@ __all__ = [
     "Exponential",
     "ExportError",
     "FakeQuant",
+    "Finding",
     "FoldError",
     "ForwardMethod",
     "GroupCurves",
+    "Guard",
     "InputError",
     "Linear",
     "Listing",
     "LogReplacement",
     "Logarithmic",
     "ModelError",
+    "NonFiniteError",
     "OutputError",
     "PEGEScheduler",
     "PassTrace",
@@ -97,21 +109,31 @@ __all__ = [
     "TraceError",
     "VerifyError",
     "calibrate",
+    "checkpoint_info",
     "convert",
     "convert_passes",
     "curves",
+    "dataflow",
     "diff",
     "discretization_loss",
+    "draw",
     "explain",
     "fake_quants",
     "functional",
+    "load",
+    "newest",
     "parameter_groups",
     "passes",
     "prepare",
     "prepare_passes",
     "read_history",
+    "report",
+    "save",
     "sensitivity",
+    "shard",
     "size_report",
     "summary",
+    "to_networkx",
     "trace_passes",
+    "update_ewgs",
 ]

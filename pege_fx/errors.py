@@ -56,6 +56,10 @@ class OutputError(PegeError):
     """A file that can not be written: its ending says no format, or the place does not exist or is not writable."""
 
 
+class NonFiniteError(PegeError, ArithmeticError):
+    """NaN or infinity in the loss or a gradient."""
+
+
 class PegeWarning(UserWarning):
     """Something that works, but probably not as the user expects."""
 

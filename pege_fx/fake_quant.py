@@ -12,6 +12,7 @@ from pege_fx import functional
 from pege_fx.batch_norm import Fold
 from pege_fx.errors import ModelError
 from pege_fx.plan import Plan
+from pege_fx.processes import is_shared
 from pege_fx.quantizers import Decoding, ForwardMethod, Statistics
 from pege_fx.spec import ESTIMATORS, METHODS, Channels, Kind, QuantSpec
 
@@ -31,6 +32,7 @@ class ScheduleState(nn.Module):
     def __init__(self, group: str) -> None:
         super().__init__()
         self.group = group
+        self.rank = 0  # which part of a global batch this process sees; no buffer, or DDP would make it the first one's
         for name, value in (("rate", 1.0), ("weight_lambda", 0.0), ("activation_lambda", 0.0)):
             self.register_buffer(name, torch.tensor(value), persistent=False)
         key = torch.tensor(functional.refresh_key(0), dtype=torch.int32)
@@ -127,6 +129,8 @@ class FakeQuant(nn.Module):
                 f"{self.site.name.removesuffix('_fq')} has values that are not finite.\n"
                 "  load a good checkpoint, or set them before the first forward."
             )
+        if self.site.kind == "activation" and is_shared():
+            statistics = statistics.of_all()
         self.initialize(statistics)
 
     def observe(self, x: Tensor) -> None:
@@ -134,6 +138,13 @@ class FakeQuant(nn.Module):
         with torch.no_grad():
             seen = Statistics.of(self.enter(x), self.method.channels)
             self.statistics = seen.reduced() if self.statistics is None else self.statistics + seen
+
+    def share_observations(self) -> None:
+        """Add what other processes observed; all of them take part, those too that saw nothing."""
+        if self.site.kind == "activation" and is_shared():
+            nothing = Statistics.of(torch.empty(0, device=self.site_key.device))
+            seen = (self.statistics or nothing).of_all()
+            self.statistics = seen if bool(seen.count > 0) else None
 
     def finish_observing(self) -> None:
         """Initialise from what was observed since, if anything was."""
@@ -173,7 +184,7 @@ class FakeQuant(nn.Module):
             self.site.spec,
             zero_point=zero_point,
             rate=self.schedule.rate if self.training else None,
-            key=self.key if self.training else None,
+            key=self._key_of(x) if self.training else None,
             strength=self._strength(),
             scale_gradient=self.method.scale_gradient(x),
         )
@@ -241,6 +252,13 @@ class FakeQuant(nn.Module):
     def key(self) -> Tensor:
         """The key of the masks at the present refresh count, 0-d int32."""
         return self.site_key ^ self.schedule.refresh_key
+
+    def _key_of(self, x: Tensor) -> Tensor:
+        """The key for a tensor: on a further rank, an activation's elements are numbered on from those of the ranks before."""
+        if self.site.kind == "weight" or self.schedule.rank == 0:
+            return self.key
+        first = functional.as_int32(self.schedule.rank * x.numel())
+        return torch.stack([self.key, torch.full_like(self.key, first)])
 
     def last_forward(self) -> tuple[Tensor, Tensor] | None:
         """x_c and y of the last training forward, while autograd still keeps them; else None."""

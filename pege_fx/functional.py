@@ -36,7 +36,7 @@ _MIX_1, _MIX_2 = 0x21F0AAAD, 0xD35A2D97
 _BITS_OF_U = 24  # what float32 holds exactly
 
 
-def _as_int32(value: int) -> int:
+def as_int32(value: int) -> int:
     """The signed 32-bit integer with the same bits as ``value`` mod 2**32."""
     return (value + 2**31) % 2**32 - 2**31
 
@@ -55,18 +55,18 @@ def mix32(value: int) -> int:
 
 def site_key(seed: int, site: str) -> int:
     """Return the hash key of a site as a signed 32-bit integer, from the run's seed and the site's name."""
-    return _as_int32(mix32(mix32(zlib.crc32(site.encode())) ^ mix32(seed + 0x9E3779B9)))
+    return as_int32(mix32(mix32(zlib.crc32(site.encode())) ^ mix32(seed + 0x9E3779B9)))
 
 
 def refresh_key(refresh: int) -> int:
     """Return what a refresh count (0, 1, ...) adds to every site's key, as a signed 32-bit integer."""
-    return _as_int32(mix32(refresh * 0x9E3779B9))
+    return as_int32(mix32(refresh * 0x9E3779B9))
 
 
 def _mix32_tensor(bits: Tensor) -> Tensor:
     """``mix32`` of every element of an int32 tensor; ``>>`` keeps the sign, so the mask makes it a logical shift."""
-    bits = (bits ^ (bits >> 16 & 0xFFFF)) * _as_int32(_MIX_1)
-    bits = (bits ^ (bits >> 15 & 0x1FFFF)) * _as_int32(_MIX_2)
+    bits = (bits ^ (bits >> 16 & 0xFFFF)) * as_int32(_MIX_1)
+    bits = (bits ^ (bits >> 15 & 0x1FFFF)) * as_int32(_MIX_2)
     return bits ^ (bits >> 15 & 0x1FFFF)
 
 
@@ -77,7 +77,8 @@ def uniform(key: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
     the key and of i alone, hence the same in eager and compiled code, on every device, in every recomputation.
 
     Args:
-        key: 0-d int32 tensor, see ``site_key`` and ``refresh_key``.
+        key: int32 tensor, see ``site_key`` and ``refresh_key``: 0-d, or two of which the second is the number of the first
+            element, for a part of something larger.
         shape: shape of the result; the result is on the key's device.
     """
     return _uniform_at(row_major_index(shape, key.device), key)
@@ -98,7 +99,7 @@ def _channels_last_index(x: Tensor) -> Tensor:
 
 
 def _uniform_at(index: Tensor, key: Tensor) -> Tensor:
-    bits = _mix32_tensor(index ^ key)
+    bits = _mix32_tensor(index ^ key if key.ndim == 0 else (index + key[1]) ^ key[0])
     top: Tensor = bits >> (32 - _BITS_OF_U) & (2**_BITS_OF_U - 1)
     return top.to(torch.float32) * 2.0**-_BITS_OF_U
 
@@ -425,7 +426,7 @@ def fake_quantize(
         spec: bounds and estimator.
         zero_point: z, broadcastable to ``x``; None is 0.
         rate: p, 0-d; None replaces every element (p = 1).
-        key: 0-d int32 key of the masks; needed with ``rate``.
+        key: int32 key of the masks, see ``uniform``; needed with ``rate``.
         strength: λ for PEGE, δ for EWGS, 0-d; None is 0.
         scale_gradient: factor of the scale's gradient, LSQ's 1 / sqrt(N * q_max).
 

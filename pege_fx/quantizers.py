@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pege_fx import functional
 from pege_fx.errors import ConvertError
+from pege_fx.processes import range_of_all, total
 from pege_fx.spec import METHODS, Channels, Kind, QuantSpec
 
 SMALLEST_SCALE = 2.0**-100
@@ -97,6 +98,12 @@ class Statistics:
     def reduced(self) -> "Statistics":
         """The same figures, without the tensor they came from."""
         return self._with({name: getattr(self, name) for name in (*self._SUMS, "low", "high")})
+
+    def of_all(self) -> "Statistics":
+        """The statistics of what all processes see; each of them takes part."""
+        sums = total(torch.stack([getattr(self, name) for name in self._SUMS]))
+        low, high = range_of_all(self.low, self.high)
+        return self._with(dict(zip(self._SUMS, sums, strict=True)) | {"low": low, "high": high})
 
     @cached_property
     def whole(self) -> "Statistics":
@@ -417,6 +424,8 @@ class MovingMinMax(ForwardMethod, name="minmax"):
             if rows.numel() == 0:
                 return
             low, high = rows.amin(1).clamp(max=0).view_as(self.low), rows.amax(1).clamp(min=0).view_as(self.high)
+            if self.kind == "activation":
+                low, high = range_of_all(low, high)
             share = self.momentum if self.kind == "activation" else 1.0
             largest = min(LARGEST_SCALE, torch.finfo(low.dtype).max)
             self.low.lerp_(low.clamp(min=-largest), share)

@@ -11,6 +11,7 @@ from pege_fx.errors import CheckpointError, ModelError, ScheduleError, closest
 from pege_fx.fake_quant import FakeQuant, ScheduleState, fake_quants
 from pege_fx.functional import refresh_key
 from pege_fx.plan import Plan
+from pege_fx.processes import rank_and_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,10 @@ class PEGEScheduler:
         refresh: "step" draws new masks at every step; "never" keeps one threshold per element, so that the set of
             replaced elements only grows while p does.
         groups: curves for the schedule groups that rules name (``Rule(schedule="head")``).
+
+    With ``torch.distributed``, every process makes its own on the same model. Weights have the same masks everywhere; the
+    activations of rank r continue those of rank r - 1, as if all ranks' batches were one. λ for activations is multiplied
+    by the number of processes, whose gradients are averaged: the result is that of one process on the global batch.
 
     The constructor sets p and λ of t = 0. ``step()`` costs the same for any number of sites, and never waits for a device.
 
@@ -81,6 +86,9 @@ class PEGEScheduler:
                 f"no rule puts anything into the schedule group {name!r}.\n"
                 f"  groups: {', '.join(sorted(self._states)) or 'none'}; closest: {closest(name, self._states, 1)}."
             )
+        rank, self._size = rank_and_size()
+        for state in self._states.values():
+            state.rank = rank
         self._curves = {name: self._curves_of(name) for name in self._states}
         self.t = 0
         self.refreshes = 0
@@ -113,7 +121,7 @@ class PEGEScheduler:
             rate, weight_lambda, activation_lambda = self._curves[name]
             state.rate.fill_(rate(self.t))
             state.weight_lambda.fill_(weight_lambda(self.t))
-            state.activation_lambda.fill_(activation_lambda(self.t))
+            state.activation_lambda.fill_(activation_lambda(self.t) * self._size)
             state.refresh_key.fill_(refresh_key(self.refreshes))
 
     def step(self) -> None:
@@ -121,6 +129,12 @@ class PEGEScheduler:
         self.t = min(self.t + 1, self.total_steps)
         if self.refresh == "step":
             self.refreshes += 1
+        self._apply()
+
+    def go_to(self, steps: int) -> None:
+        """Go to where ``steps`` steps from the start lead."""
+        self.t = min(steps, self.total_steps)
+        self.refreshes = steps if self.refresh == "step" else 0
         self._apply()
 
     @property

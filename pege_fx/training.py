@@ -33,7 +33,8 @@ def calibrate(gm: GraphModule, batches: Iterable[Any]) -> None:
 
     Args:
         gm: a prepared model.
-        batches: tensors, tuples of positional arguments (surplus ones, such as labels, are left out) or dicts of
+        batches: with ``torch.distributed`` each process gives its own, and the grids follow from all of them; tensors,
+            tuples of positional arguments (surplus ones, such as labels, are left out) or dicts of
             keyword arguments, on the model's device.
 
     Raises:
@@ -54,6 +55,8 @@ def observe(gm: GraphModule, calls: Iterable[tuple[tuple[Any, ...], Mapping[str,
             for args, kwargs in calls:
                 call(gm, args, kwargs)
                 count += 1
+            for site in sites:
+                site.share_observations()
         finally:
             for site in sites:
                 site.finish_observing()

@@ -1,6 +1,37 @@
-"""Hypothesis for every test: the same examples in every run, and no deadline (a first call may compile)."""
+"""Hypothesis for every test: the same examples in every run, and no deadline (a first call may compile). And processes."""
 
+import multiprocessing
+import runpy
+from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+import pytest
 from hypothesis import settings
 
 settings.register_profile("pege_fx", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("pege_fx")
+
+WORKERS = Path(__file__).parent / "workers"
+# Processes are forked from one that has imported torch already, and itself runs no thread.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["pege_fx", "torch.distributed.fsdp", "torch.distributed.tensor"])
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., ForkServerProcess]]:
+    """Start ``tests/workers/<name>.py`` with arguments, in a process of its own; none of them outlives the test."""
+    started: list[ForkServerProcess] = []
+
+    def run(name: str, *words: object) -> ForkServerProcess:
+        path = str(WORKERS / f"{name}.py")
+        monkeypatch.setattr("sys.argv", [path, *map(str, words)])  # a child takes over its parent's
+        process = CONTEXT.Process(target=runpy.run_path, args=(path,), kwargs={"run_name": "__main__"})
+        process.start()
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        process.kill()
+        process.join()

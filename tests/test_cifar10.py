@@ -69,7 +69,9 @@ def assert_same_run(one: Path, other: Path) -> None:
         assert all(torch.equal(a[name], b[name]) for name in a)
     results = [json.loads((path / "seed0/results.json").read_text()) for path in (one, other)]
     for phase in ("float", "qat"):
-        rows = [[{k: v for k, v in row.items() if k != "seconds"} for row in r[phase]["history"]] for r in results]
+        rows = [
+            [{k: v for k, v in row.items() if k not in ("seconds", "rate")} for row in r[phase]["history"]] for r in results
+        ]
         assert rows[0] == rows[1]
 
 
@@ -96,7 +98,9 @@ def test_a_run_trains_both_phases_and_says_so(
     assert result["match"]["trained"] == result["match"]["converted"]
     assert result["match"]["quantized_bytes"] < result["match"]["float_bytes"] / 8
     out = capsys.readouterr().out
-    assert "float seed 0  epoch 1/1  loss" in out
+    assert "float seed 0  epoch 1/1  " in out
+    assert "images/s  loss" in out
+    assert (tmp_path / "out/seed0/qat.csv").read_text().startswith("epoch,lr,p,weight_lambda,activation_lambda,loss")
     assert "qat seed 0  epoch 2/2  p 1.000  λ" in out
     assert "equal" in out
     assert "blocks.8.conv2" in out
@@ -114,6 +118,35 @@ def test_several_seeds_from_given_float_models(go: Callable[..., Any], tmp_path:
 @pytest.mark.parametrize("words", ["--estimator ewgs --method interval", "--estimator pege-relative --method dorefa --amp"])
 def test_other_estimators_and_methods_train(go: Callable[..., Any], words: str) -> None:
     assert go(*words.split(), "--epochs", "1", "--refresh", "never")[0]["finished"]
+
+
+def test_vgg_has_twelve_quantized_convolutions() -> None:
+    vgg = cifar10.VGG16(10)
+    assert sum(p.numel() for p in vgg.parameters()) == 14_724_042
+    gm = pege_fx.prepare(vgg, cifar10.policy_of(cifar10.parse(["--model", "vgg16"])), (torch.randn(2, 3, 32, 32),))
+    assert sum(site.site.kind == "weight" for site in pege_fx.fake_quants(gm).values()) == 12
+
+
+def test_it_learns_from_its_float_model_and_writes_for_tensorboard(go: Callable[..., Any], tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    (plain,) = go("--epochs", "1", output="plain")
+    (result,) = go("--distill", "0.5", "--epochs", "1", "--tensorboard")
+    assert result["float"]["history"][0]["loss"] == plain["float"]["history"][0]["loss"]
+    assert result["qat"]["history"][0]["loss"] != plain["qat"]["history"][0]["loss"]
+    assert list((tmp_path / "out/seed0").glob("events.*"))
+
+
+def test_corrupt_images_are_skipped_if_told_so(
+    go: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = make_folder(tmp_path / "damaged")
+    with_text_for_an_image(root)
+    assert go("--data-dir", str(root), "--epochs", "0", "--on-corrupt", "skip")[0]["finished"]
+    assert "skipped: train/red/3.png is no image that can be read" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_is_blamed_on_a_site(go: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert "the loss is NaN: " in refused(go, capsys, "--lr", "1e38", "--quantizer-lr", "1e38")
 
 
 def test_augmentation_crops_and_flips() -> None:

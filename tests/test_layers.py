@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS: list[set[str]] = [
     {"errors", "spec", "listing"},
-    {"kernels", "functional", "curves", "policy"},
+    {"kernels", "functional", "curves", "policy", "processes", "container"},
     {"plan", "quantizers", "batch_norm", "fake_quant", "attention", "mode", "recurrent", "transformer", "explicit"},
     {"passes.graph", "passes.pipeline", "passes.costs"},
     {
@@ -17,20 +17,10 @@ LAYERS: list[set[str]] = [
         for n in ("trace", "branches", "capture", "normalize", "ranks", "fold_bn", "sign", "plan", "insert", "verify", "lower")
     },
     {"passes"},
-    {
-        "scheduler",
-        "inspection",
-        "tables",
-        "size",
-        "diff",
-        "diff_picture",
-        "coverage",
-        "telemetry",
-        "sensitivity",
-        "mixed_precision",
-        "training",
-    },
+    {"scheduler", "inspection", "tables", "size", "diff", "diff_picture", "coverage", "telemetry"}
+    | {"sensitivity", "mixed_precision", "training", "distributed", "ewgs", "guard", "dataflow", "draw", "report"},
     {"api"},
+    {"checkpoint"},
     {"", "testing"},
     {"__main__"},
 ]
@@ -45,6 +35,8 @@ INSIDE = {
     ("tables", "size"), ("inspection", "tables"), ("inspection", "size"),
     ("telemetry", "scheduler"), ("sensitivity", "mixed_precision"), ("sensitivity", "scheduler"),
     ("sensitivity", "size"), ("sensitivity", "training"), ("diff", "size"), ("diff", "diff_picture"), ("diff_picture", "diff"),
+    ("distributed", "scheduler"), ("guard", "scheduler"), ("guard", "training"),
+    ("dataflow", "scheduler"), ("draw", "dataflow"), ("report", "dataflow"), ("report", "draw"), ("report", "scheduler"),
 }  # fmt: skip
 
 

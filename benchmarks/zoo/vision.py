@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks.zoo.example import Case, Example
 
 GIANTS = {"convnext_large", "regnet_y_128gf", "vit_h_14", "vit_l_16", "vit_l_32"}  # above 190 M parameters
-LARGER = {"googlenet": 96, "inception_v3": 96, "maxvit_t": 224}  # images that are not 64 pixels wide
+LARGER = {"googlenet": 96, "inception_v3": 128, "maxvit_t": 224}  # images that are not 64 pixels wide
 
 
 def classifier(name: str) -> Example:
@@ -30,6 +30,8 @@ def segmentation(name: str) -> Example:
 
 def detection(name: str) -> Example:
     settings: dict[str, Any] = {} if name.startswith("ssd") else {"min_size": 96, "max_size": 128}
+    if "rcnn" in name:
+        settings |= {"rpn_post_nms_top_n_train": 40, "rpn_post_nms_top_n_test": 20, "box_detections_per_img": 5}
     model = torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=5, **settings)
     images = [torch.rand(3, 96, 96), torch.rand(3, 80, 112)]
     return Example(model, (images, [_target(name, image) for image in images]), evaluation=(images,))

@@ -1,0 +1,232 @@
+r"""Run a table of experiments with examples/cifar10.py, and write what they found as a page with tables and plots.
+
+    python examples/experiments.py examples/experiments.toml --data-dir cifar10-jpeg.tar.xz
+    python examples/experiments.py examples/experiments.toml --report-only          # the page again, from the stored runs
+
+The table is TOML: ``[defaults]`` and each ``[[run]]`` hold options of cifar10.py by their names; a run also has a ``name``, and
+a ``group``: the runs of a group make one table, and each is compared with the group's first. Every finished run is stored as
+one JSON file per seed in --results. The command can be stopped, or killed, and given again: it goes on where it was.
+"""
+
+import argparse
+import importlib.util
+import json
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+OWN = ("name", "group", "title")
+SHARED = ("model", "float_epochs", "float_lr", "batch_size", "subset")  # what a float model depends on
+FULL_EPOCHS = 400
+spec = importlib.util.spec_from_file_location("cifar10_example", Path(__file__).with_name("cifar10.py"))
+assert spec is not None
+assert spec.loader is not None
+cifar10: Any = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(cifar10)
+
+
+class UserError(Exception):
+    """One line for the person at the keyboard: what is wrong, and the fix."""
+
+
+# --- the table -----------------------------------------------------------------------------------------------
+
+
+def read_table(path: Path) -> list[dict[str, Any]]:
+    """Return the runs with the defaults filled in."""
+    try:
+        table = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"can not read the table {path}: {error}.") from error
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path} is not TOML: {error}.") from error
+    runs = [table.get("defaults", {}) | run for run in table.get("run", [])]
+    if not runs:
+        raise UserError(f"{path} has no [[run]]: add one with a name, a group, and options of cifar10.py.")
+    for number, run in enumerate(runs):
+        if missing := [name for name in ("name", "group") if not isinstance(run.get(name), str)]:
+            raise UserError(f'{path}: run {number} has no {missing[0]}: add {missing[0]} = "...".')
+    names = [run["name"] for run in runs]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise UserError(f"{path}: {', '.join(sorted(twice))} is the name of two runs: choose another.")
+    return runs
+
+
+def options(run: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in run.items() if name not in (*OWN, "seed")}
+
+
+def words(settings: dict[str, Any]) -> Iterator[str]:
+    """Settings as cifar10.py takes them on its command line."""
+    for name, value in settings.items():
+        option = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            yield option if value else f"--no-{option.removeprefix('--')}"
+        else:
+            yield option
+            yield from map(str, value if isinstance(value, list) else [value])
+
+
+def seeds(run: dict[str, Any]) -> list[int]:
+    seed = run.get("seed", [0])
+    return seed if isinstance(seed, list) else [seed]
+
+
+# --- running -------------------------------------------------------------------------------------------------
+
+
+def stored(folder: Path, run: dict[str, Any], seed: int) -> dict[str, Any] | None:
+    """The result of a finished run with these very options, or None."""
+    path = folder / f"{run['name']}-seed{seed}.json"
+    if not path.exists():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text())
+    if found["options"] != options(run):
+        raise UserError(f"{path} was made with other options than the table has now: give the run another name, or delete it.")
+    return found
+
+
+def execute(run: dict[str, Any], seed: int, args: argparse.Namespace) -> None:
+    """Train one run with one seed, from the float model that all runs of this network and seed share, and store it."""
+    settings = options(run)
+    shared = {
+        name: settings[name] for name in ("model", "float_epochs", "float_lr", "batch_size", "subset") if name in settings
+    }
+    label = "-".join(["float", *(str(value) for value in shared.values())])
+    common = [*args.rest, *(["--data-dir", args.data_dir] if args.data_dir else []), "--cache", str(args.work / "cache")]
+    common += ["--seed", str(seed)]
+    cifar10.main([*common, *words(shared), "--epochs", "0", "--output", str(args.work / label)])
+    checkpoint = str(args.work / label / "seed{seed}" / "float.pt")
+    (result,) = cifar10.main(
+        [*common, *words(settings), "--float-checkpoint", checkpoint, "--output", str(args.work / run["name"])]
+    )
+    base = json.loads((args.work / label / f"seed{seed}" / "results.json").read_text())
+    kept = {"options": settings, "seed": seed, "float": base["float"]["last"], "accuracy": result["qat"]["last"]}
+    kept |= {"best": result["qat"]["best"], "seconds": result["qat"]["seconds"], "device": result["device"]}
+    kept |= {"versions": result["versions"], "curve": [row["test_accuracy"] for row in result["qat"]["history"]]}
+    cifar10.save(kept, args.results / f"{run['name']}-seed{seed}.json")
+
+
+# --- the page ------------------------------------------------------------------------------------------------
+
+
+def significance(one: dict[int, float], other: dict[int, float]) -> str:
+    """The mean difference with its 95 % interval and p of the paired t-test over the seeds that both have."""
+    from scipy import stats
+
+    shared = sorted(set(one) & set(other))
+    differences = [one[seed] - other[seed] for seed in shared]
+    if len(shared) < 2:
+        return f"{differences[0]:+.2f} (one seed)" if shared else "-"
+    if stdev(differences) == 0:
+        return f"{mean(differences):+.2f} (all seeds alike)"
+    test = stats.ttest_rel([one[seed] for seed in shared], [other[seed] for seed in shared])
+    interval = test.confidence_interval(0.95)
+    verdict = "significant" if test.pvalue < 0.05 else "not significant"
+    return f"{mean(differences):+.2f} [{interval.low:+.2f}, {interval.high:+.2f}], p = {test.pvalue:.3f}: {verdict}"
+
+
+def spread(values: list[float]) -> str:
+    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def plot(path: Path, curves: dict[str, list[list[float]]]) -> None:
+    """Test accuracy over epochs: the mean of the seeds, and the range between them."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    for title, seeds_curves in curves.items():
+        columns = list(zip(*seeds_curves, strict=False))
+        epochs = range(1, len(columns) + 1)
+        (line,) = axes.plot(epochs, [mean(column) for column in columns], label=title, marker="." if len(columns) < 5 else "")
+        axes.fill_between(epochs, list(map(min, columns)), list(map(max, columns)), alpha=0.2, color=line.get_color())
+    axes.set(xlabel="epoch", ylabel="test accuracy, %")
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def group_section(group: str, runs: list[dict[str, Any]], args: argparse.Namespace) -> Iterator[str]:
+    found = {run["name"]: [kept for seed in seeds(run) if (kept := stored(args.results, run, seed))] for run in runs}
+    done = [run for run in runs if found[run["name"]]]
+    yield f"## {group}\n"
+    if not done:
+        yield "No run of this group has been made yet.\n"
+        return
+    first, *_ = done
+    base = {kept["seed"]: kept["accuracy"] for kept in found[first["name"]]}
+    yield f"| run | accuracy after the last epoch, % | seeds | best epoch, % | less {first.get('title', first['name'])} |"
+    yield "|---|---|---|---|---|"
+    floats = {kept["seed"]: kept["float"] for run in done for kept in found[run["name"]]}
+    yield f"| float | {spread(list(floats.values()))} | {len(floats)} | | |"
+    for run in done:
+        kept = found[run["name"]]
+        accuracy = {one["seed"]: one["accuracy"] for one in kept}
+        against = "" if run is first else significance(accuracy, base)
+        best = spread([one["best"] for one in kept])
+        yield f"| {run.get('title', run['name'])} | {spread(list(accuracy.values()))} | {len(kept)} | {best} | {against} |"
+    epochs = {run.get("epochs", FULL_EPOCHS) for run in done}
+    subset = {run.get("subset") for run in done} - {None}
+    some = found[first["name"]][0]
+    minutes = sum(one["seconds"] for run in done for one in found[run["name"]]) / 60
+    if min(epochs) < FULL_EPOCHS or subset:
+        images = f"{', '.join(map(str, subset))} training images" if subset else "all images"
+        yield f"\n**Small**: {', '.join(map(str, sorted(epochs)))} epochs instead of {FULL_EPOCHS}, {images}."
+    yield f"\n{minutes:.0f} minutes of training on {some['device']}, torch {some['versions']['torch']}."
+    if missing := [run["name"] for run in runs if len(found[run["name"]]) < len(seeds(run))]:
+        yield f"\nNot complete: {', '.join(missing)}."
+    image = args.report.parent / "images" / f"{''.join(c if c.isalnum() else '-' for c in group.lower())}.png"
+    plot(image, {run.get("title", run["name"]): [one["curve"] for one in found[run["name"]]] for run in done})
+    yield f"\n![{group}]({image.relative_to(args.report.parent).as_posix()})\n"
+
+
+def write_report(runs: list[dict[str, Any]], args: argparse.Namespace) -> None:
+    lines = [
+        "# Results",
+        "",
+        f"Made by `examples/experiments.py {args.table.name}` from the stored runs; do not edit. Mean ± standard",
+        "deviation over seeds; differences are paired by seed, with the 95 % interval and p of the t-test.",
+        "",
+    ]
+    for group in dict.fromkeys(run["group"] for run in runs):
+        lines += group_section(group, [run for run in runs if run["group"] == group], args)
+    args.report.parent.mkdir(parents=True, exist_ok=True)
+    args.report.write_text("\n".join(lines).rstrip() + "\n")
+
+
+# --- the command ---------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.allow_abbrev = False  # what is not ours is for cifar10.py
+    add = parser.add_argument
+    add("table", type=Path, help="TOML")
+    add("--data-dir", help="as for cifar10.py")
+    add("--work", type=Path, default=Path("runs/experiments"), help="folder of checkpoints, to go on from")
+    add("--results", type=Path, default=Path("benchmarks/results/cifar10"), help="folder of stored runs, one JSON per seed")
+    add("--report", type=Path, default=Path("docs/results.md"))
+    add("--report-only", action="store_true")
+    args, args.rest = parser.parse_known_args(argv)
+    try:
+        runs = read_table(args.table)
+        for run in runs:
+            for seed in [] if args.report_only else seeds(run):
+                if stored(args.results, run, seed) is None:
+                    execute(run, seed, args)
+                    write_report(runs, args)
+        write_report(runs, args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+if __name__ == "__main__":
+    main()

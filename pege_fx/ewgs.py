@@ -1,0 +1,88 @@
+"""The strengths of EWGS from the curvature of the loss, so that PEGE is compared with EWGS at its best."""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pege_fx.errors import InputError, ModelError
+from pege_fx.fake_quant import FakeQuant, fake_quants
+
+
+def update_ewgs(
+    gm: nn.Module, loss_of: Callable[[Any], Tensor], batches: Iterable[Any], *, draws: int = 10, seed: int = 0
+) -> dict[str, float]:
+    """Set δ of every EWGS site and return it: δ = max(0, (Tr H / N) / (3 std g)), the mean over the batches.
+
+    g and H are the gradient and the Hessian of the loss in the site's N quantized values. The trace is Hutchinson's:
+    v^T H v for random signs v has the mean Tr H. All sites draw at once: what one site's v contributes to another's
+    product has the mean zero. The paper (Lee et al., CVPR 2021, eq. 8) does this every 10 epochs on 3 batches.
+    Downstream quantizers count as STE meanwhile. All but δ stays as it is: parameters, gradients, buffers, random numbers.
+
+    Args:
+        loss_of: a batch -> the loss, through ``gm`` itself (not compiled, nor wrapped); in training mode.
+        batches: three or so.
+        draws: of v for each batch.
+
+    Raises:
+        ModelError: if no site of the model has the estimator EWGS.
+        InputError: if there is no batch.
+    """
+    sites = {name: site for name, site in fake_quants(gm).items() if site.site.spec.estimator == "ewgs"}
+    if not sites:
+        raise ModelError('the model has no EWGS site: prepare it with estimator="ewgs", or leave update_ewgs out.')
+    buffers = {name: buffer.clone() for name, buffer in gm.named_buffers()}
+    generator = torch.Generator().manual_seed(seed)
+    found: list[dict[str, float]] = []
+    try:
+        for site in sites.values():
+            site.get_buffer("strength").zero_()
+        for batch in batches:
+            found.append(_strengths(sites, functools.partial(loss_of, batch), draws, generator))
+    finally:
+        with torch.no_grad():
+            for name, buffer in gm.named_buffers():
+                buffer.copy_(buffers[name])
+    if not found:
+        raise InputError("update_ewgs got no batch: give at least one.")
+    strengths = {name: max(0.0, sum(one.get(name, 0.0) for one in found) / len(found)) for name in sites}
+    for name, site in sites.items():
+        site.get_buffer("strength").fill_(strengths[name])
+    return strengths
+
+
+def _strengths(
+    sites: dict[str, FakeQuant], loss_of: Callable[[], Tensor], draws: int, generator: torch.Generator
+) -> dict[str, float]:
+    """(Tr H / N) / (3 std g) of each site that a batch reaches; may be negative."""
+    seen: dict[str, Tensor] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda _, x, y: seen.update({name: y})
+
+    hooks = [site.register_forward_hook(note(name)) for name, site in sites.items()]
+    try:
+        with torch.enable_grad():
+            loss = loss_of()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    values = list(seen.values())
+    gradients = torch.autograd.grad(loss, values, create_graph=True)
+    traces = [torch.zeros((), dtype=torch.float64, device=value.device) for value in values]
+    for _ in range(draws):
+        signs = [_signs(value, generator) for value in values]
+        products = torch.autograd.grad(gradients, values, signs, retain_graph=True, materialize_grads=True)
+        for trace, sign, product in zip(traces, signs, products, strict=True):
+            trace += (sign * product).sum(dtype=torch.float64) / draws
+    spreads = [3 * gradient.detach().double().std(correction=0) for gradient in gradients]
+    return {
+        name: float(trace / value.numel() / spread) if float(spread) > 0 else 0.0
+        for name, value, trace, spread in zip(seen, values, traces, spreads, strict=True)
+    }
+
+
+def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    return (torch.randint(0, 2, like.shape, generator=generator) * 2 - 1).to(like)

@@ -1,0 +1,135 @@
+"""examples/experiments.py: a table of runs becomes a page; it goes on where it was, and is made again from what is stored."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("torchvision")
+pytest.importorskip("matplotlib")
+pytest.importorskip("scipy")
+Image = pytest.importorskip("PIL.Image")
+
+FILE = Path(__file__).parent.parent / "examples" / "experiments.py"
+spec = importlib.util.spec_from_file_location("experiments_example", FILE)
+assert spec is not None
+assert spec.loader is not None
+experiments: Any = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(experiments)
+
+TABLE = """
+[defaults]
+seed = [0, 1]
+epochs = 1
+float_epochs = 1
+batch_size = 8
+
+[[run]]
+group = "Estimators, W2A2"
+name = "ste"
+title = "STE"
+estimator = "ste"
+
+[[run]]
+group = "Estimators, W2A2"
+name = "pege"
+title = "PEGE"
+weight_lambda = [1e-8, 1e-6]
+"""
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> list[str]:
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 6), ("test", 3)):
+        for label in ("blue", "red"):
+            folder = tmp_path / "data" / split / label
+            folder.mkdir(parents=True)
+            for i in range(count):
+                image = torch.randint(0, 256, (32, 32, 3), generator=generator, dtype=torch.uint8)
+                Image.fromarray(image.numpy()).save(folder / f"{i}.png")
+    (tmp_path / "table.toml").write_text(TABLE)
+    places = {"--work": "work", "--results": "results", "--report": "docs/results.md", "--data-dir": "data"}
+    named = [word for option, name in places.items() for word in (option, str(tmp_path / name))]
+    return [str(tmp_path / "table.toml"), *named, "--device", "cpu", "--no-compile"]
+
+
+def test_a_table_is_run_stored_and_reported_and_reported_again(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executed: list[tuple[str, int]] = []
+    execute = experiments.execute
+
+    def dying(run: dict[str, Any], seed: int, args: Any) -> None:
+        if len(executed) == 3:
+            executed.append(("died", 0))
+            raise MemoryError
+        executed.append((run["name"], seed))
+        execute(run, seed, args)
+
+    monkeypatch.setattr(experiments, "execute", dying)
+    with pytest.raises(MemoryError):
+        experiments.main(words)
+    assert "Not complete: pege." in (tmp_path / "docs/results.md").read_text()
+    experiments.main(words)
+    assert executed == [("ste", 0), ("ste", 1), ("pege", 0), ("died", 0), ("pege", 1)]
+    page = (tmp_path / "docs/results.md").read_text()
+    assert "## Estimators, W2A2" in page
+    assert "| STE | " in page
+    assert "**Small**: 1 epochs instead of 400" in page
+    assert "![Estimators, W2A2](images/estimators--w2a2.png)" in page
+    assert (tmp_path / "docs/images/estimators--w2a2.png").stat().st_size > 1000
+    kept = json.loads((tmp_path / "results/pege-seed1.json").read_text())
+    assert kept["options"]["weight_lambda"] == [1e-8, 1e-6]
+    assert len(kept["curve"]) == 1
+    (tmp_path / "docs/results.md").unlink()
+    experiments.main([*words, "--report-only"])
+    assert (tmp_path / "docs/results.md").read_text() == page
+    (tmp_path / "table.toml").write_text(TABLE.replace("epochs = 1\nfloat", "epochs = 2\nfloat"))
+    with pytest.raises(SystemExit):
+        experiments.main(words)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "words_of_it"),
+    [
+        ([91.0, 91.2, 91.1], [90.0, 90.3, 90.2], ": significant"),
+        ([91.0, 90.0, 92.0], [91.5, 90.4, 90.9], ": not significant"),
+        ([91.0], [90.0], r"+1.00 (one seed)"),
+        ([91.0, 92.0], [90.0, 91.0], "+1.00 (all seeds alike)"),
+    ],
+)
+def test_differences_are_judged(one: list[float], other: list[float], words_of_it: str) -> None:
+    assert words_of_it in experiments.significance(dict(enumerate(one)), dict(enumerate(other)))
+    assert experiments.significance(dict(enumerate(one)), {}) == "-"
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("[defaults]\n", "has no [[run]]"),
+        ("[[run]]\nname = 'a'\n", "run 0 has no group"),
+        ("[[run]]\nname = 'a'\ngroup = 'g'\n[[run]]\nname = 'a'\ngroup = 'g'\n", "a is the name of two runs"),
+        ("[[run", "is not TOML"),
+        (None, "can not read the table"),
+    ],
+)
+def test_bad_tables_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], table: str | None, message: str) -> None:
+    if table is not None:
+        (tmp_path / "t.toml").write_text(table)
+    with pytest.raises(SystemExit):
+        experiments.main([str(tmp_path / "t.toml")])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_every_option_of_the_committed_table_is_one_of_the_example() -> None:
+    runs = experiments.read_table(FILE.with_name("experiments.toml"))
+    assert len(runs) > 20
+    for run in runs:
+        args = experiments.cifar10.parse(list(experiments.words(experiments.options(run))))
+        experiments.cifar10.policy_of(args)
+        experiments.cifar10.schedule(args, 100)
