@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks.zoo.example import Case, Example
 
 GIANTS = {"convnext_large", "regnet_y_128gf", "vit_h_14", "vit_l_16", "vit_l_32"}  # above 190 M parameters
-LARGER = {"googlenet": 96, "inception_v3": 128, "maxvit_t": 224}  # images that are not 64 pixels wide
+LARGER = {"googlenet": 96, "inception_v3": 299, "maxvit_t": 224}  # images that are not 64 pixels wide
 
 
 def classifier(name: str) -> Example:
