@@ -136,13 +136,13 @@ def _prepare(model: nn.Module, policy: QuantPolicy | str, example: Example) -> G
 
 
 def gradients(model: nn.Module, example: Example) -> dict[str, Tensor]:
-    """One forward and backward in training mode; return the gradients by parameter."""
+    """One forward and backward in training mode; return the gradients by parameter, under each of its names."""
     torch.manual_seed(0)
     args, kwargs = example.call(training=True)
     result = model.train()(*args, **kwargs)
     require(_are_finite(tensors_in(result)), "an output in training is not finite")
     loss_of(result).backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name: p.grad for name, p in model.named_parameters(remove_duplicate=False) if p.grad is not None}
 
 
 def loss_of(value: Any) -> Tensor:
