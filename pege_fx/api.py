@@ -44,7 +44,7 @@ def prepare_passes(policy: QuantPolicy | str, *, batch_norm: BatchNormMode = "tr
     )
 
 
-def convert_passes() -> Pipeline:
+def convert_passes(*, integer_bias: bool = False, packed: bool = False) -> Pipeline:
     """Return the passes of ``convert``."""
     return Pipeline(
         [
@@ -52,6 +52,9 @@ def convert_passes() -> Pipeline:
             graph_passes.lower_weights,
             graph_passes.lower_folds,
             graph_passes.lower_activations,
+            *([graph_passes.lower_biases] if integer_bias else []),
+            *([graph_passes.pack_weights] if packed else []),
+            graph_passes.inline_modules,
             graph_passes.drop_unused,
         ]
     )
@@ -146,10 +149,17 @@ def prepare(
     return gm
 
 
-def convert(gm: GraphModule) -> GraphModule:
+def convert(gm: GraphModule, *, integer_bias: bool = False, packed: bool = False) -> GraphModule:
     """Return the deployable graph: weights as integer codes with scales, BatchNorm gone into them, in evaluation mode.
 
-    Its outputs are those of ``gm.eval()``. The prepared model itself is not changed.
+    Its outputs are those of ``gm.eval()``, bit for bit. The prepared model itself is not changed.
+
+    Args:
+        gm: a prepared model.
+        integer_bias: hold biases as int32 in the units of the accumulators (input scale times weight scale), as integer
+            hardware adds them. This rounds them, so outputs move by about one such unit.
+        packed: hold weight codes in as many bits as they have (see ``pege_fx.packing``); the graph unpacks them whenever
+            it runs. Files are packed in any case, see ``save_deployed``.
 
     Raises:
         ModelError: if ``gm`` was not prepared, or an activation was never calibrated.
@@ -169,7 +179,7 @@ def convert(gm: GraphModule) -> GraphModule:
             break
     deployed = copy.deepcopy(gm).eval()
     inner = [module for module in deployed.modules() if isinstance(module, GraphModule) and not stays_python(module)]
-    run(reversed(inner), convert_passes())
+    run(reversed(inner), convert_passes(integer_bias=integer_bias, packed=packed))
     return deployed
 
 

@@ -149,7 +149,7 @@ def codes_of(
 
 
 def quantize(
-    x: Any,
+    x: Tensor,
     scale: Tensor,
     zero_point: Tensor | None = None,
     lower: Tensor | None = None,
@@ -158,25 +158,25 @@ def quantize(
     bits: int,
     signed: bool,
     narrow: bool = False,
-) -> Any:
+) -> Tensor:
     """Return the codes of ``x`` as int8 (signed) or uint8 (unsigned): a node of a converted graph."""
     if isinstance(x, PackedSequence):
         settings: dict[str, Any] = {"bits": bits, "signed": signed, "narrow": narrow}
-        return x._replace(data=quantize(x.data, scale, zero_point, lower, width, **settings))
+        return x._replace(data=quantize(x.data, scale, zero_point, lower, width, **settings))  # type: ignore[return-value]
     interval = None if lower is None or width is None else (lower, width)
     bounds = bounds_of(bits, signed=signed, narrow=narrow)
     return codes_of(x, scale, bounds, zero_point, interval).to(torch.int8 if signed else torch.uint8)
 
 
 def dequantize(
-    codes: Any, scale: Tensor, zero_point: Tensor | None = None, *, bits: int, dtype: torch.dtype | None = None
-) -> Any:
+    codes: Tensor, scale: Tensor, zero_point: Tensor | None = None, *, bits: int, dtype: torch.dtype | None = None
+) -> Tensor:
     """Return s * (codes - z): a node of a converted graph.
 
     ``bits`` says how wide the codes are, for whoever packs them; ``dtype`` is the result's, by default the scale's.
     """
     if isinstance(codes, PackedSequence):
-        return codes._replace(data=dequantize(codes.data, scale, zero_point, bits=bits, dtype=dtype))
+        return codes._replace(data=dequantize(codes.data, scale, zero_point, bits=bits, dtype=dtype))  # type: ignore[return-value]
     value = _value(codes.to(scale.dtype), scale, zero_point)
     return value if dtype is None else value.to(dtype)
 
