@@ -24,7 +24,7 @@ SUBSET = (
     "torchvision/mobilenet_v3_small",
     "torchvision/lraspp_mobilenet_v3_large",
     "torchvision/ssdlite320_mobilenet_v3_large",
-    "torchvision/s3d",
+    "torchvision/mc3_18",
     "torchvision/raft_small",
     "timm/xcit_nano_12_p16_224",
     "transformers/bert",
