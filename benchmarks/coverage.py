@@ -124,8 +124,8 @@ FAMILIES = ("classification", "segmentation", "detection", "video", "optical flo
 PAGE = """# Which models it takes
 
 Made by `make coverage` (`benchmarks/coverage.py`) from
-[benchmarks/results/coverage.json](../benchmarks/results/coverage.json), which has the commit and the reasons of every row; do not
-edit. On {device}: Python {python}, {versions}.
+[benchmarks/results/coverage.json](../benchmarks/results/coverage.json), which has the commit and the reasons of every row; do
+not edit. On {device}: Python {python}, {versions}.
 
 Every model is untrained and small where its builder allows, is prepared with `"{policy}"` (first and last layer: 8 bits) in
 training mode, and has to keep these promises:
@@ -157,7 +157,8 @@ def document(result: dict[str, Any]) -> str:
     """Return the page for people."""
     rows: dict[str, dict[str, Any]] = result["rows"]
     families = {f: {n: row for n, row in rows.items() if row["family"] == f} for f in FAMILIES}
-    totals = ["| family | models | all promises kept | ≥ 99 % of layers | no part stays Python |", "|---|---|---|---|---|"]
+    head = "| family | models | all promises kept | ≥ 99 % of layers | no part stays Python |"
+    totals = [head, "|---|---|---|---|---|"]
     for family, members in [*families.items(), ("all", rows)]:
         counts = (
             len(members),
