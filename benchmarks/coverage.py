@@ -6,7 +6,6 @@ anew); the table in docs/ is written from the results. --only takes patterns: --
 
 import argparse
 import fnmatch
-import importlib.metadata
 import json
 import multiprocessing
 import platform
@@ -14,6 +13,7 @@ import queue
 import subprocess
 import sys
 import time
+from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,7 @@ def machine() -> dict[str, Any]:
         "device": f"one thread of {platform.machine()}",
         "python": platform.python_version(),
         "policy": POLICY,
-        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "versions": {name: metadata.version(name) for name in LIBRARIES if util.find_spec(name) is not None},
     }
 
 
