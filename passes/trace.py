@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from pege_fx.batch_norm import NORM_THEN, BatchNorm
 from pege_fx.mode import TRAINING_MODE, check_argument, check_keys
-from pege_fx.passes.graph import arguments, is_leaf_function, is_matrix
+from pege_fx.passes.graph import arguments, is_leaf_function, is_matrix, plain
 
 
 @dataclass(frozen=True)
@@ -165,20 +165,21 @@ class PegeTracer(Tracer):
         self._static: set[Node] = set()  # made of parameters and buffers alone
         self._learned: set[Node] = set()  # of parameters
         self._evaluating = False
-        self._modes: list[tuple[nn.Module, bool]] = []
         self._installed: set[nn.Module] = set()
         self._mode_node: Node | None = None
 
     def follow(self, root: nn.Module) -> Graph:
         """Trace, or raise ``NotTraceableError`` with the innermost module that can not be traced."""
+        before = [(module, dict(vars(module))) for module in root.modules()]
         try:
             return self.trace(root)
         except Exception as error:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
             raise NotTraceableError(self.failed or "", _where_raised(error), reason, error) from error
         finally:
-            for module, training in self._modes:
-                module.__dict__["training"] = training
+            for module, attributes in before:  # the mode comes back, and what forward has left there, proxies among it, goes
+                vars(module).clear()
+                vars(module).update(attributes)
 
     def mode_is_read(self) -> bool:
         """Whether the graph needs the mode; if not, its node goes."""
@@ -261,8 +262,7 @@ class PegeTracer(Tracer):
         mode = self.create_proxy("call_module", TRAINING_MODE, (), {})
         self._mode_node = mode.node
         self._values[mode.node] = bool(self.mode)
-        for module in self.root.modules():
-            self._modes.append((module, module.training))
+        for module in self._installed:
             module.__dict__["training"] = mode
         return function, args
 
@@ -409,7 +409,7 @@ class PegeTracer(Tracer):
         inputs = [self._values.get(source, _UNKNOWN) for source in node.all_input_nodes]
         if any(value is _UNKNOWN for value in inputs):
             return _UNKNOWN
-        args, kwargs = (map_arg(part, self._values.__getitem__) for part in arguments(node))
+        args, kwargs = (plain(map_arg(part, self._values.__getitem__)) for part in arguments(node))
         before, self._evaluating = self._evaluating, True
         try:
             with torch.no_grad():
