@@ -236,7 +236,8 @@ def tensor_of(gm: GraphModule, node: Any) -> Tensor | None:
 def is_leaf_function(node: Node) -> bool:
     """Tell whether a node is somebody's own function, kept whole by ``torch.fx.wrap``."""
     own = getattr(node.target, "__module__", None) or ""
-    return node.op == "call_function" and type(node.target) is types.FunctionType and not own.startswith(("torch.", "pege_fx."))
+    library = own.partition(".")[0] in ("torch", "pege_fx", "einops")
+    return node.op == "call_function" and type(node.target) is types.FunctionType and not library
 
 
 def hides_weights(root: nn.Module, node: Node) -> bool:
