@@ -150,6 +150,15 @@ def map_nodes(value: Any, function: Callable[[Node], Any]) -> Any:
     return map_arg(value, function)
 
 
+def plain(value: Any) -> Any:
+    """Return arguments with ordinary lists and dicts in the place of a node's immutable ones: a function may change them."""
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return tuple(map(plain, value)) if type(value) is tuple else value
+
+
 def become(node: Node, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Turn a ``call_module`` node into a function's call, in place, so that it keeps its name and users."""
     node.meta["path"] = str(node.target)
@@ -227,7 +236,8 @@ def tensor_of(gm: GraphModule, node: Any) -> Tensor | None:
 def is_leaf_function(node: Node) -> bool:
     """Tell whether a node is somebody's own function, kept whole by ``torch.fx.wrap``."""
     own = getattr(node.target, "__module__", None) or ""
-    return node.op == "call_function" and type(node.target) is types.FunctionType and not own.startswith(("torch.", "pege_fx."))
+    library = own.partition(".")[0] in ("torch", "pege_fx", "einops")
+    return node.op == "call_function" and type(node.target) is types.FunctionType and not library
 
 
 def hides_weights(root: nn.Module, node: Node) -> bool:

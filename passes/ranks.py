@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from pege_fx.errors import InputError, OtherCallError
 from pege_fx.mode import PYTHON_FORWARD
-from pege_fx.passes.graph import arguments, first_argument, join, module_of, owner, rank_of
+from pege_fx.passes.graph import arguments, first_argument, join, module_of, owner, plain, rank_of
 
 
 class OtherGraphCallError(Exception):
@@ -30,6 +30,9 @@ class _Recorder(Interpreter):
                 inner = str(n.target) if n.op == "call_module" and n.target != PYTHON_FORWARD else owner(n)
                 error.add_note(f"in {join(self.module.meta.get('prefix', ''), inner) or 'the model itself'}")
             raise
+
+    def fetch_args_kwargs_from_env(self, n: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return plain(super().fetch_args_kwargs_from_env(n))  # type: ignore[no-any-return]
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """Run on the arguments of ``forward``."""

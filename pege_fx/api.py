@@ -169,13 +169,21 @@ def convert(gm: GraphModule, *, integer_bias: bool = False, packed: bool = False
             it runs. Files are packed in any case, see ``save_deployed``.
 
     Raises:
-        ModelError: if ``gm`` was not prepared, or an activation was never calibrated.
+        ModelError: if ``gm`` was not prepared, or no activation was ever calibrated.
         ConvertError: if a forward method does not say how it is deployed.
     """
     plan_of(gm)
-    for name, site in fake_quants(gm).items():
-        if site.site.kind == "activation" and not site.is_calibrated:
-            raise ModelError(f"{name} has seen no data: call pege_fx.calibrate(gm, batches), or train, before convert.")
+    sites = fake_quants(gm)
+    unseen = [name for name, site in sites.items() if site.site.kind == "activation" and not site.is_calibrated]
+    if unseen and len(unseen) == sum(site.site.kind == "activation" for site in sites.values()):
+        raise ModelError(f"{unseen[0]} has seen no data: call pege_fx.calibrate(gm, batches), or train, before convert.")
+    if unseen:
+        warnings.warn(
+            f"{', '.join(unseen)} never saw data: nothing that ran reached them, and their scales are arbitrary.",
+            PegeWarning,
+            stacklevel=2,
+        )
+    for name, site in sites.items():
         if float(site.schedule.rate) < 1.0:
             warnings.warn(
                 f"replacement is not complete: {name} was trained at p = {float(site.schedule.rate):.3f}; "
