@@ -183,9 +183,11 @@ class PegeTracer(Tracer):
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
             raise NotTraceableError(self.failed or "", _where_raised(error), reason, error) from error
         finally:
+            constants = {name: value for name, value in vars(root).items() if name.startswith(_CONSTANTS)}
             for module, state in before:
                 module.__dict__.clear()
                 module.__dict__.update(state)
+            root.__dict__.update(constants)
 
     def mode_is_read(self) -> bool:
         """Whether the graph needs the mode; if not, its node goes."""
@@ -446,6 +448,7 @@ class PegeTracer(Tracer):
 
 
 _UNKNOWN = object()
+_CONSTANTS = ("_tensor_constant", "_torchbind_obj", "_tree_spec_constant", "_opaque_obj")  # what fx keeps on the root
 _SOME_TENSOR = torch.empty(0)
 NORM_THEN_TYPES = tuple(NORM_THEN.values())
 _STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
