@@ -327,7 +327,7 @@ def test_unknown_names_are_refused_in_the_short_form_too() -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({}, r"Rule\(\) sets nothing: give weight, input, output or schedule"),
+        ({}, r"Rule\(\) sets nothing: give weight, input, output, schedule or shared_scale"),
         ({"match": "conv1", "role": "first"}, r"Rule\(match='conv1', role='first'\) sets nothing"),
         ({"weight": "W4A4"}, r"weight='W4A4' is not a number format(.|\n)*\"W4A4\" is for QuantPolicy.parse"),
         ({"input": 4.0}, r"input=4.0 is not a number format"),
