@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from pege_fx.mode import TRAINING_MODE
 from pege_fx.passes.graph import (
     arguments,
     attribute,
@@ -63,10 +64,24 @@ def makers(root: nn.Module, value: Any) -> Iterator[tuple[Node, bool]]:
 
 
 def is_seen_elsewhere(root: nn.Module, node: Node) -> bool:
-    """Tell whether anything but a node that works in place may see, by another name, what it does to its first input."""
-    walked = [source for source, _ in makers(root, first_argument(node))]
-    readers = {reader for source in walked for reader in source.users} - {node, *walked}
-    return not walked or not all(_makes_anew(root, other) and not _is_foreign(root, other) for other in (walked[-1], *readers))
+    """Tell whether anything but a node that works in place may see, by another name, what it does to its first input.
+
+    What is not known to make its result anew may return what it was given, as dropout does in evaluation.
+    """
+    walked: list[Node] = []
+    value = first_argument(node)
+    while isinstance(value, Node):
+        walked.append(value)
+        if _is_fresh(root, value):
+            readers = {reader for source in walked for reader in source.users} - {node, *walked}
+            return not all(_is_fresh(root, reader) for reader in readers)
+        given = [source for source in value.all_input_nodes if source.target != TRAINING_MODE]
+        value = given[0] if len(given) == 1 else None
+    return True
+
+
+def _is_fresh(root: nn.Module, node: Node) -> bool:
+    return _makes_anew(root, node) and not _is_foreign(root, node)
 
 
 def _is_foreign(root: nn.Module, node: Node) -> bool:

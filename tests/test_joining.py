@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -328,6 +329,16 @@ def test_in_place_results_are_not_written_into_what_others_read() -> None:
     ):
         gm = pege_fx.prepare(InPlace(), QuantPolicy((Rule(function="add", input="2", shared_scale=True),)), (V,))
     assert_same_function(InPlace(), gm, (V,), tolerance=0)
+
+
+def test_stochastic_depth_before_a_sum_in_place_is_looked_through() -> None:
+    model = torchvision.models.efficientnet_b0(num_classes=4).features[2]
+    x = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(6))
+    gm = pege_fx.prepare(model, policy("add"), (x,))
+    assert [[edge.reason for edge in op.edges] for op in joins_of(gm)] == [["", ""]]
+    gm(x).sum().backward()
+    gm.eval()
+    assert torch.equal(pege_fx.convert(gm)(x), gm(x))
 
 
 def test_a_value_that_is_changed_afterwards_is_left_alone() -> None:
