@@ -16,6 +16,7 @@ from pege_fx.passes.graph import (
     changes_its_input,
     first_argument,
     get_attr,
+    has_hooks,
     is_assignment,
     join,
     operator_of,
@@ -44,7 +45,7 @@ def normalize(gm: GraphModule) -> None:
         args, kwargs = arguments(node)
         if not isinstance(module, nn.Bilinear | nn.EmbeddingBag) and (kwargs or len(args) != 1):
             node.meta["not_normalized"] = f"{node.target} is called with more than its input"
-        elif any(name in vars(module) for name in ("forward", "_conv_forward")) or _has_hooks(module):
+        elif any(name in vars(module) for name in ("forward", "_conv_forward")) or has_hooks(module):
             node.meta["not_normalized"] = f"{node.target} has hooks or a forward of its own"
         elif set(module.state_dict(keep_vars=True)) - {"weight", "bias"}:
             node.meta["not_normalized"] = f"{node.target} computes its weight from other parameters"
@@ -72,10 +73,6 @@ def _name_in_place_results(gm: GraphModule) -> None:
         for user in list(changed.users):
             if order[user] > order[node]:
                 user.replace_input_with(changed, node)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return any(vars(module).get(name) for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"))
 
 
 class _Readers:
