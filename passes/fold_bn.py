@@ -37,10 +37,12 @@ from pege_fx.passes.graph import (
     parent_and_name,
     rank_of,
     replace,
+    set_arguments,
     set_operand,
     set_parameter,
     tensor_of,
     uses,
+    works_in_place_between,
 )
 from pege_fx.plan import Plan
 from pege_fx.spec import Channels
@@ -165,7 +167,7 @@ def norms_of(gm: GraphModule) -> Iterator[Norm]:
         if bn is not None and type(bn) not in FOLDED.values():
             reason = "" if type(bn) in FOLDED else f"{type(bn).__name__} may compute something else than BatchNorm"
             reason = reason or ("it has hooks" if has_hooks(bn) else "")
-            yield Norm(node, str(node.target), bn, dict(zip(("input",), args, strict=False)), reason)
+            yield Norm(node, str(node.target), bn, dict(zip(("input",), args, strict=False)) | kwargs, reason)
         elif node.op == "call_function" and node.target in _FUNCTIONS:
             named = dict(zip(_FUNCTIONS[node.target], args, strict=False)) | kwargs
             yield _functional(gm, node, named)
@@ -265,6 +267,9 @@ def why_not(gm: GraphModule, found: Pair, used: Counter[int], *, merges: bool) -
     for node in (*found.between, norm.node if found.leads else layer):
         if len(node.users) > 1:
             return f"the output of {node} has {len(node.users)} users"
+    for name in _TENSORS:
+        if (value := getattr(norm.bn, name)) is not None and used[id(value)] > 1:
+            return f"its {name} is read elsewhere"
     if merges and found.drops:
         return f"{found.between[0]} lies between, and drops in training"
     return (
@@ -276,10 +281,12 @@ def why_not(gm: GraphModule, found: Pair, used: Counter[int], *, merges: bool) -
 
 def _why_not_leading(gm: GraphModule, found: Pair) -> str:
     """Every output of the layer has to read as many inputs: padding is zero before and behind the BatchNorm."""
-    layer, described = found.layer, operator_of(found.layer)
+    norm, layer, described = found.norm, found.layer, operator_of(found.layer)
     assert described is not None
-    if operand(layer, "input") is not (found.between[-1] if found.between else found.norm.node):
+    if operand(layer, "input") is not (found.between[-1] if found.between else norm.node):
         return f"{layer} does not read it as its input"
+    if works_in_place_between(gm, norm.node, layer):
+        return f"something between {norm.name} and {layer} works in place"
     if described.transposed:
         return f"{layer} is transposed, and reads fewer inputs at its borders"
     return f"{layer} pads its input with zeros" if pads(layer, _tensor(gm, operand(layer, "weight"))) else ""
@@ -359,6 +366,7 @@ def _read(gm: GraphModule, found: Pair) -> tuple[Node | None, ...]:
     """Read before the layer what the fold follows: the BatchNorm's module, or the tensors of its function."""
     norm = found.norm
     if not norm.is_function:
+        set_arguments(norm.node, (norm.arguments["input"],), {})
         return (get_attr(gm.graph, norm.name, found.layer),)
     sources = [norm.arguments.get(tensor) for tensor in _TENSORS]
     become_call(gm, norm.node, norm.name, norm.bn, (norm.arguments["input"],))

@@ -243,7 +243,7 @@ def uses(graphs: Iterable[GraphModule]) -> Counter[int]:
 def _parts(value: Any) -> Iterator[int]:
     yield id(value)
     if isinstance(value, nn.Module) and not isinstance(value, GraphModule):
-        yield from (id(tensor) for tensor in value.parameters(recurse=False))
+        yield from (id(tensor) for tensor in [*value.parameters(recurse=False), *value.buffers(recurse=False)])
         for child in value.children():
             yield from _parts(child)
 
@@ -569,6 +569,16 @@ def changes_its_input(root: nn.Module, node: Node) -> bool:
     ends_in_place = name.endswith("_") and not name.endswith("__")
     by_operator = node.target in _IN_PLACE_OPERATORS or is_assignment(node)
     return ends_in_place or by_operator or bool(node.kwargs.get("inplace")) or node.kwargs.get("out") is not None
+
+
+def works_in_place_between(gm: GraphModule, first: Node, last: Node) -> bool:
+    """Tell whether any node behind ``first`` and before ``last`` changes its input."""
+    node = first.next
+    while node is not last:
+        if changes_its_input(gm, node):
+            return True
+        node = node.next
+    return False
 
 
 def remove_dead_nodes(gm: GraphModule) -> None:

@@ -59,10 +59,10 @@ class _Evaluated(nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         bn = self.module
         by_batch = bn.running_mean is None
-        return F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, by_batch, 0.0, bn.eps)
+        return F.batch_norm(input, bn.running_mean, bn.running_var, bn.weight, bn.bias, by_batch, 0.0, bn.eps)
 
 
 def _does_nothing(node: Node) -> bool:

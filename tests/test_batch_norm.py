@@ -317,7 +317,15 @@ class CalledTwice(ReadTwice):
         return self.conv(torch.relu(self.conv(self.bn(x))))  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("cls", [ReadTwice, AsWeight, CalledTwice])
+class ChangedBetween(ReadTwice):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1
+        y = self.bn(x)
+        x.add_(1)
+        return self.conv(y)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("cls", [ReadTwice, AsWeight, CalledTwice, ChangedBetween])
 @pytest.mark.parametrize("mode", ["train", "freeze"])
 def test_what_is_read_elsewhere_keeps_the_norm_in_front_of_it(cls: Any, mode: Any) -> None:
     model, x = as_trained(cls(), 0).eval(), torch.randn(4, 4, 3, 3)
@@ -373,11 +381,6 @@ class ComputedGain(Own):
 class StatisticsReadElsewhere(Own):
     def forward(self, x: Tensor) -> Tensor:
         return F.batch_norm(self.conv(x), self.mean, self.var, self.gain, self.shift, self.training) + self.mean.sum()
-
-
-class TrainsByInput(Own):
-    def forward(self, x: Tensor, training: Tensor | None = None) -> Tensor:
-        return F.batch_norm(self.conv(x), self.mean, self.var, self.gain, self.shift, bool(x.shape[0] > 100))
 
 
 OWN = [
@@ -480,6 +483,43 @@ def test_statistics_go_on_as_in_the_float_model(settings: dict[str, Any]) -> Non
     close(gm.eval()(IMAGE.double()), model.eval()(IMAGE.double()))
     if settings == {"track_running_stats": False}:
         assert "it keeps no running statistics" in pege_fx.summary(gm)["0"].batch_norm
+
+
+class MovedStatistics(ReadTwice):
+    def forward(self, x: Tensor) -> Tensor:
+        self.bn.running_mean.add_(1)
+        return self.bn(self.conv(x))  # type: ignore[no-any-return]
+
+
+class SharedStatistics(ReadTwice):
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.batch_norm(x, self.bn.running_mean, self.bn.running_var)
+        return self.bn(self.conv(y))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("cls", [MovedStatistics, SharedStatistics])
+@pytest.mark.parametrize("mode", ["train", "freeze"])
+def test_statistics_with_other_readers_stay_where_they_are(cls: Any, mode: Any) -> None:
+    model = as_trained(cls(), 0)
+    gm = prepared(copy.deepcopy(model), IMAGE, batch_norm=mode)
+    assert "its running_mean is read elsewhere" in verdicts(gm)[0]
+    for module in (model, gm):
+        module.load_state_dict(model.state_dict())
+    for training in (True, False):
+        assert torch.equal(gm.train(training)(IMAGE), model.train(training)(IMAGE))
+
+
+def test_a_norm_called_by_keyword_is_folded_and_deployed() -> None:
+    class ByKeyword(ReadTwice):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(input=self.conv(x))  # type: ignore[no-any-return]
+
+    model = as_trained(ByKeyword(), 0).eval()
+    for mode, found in (("train", "folded bn"), ("freeze", "folded bn"), ("keep", 'bn stays: batch_norm="keep"')):
+        gm = prepared(model, IMAGE, batch_norm=mode)
+        assert verdicts(gm) == [found]
+        torch.testing.assert_close(gm(IMAGE), model(IMAGE), rtol=1e-4, atol=1e-5)
+        assert torch.equal(pege_fx.convert(gm)(IMAGE), gm(IMAGE))
 
 
 @pytest.mark.parametrize("where", ["norm", "layer between"])
