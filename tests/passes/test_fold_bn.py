@@ -131,7 +131,7 @@ class SharedNorm(Twice):
 
 class NormFirst(Twice):
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.conv(self.bn(x))
+        out: Tensor = self.conv(F.pad(self.bn(x), (0, 1)))
         return out
 
 
