@@ -230,6 +230,24 @@ def test_a_quantized_layer_deploys_what_evaluation_computes(
     assert torch.equal(again.eval()(x), gm(x))
 
 
+class Bilinear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.bn = nn.Bilinear(4, 4, 8), nn.BatchNorm1d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.mix(x, x))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("mode", ["train", "freeze"])
+def test_a_bilinear_layer_takes_the_norm_behind_it(mode: Any) -> None:
+    model, x = as_trained(Bilinear(), 0).double().eval(), torch.randn(5, 4).double()
+    gm = prepared(model, x, batch_norm=mode)
+    assert verdicts(gm) == ["folded bn"]
+    close(gm(x), model(x))
+    assert torch.equal(pege_fx.convert(gm)(x), gm(x))
+
+
 # --- in front of a layer -----------------------------------------------------------------------------------------------
 
 
