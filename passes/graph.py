@@ -302,16 +302,17 @@ def uses(graphs: Iterable[GraphModule]) -> Counter[int]:
     for gm in graphs:
         for node in gm.graph.nodes:
             if node.op in ("call_module", "get_attr"):
-                counts.update(set(_parts(attribute_of(gm, node))))
+                counts.update(_parts(attribute_of(gm, node)))
     return counts
 
 
-def _parts(value: Any) -> Iterator[int]:
-    yield id(value)
+def _parts(value: Any) -> set[int]:
+    """What a node uses: a graph inside a module speaks for itself."""
+    found = {id(value)}
     if isinstance(value, nn.Module) and not isinstance(value, GraphModule):
-        yield from (id(tensor) for tensor in [*value.parameters(recurse=False), *value.buffers(recurse=False)])
-        for child in value.children():
-            yield from _parts(child)
+        found.update(id(tensor) for tensor in (*value.parameters(recurse=False), *value.buffers(recurse=False)))
+        found.update(*map(_parts, value.children()))
+    return found
 
 
 def attribute(gm: GraphModule, node: Any) -> Any:

@@ -148,7 +148,7 @@ class Fold:
         """Take over what the graph reads now: ``convert_sync_batchnorm`` puts other modules in, ``to()`` other tensors.
 
         Raises:
-            FoldError: if it is no BatchNorm any more.
+            FoldError: if it is no BatchNorm any more, or is another one for the first time while the model is being compiled.
         """
         if isinstance(self.bn, FoldedFunction):
             self.bn.tensors = norm
@@ -161,6 +161,10 @@ class Fold:
                 raise FoldError(
                     f"a BatchNorm that is folded into the layer beside it has become {type(bn).__name__}.\n"
                     '  prepare with batch_norm="keep", or put it there before prepare.'
+                )
+            if torch.compiler.is_compiling():
+                raise FoldError(
+                    "BatchNorms were replaced since prepare: run the model once before torch.compile(fullgraph=True)."
                 )
             bn.__class__ = FOLDED[type(bn)]
         self.bn, bn.fold = bn, self

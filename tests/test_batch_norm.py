@@ -3,12 +3,13 @@
 import copy
 import io
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -16,11 +17,20 @@ from torch.fx import GraphModule
 import pege_fx
 from pege_fx import FoldError, PegeWarning, QuantPolicy, QuantSpec, Rule
 from pege_fx.batch_norm import BatchNorm, Folded, FunctionalBatchNorm
+from pege_fx.kernels import eager_kernels
 from pege_fx.scheduler import plan_of
 from pege_fx.testing import as_trained
 
+LAW = settings(max_examples=25)
 FLOAT = QuantPolicy((Rule(weight=None, input=None),))
 DIMENSIONS = (1, 2, 3)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def eager() -> Iterator[None]:
+    """Many small models: nothing is compiled."""
+    with eager_kernels():
+        yield
 
 
 class ByFunction(nn.Module):
@@ -139,6 +149,7 @@ def close(a: Tensor, b: Tensor) -> None:
 # --- laws ------------------------------------------------------------------------------------------------------------
 
 
+@LAW
 @given(pairs())
 def test_a_live_fold_is_the_same_function_in_both_modes_and_keeps_the_same_statistics(
     case: tuple[nn.Sequential, Tensor],
@@ -159,6 +170,7 @@ def test_a_live_fold_is_the_same_function_in_both_modes_and_keeps_the_same_stati
     assert not [module for module in deployed.modules() if isinstance(module, (BatchNorm, Folded))]
 
 
+@LAW
 @given(pairs())
 def test_gradients_of_a_live_fold_are_those_of_the_original_in_either_mode(case: tuple[nn.Sequential, Tensor]) -> None:
     model, x = case
@@ -174,6 +186,7 @@ def test_gradients_of_a_live_fold_are_those_of_the_original_in_either_mode(case:
             torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-8, atol=1e-9 * scale)
 
 
+@LAW
 @given(pairs())
 def test_a_norm_frozen_in_the_middle_of_training_uses_running_statistics_while_dropouts_go_on(
     case: tuple[nn.Sequential, Tensor],
@@ -189,6 +202,7 @@ def test_a_norm_frozen_in_the_middle_of_training_uses_running_statistics_while_d
     close(run(gm, x), run(model, x))
 
 
+@LAW
 @given(pairs())
 def test_a_merge_is_exact_in_evaluation_or_refused_where_dropout_lies_between(case: tuple[nn.Sequential, Tensor]) -> None:
     model, x = case
@@ -205,6 +219,7 @@ def test_a_merge_is_exact_in_evaluation_or_refused_where_dropout_lies_between(ca
         assert torch.equal(pege_fx.convert(gm)(x), gm(x))
 
 
+@LAW
 @given(pairs())
 def test_keep_changes_nothing(case: tuple[nn.Sequential, Tensor]) -> None:
     model, x = case
@@ -214,6 +229,7 @@ def test_keep_changes_nothing(case: tuple[nn.Sequential, Tensor]) -> None:
     assert torch.equal(gm.eval()(x), model.eval()(x))
 
 
+@LAW
 @given(pairs(leads=False), st.sampled_from(["channel", "tensor"]), st.sampled_from(["train", "freeze", "keep"]))
 def test_a_quantized_layer_deploys_what_evaluation_computes(
     case: tuple[nn.Sequential, Tensor], granularity: Any, mode: Any
@@ -228,6 +244,24 @@ def test_a_quantized_layer_deploys_what_evaluation_computes(
     again = prepared(model, x, policy, batch_norm=mode)
     again.load_state_dict(before)
     assert torch.equal(again.eval()(x), gm(x))
+
+
+class Bilinear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.bn = nn.Bilinear(4, 4, 8), nn.BatchNorm1d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.mix(x, x))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("mode", ["train", "freeze"])
+def test_a_bilinear_layer_takes_the_norm_behind_it(mode: Any) -> None:
+    model, x = as_trained(Bilinear(), 0).double().eval(), torch.randn(5, 4).double()
+    gm = prepared(model, x, batch_norm=mode)
+    assert verdicts(gm) == ["folded bn"]
+    close(gm(x), model(x))
+    assert torch.equal(pege_fx.convert(gm)(x), gm(x))
 
 
 # --- in front of a layer -----------------------------------------------------------------------------------------------
@@ -344,6 +378,16 @@ def test_a_layer_between_two_norms_merges_both_and_folds_the_one_behind() -> Non
     for gm in (frozen, live):
         close(gm(x), model(x))
         assert torch.equal(pege_fx.convert(gm)(x), gm(x))
+
+
+@pytest.mark.parametrize("mode", ["train", "freeze"])
+def test_the_size_of_what_convert_will_make_is_known(mode: Any) -> None:
+    norm = ByFunction(nn.BatchNorm2d(8))
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), norm, nn.Conv2d(8, 4, 1))
+    policy = QuantPolicy((Rule(weight="4", input="4"), Rule(role="first", weight=None, input=None)))
+    gm = prepared(model, IMAGE, policy, batch_norm=mode)
+    assert verdicts(gm) == ["folded 0", "folded 4.batch_norm", ""]
+    assert pege_fx.size_report(gm) == pege_fx.size_report(pege_fx.convert(gm))
 
 
 # --- functions that say too little -----------------------------------------------------------------------------------------
