@@ -48,7 +48,8 @@ class PEGEScheduler:
         gm: a prepared model.
         total_steps: length of the schedule, in whatever ``step()`` counts.
         replacement: rate p over position t; default: the paper's logarithm, reaching 1 halfway.
-        weight_lambda, activation_lambda: λ over t, in absolute units; default: exponential.
+        weight_lambda: λ of weights over t, in absolute units; default: exponential, 1e-8 to 1e-6.
+        activation_lambda: λ of activations, likewise; default: exponential, 1e-9 to 1e-8.
         refresh: "step" draws new masks at every step; "never" keeps one threshold per element, so that the set of
             replaced elements only grows while p does.
         groups: curves for the schedule groups that rules name (``Rule(schedule="head")``).

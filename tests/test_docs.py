@@ -1,9 +1,12 @@
 """The documentation is true: its code runs as written, its links lead somewhere, and it has every public name."""
 
+import json
 import os
 import re
 import socket
+from collections.abc import Iterator
 from pathlib import Path
+from statistics import mean, stdev
 
 import pytest
 
@@ -12,9 +15,10 @@ from pege_fx.export import writer
 from pege_fx.spec import ESTIMATORS, METHODS
 
 ROOT = Path(__file__).parents[1]
-DOCS = ROOT / "docs"
+DOCS, RESULTS = ROOT / "docs", ROOT / "benchmarks" / "results"
 PAGES = {str(page.relative_to(ROOT)): page for page in [*ROOT.glob("*.md"), *sorted(DOCS.rglob("*.md"))]}
 ON_THEIR_OWN = ("README.md", "docs/tutorial.md", "docs/howto.md")  # the other pages take what howto.md defines for granted
+WARNING = ("docs/tracing.md",)  # shows what pege_fx warns of
 
 
 @pytest.fixture
@@ -31,8 +35,15 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(os.environ, name, str(value))
 
 
+CODE = [
+    pytest.param(name, marks=[pytest.mark.filterwarnings("ignore::pege_fx.PegeWarning")] if name in WARNING else [])
+    for name, page in PAGES.items()
+    if "```python" in page.read_text()
+]
+
+
 @pytest.mark.usefixtures("elsewhere")
-@pytest.mark.parametrize("name", [name for name, page in PAGES.items() if "```python" in page.read_text()])
+@pytest.mark.parametrize("name", CODE)
 def test_the_code_of_a_page_runs_as_written(name: str) -> None:
     sybil = pytest.importorskip("sybil")
     markdown = pytest.importorskip("sybil.parsers.markdown")
@@ -47,6 +58,29 @@ def test_the_code_of_a_page_runs_as_written(name: str) -> None:
             for block in document.examples():
                 block.evaluate()
             namespace = document.namespace
+
+
+def rows_of_results() -> Iterator[str]:
+    """Rows of the README's tables, from the files that they come from."""
+    runs = json.loads((RESULTS / "quickstart.json").read_text())["seeds"]
+    for title, key in (("float", "float"), ("W2A2 STE", "ste"), ("W2A2 EWGS", "ewgs"), ("W2A2 PEGE", "pege")):
+        values = [100 * run[key]["accuracy"] for run in runs]
+        yield f"| {title} | {mean(values):.2f} ± {stdev(values):.2f} |"
+    results = json.loads((RESULTS / "cpu.json").read_text())
+    kernels = {(row["pass"], row["what"]): row["over copy"] for row in results["kernel, 2 M elements"]}
+    for what in ("pege_fx p=0.5", "pege_fx p=1"):
+        yield f"| {what} | {kernels['forward', what]:.1f} | {kernels['backward', what]:.1f} |"
+    for model, shape, bits in (("ResNet-20", "128x3x32x32", "W2A2"), ("resnet18", "32x3x64x64", "W4A4")):
+        steps = {(row["what"], row["compiled"]): row for row in results[f"step, {model} at {shape}"]}
+        for what in (f"{bits} p=0.5", f"{bits} p=1"):
+            eager, compiled = steps[what, False], steps[what, True]
+            figures = eager["over float"], compiled["over float"], eager["saved over float"]
+            yield f"| {model} {shape}, {what} | {' | '.join(f'{figure:.2f}' for figure in figures)} |"
+
+
+def test_figures_are_those_of_the_result_files() -> None:
+    lines = PAGES["README.md"].read_text().splitlines()
+    assert [row for row in rows_of_results() if row not in lines] == []
 
 
 def anchors(page: Path) -> set[str]:
