@@ -1,5 +1,6 @@
 """The documentation is true: its code runs as written, its links lead somewhere, and it has every public name."""
 
+import inspect
 import json
 import os
 import re
@@ -97,3 +98,50 @@ def test_links_lead_somewhere(name: str) -> None:
         found = PAGES[name] if not path else (PAGES[name].parent / path).resolve()
         assert found.exists(), f"{target} is not there"
         assert not anchor or anchor in anchors(found), f"{target}: no such heading"
+
+
+NAMES = [name for name in pege_fx.__all__ if not inspect.ismodule(getattr(pege_fx, name))]
+FUNCTIONS = [name for name in NAMES if inspect.isfunction(getattr(pege_fx, name))]
+ERRORS = [name for name in NAMES if inspect.isclass(cls := getattr(pege_fx, name)) and issubclass(cls, Exception)]
+# What functions return. Nobody makes one, so that an example is the function's.
+RESULTS_OF = {
+    "CheckpointInfo": "checkpoint_info", "Coverage": "summary", "Diff": "diff", "Explanation": "explain", "Finding": "Guard",
+    "IntegerCoverage": "integer_coverage", "Sensitivity": "sensitivity", "SizeReport": "size_report", "Summary": "summary",
+    "Statistics": "ForwardMethod",
+}  # fmt: skip
+WITHOUT_ERRORS = {"convert_passes", "fake_quants", "integer_coverage", "integer_engine", "parameter_groups", "size_report"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_public_name_is_documented(name: str) -> None:
+    """A summary in one line and an example for everything, and a docstring for each public member."""
+    documented = getattr(pege_fx, name)
+    text = documented.__doc__ or ""
+    assert text.strip().split("\n")[0].rstrip().endswith((".", ":")), "a summary in one line"
+    if name not in ERRORS:
+        assert ">>> " in getattr(pege_fx, RESULTS_OF.get(name, name)).__doc__
+    if inspect.isclass(documented):
+        for member in (member for member in vars(documented) if not member.startswith("_")):
+            if callable(value := getattr(documented, member)) or isinstance(value, property):
+                assert inspect.getdoc(value), member
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ERRORS and name not in RESULTS_OF])
+def test_each_argument_is_documented(name: str) -> None:
+    documented = getattr(pege_fx, name)
+    for parameter in inspect.signature(documented).parameters:
+        assert re.search(rf"\b{parameter}\b", documented.__doc__), parameter
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_say_what_they_take_and_raise(name: str) -> None:
+    text = getattr(pege_fx, name).__doc__
+    assert "Args:" in text
+    assert ("Raises:" in text) != (name in WITHOUT_ERRORS)
+
+
+def test_the_reference_has_every_public_name_once() -> None:
+    found = [
+        entry for page in (DOCS / "api").glob("*.md") for entry in re.findall(r"^::: pege_fx\.(\w+)$", page.read_text(), re.M)
+    ]
+    assert sorted(found) == sorted({*pege_fx.__all__, "testing"} - {"curves"})  # each curve has an entry of its own

@@ -38,7 +38,9 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Let links that are right in the repository be right in the site."""
+    """Let links that are right in the repository be right in the site; a page without neighbours has no list of them."""
+    if page.parent is None:
+        page.meta["hide"] = ["navigation"]
     here = posixpath.dirname(page.file.src_uri)
     return LINK.sub(lambda found: posixpath.relpath(in_site(in_repository(page.file, found[1])), here or "."), markdown)
 
