@@ -38,10 +38,11 @@ def prepare_passes(policy: QuantPolicy | str, *, batch_norm: BatchNormMode = "tr
         FoldError: for another ``batch_norm``.
 
     >>> len(prepare_passes("W4A4"))
-    7
+    8
     """
     return Pipeline(
         [
+            graph_passes.name_writes,
             graph_passes.normalize,
             graph_passes.infer_ranks,
             graph_passes.FoldBatchNorm(batch_norm),
@@ -253,8 +254,9 @@ def explain(
     for step in passes[: decided + 1]:  # nobody runs these graphs: no need to lint and to compile them
         for gm in captured.graphs:
             step(gm)
-    seen = tuple(bystanders((gm.meta.get("prefix", ""), gm) for gm in captured.graphs))
-    return Explanation(_whole_plan(captured, policy), f"{type(model).__name__}: dry run", seen)
+    plan = _whole_plan(captured, policy)
+    seen = tuple(bystanders(((gm.meta.get("prefix", ""), gm) for gm in captured.graphs), plan))
+    return Explanation(plan, f"{type(model).__name__}: dry run", seen)
 
 
 def trace_passes(

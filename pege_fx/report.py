@@ -92,8 +92,13 @@ def _measured(gm: GraphModule, batches: Iterable[Any] | None) -> dict[str, dict[
 
     def watch(name: str) -> Any:
         def hook(fq: FakeQuant, args: tuple[Tensor, ...], result: Tensor) -> None:
-            if name not in found and fq.is_calibrated:
-                found[name] = _histogram(fq, args[0].detach(), result.detach())
+            if name in found or not fq.is_calibrated:
+                return
+            x, y = args[0].detach(), result.detach()
+            if others := args[2:]:  # inputs on the same scale
+                x = torch.cat([value.flatten() for value in (x, *others)])
+                y = fq.deployed(x)
+            found[name] = _histogram(fq, x, y)
 
         return hook
 

@@ -127,11 +127,13 @@ def _expected(gm: GraphModule) -> SizeReport:
     """What ``convert`` keeps: codes and grids for fake-quants, folded weights and biases, and what the graph reads as it is."""
     float_bytes = quantized_bytes = 0
     plain: dict[int, Tensor] = {}
+    counted: set[FakeQuant] = set()
     for _, inner in graphs_of(gm):
         for node in inner.graph.nodes:
             plain |= {id(value): value for value in _read_as_it_is(inner, node)}
             module = module_of(inner, node, nn.Module)
-            if isinstance(module, FakeQuant):
+            if isinstance(module, FakeQuant) and module not in counted:
+                counted.add(module)
                 weight = tensor_of(inner, node.all_input_nodes[0]) if module.site.kind == "weight" else None
                 codes = 0 if weight is None else weight.numel()
                 float_bytes += 4 * codes
