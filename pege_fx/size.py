@@ -18,13 +18,19 @@ from pege_fx.quantizers import Encoding
 
 @dataclass(frozen=True)
 class SizeReport:
-    """Bytes of parameters and buffers: as float, and as deployed with codes packed to their bits."""
+    """Bytes of parameters and buffers: as float, and as deployed with codes packed to their bits.
+
+    Attributes:
+        float_bytes: with all weights in float32.
+        quantized_bytes: as deployed.
+    """
 
     float_bytes: int
     quantized_bytes: int
 
     @property
     def ratio(self) -> float:
+        """How many times smaller."""
         return self.float_bytes / self.quantized_bytes if self.quantized_bytes else 1.0
 
     def __str__(self) -> str:
@@ -45,6 +51,15 @@ def size_report(gm: GraphModule) -> SizeReport:
 
     Codes count their bits (b * n / 8, rounded up per weight), as ``save_deployed`` stores them; scales and what stayed
     float their own size. Of a prepared model: what ``convert`` will make of it.
+
+    Args:
+        gm: a prepared or a converted model.
+
+    >>> import pege_fx
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    >>> gm = pege_fx.prepare(model, "W4A4", torch.randn(2, 4))
+    >>> print(size_report(gm))
+    float 120 bytes, quantized 80 bytes: 1.5 times smaller
     """
     if any(isinstance(module, FakeQuant) for module in gm.modules()):
         return _expected(gm)
