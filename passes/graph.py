@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.fx.node import map_arg
 
 from pege_fx.batch_norm import BiasFold, Fold, WeightFold
@@ -219,9 +220,9 @@ def map_nodes(value: Any, function: Callable[[Node], Any]) -> Any:
 
 def plain(value: Any) -> Any:
     """Return arguments with ordinary lists and dicts in the place of a node's immutable ones: a function may change them."""
-    if isinstance(value, list):
+    if isinstance(value, immutable_list):
         return [plain(item) for item in value]
-    if isinstance(value, dict):
+    if isinstance(value, immutable_dict):
         return {key: plain(item) for key, item in value.items()}
     return tuple(map(plain, value)) if type(value) is tuple else value
 
@@ -352,6 +353,8 @@ def is_leaf_function(node: Node) -> bool:
 
 def is_unknown_code(root: nn.Module, node: Node) -> bool:
     """Tell whether a node calls code that the graph does not look into: it may write to its inputs, or have other effects."""
+    if node.op == "call_method":
+        return not hasattr(Tensor, str(node.target))  # of an object such as a cache
     if node.op != "call_module":
         return is_leaf_function(node)
     own = type(root.get_submodule(str(node.target)))

@@ -24,7 +24,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_leaves
 
 from pege_fx.batch_norm import NORM_THEN, BatchNorm
-from pege_fx.mode import TRAINING_MODE, check_argument, check_keys
+from pege_fx.mode import TRAINING_MODE, check_argument, check_class, check_keys
 from pege_fx.passes.graph import arguments, is_leaf_function, is_matrix, plain, reads_size
 
 
@@ -342,10 +342,12 @@ class PegeTracer(Tracer):
         return fixed if isinstance(value, dict) else tuple(fixed.values())
 
     def _fix_value(self, argument: Proxy, name: str, value: Any) -> Any:
-        if value is not None and not isinstance(value, (bool, int, str)):
-            return argument
-        self._check(check_argument, argument, name, value)
-        return value
+        if value is None or isinstance(value, (bool, int, str)):
+            self._check(check_argument, argument, name, value)
+            return value
+        if not isinstance(value, (Proxy, Tensor, float, tuple, list, dict, set)):
+            self._check(check_class, argument, name, type(value).__qualname__)
+        return argument
 
     def _check(self, function: Callable[..., None], argument: Proxy, name: str, traced: Any) -> None:
         node = self.create_node("call_function", function, (argument.node, name, traced), {})
@@ -365,7 +367,7 @@ class PegeTracer(Tracer):
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Node:
         self._check_context()
         node = super().create_node(kind, target, args, kwargs, *rest, **more)
-        if self.evaluate and kind != "output" and target not in (TRAINING_MODE, check_argument, check_keys):
+        if self.evaluate and kind != "output" and target not in (TRAINING_MODE, check_argument, check_class, check_keys):
             self._values[node] = self._evaluate(node)
             self._note_origin(node)
         return node
