@@ -103,15 +103,16 @@ def _check_state(root: nn.Module, node: Node) -> None:
 def drop_training_branches(gm: GraphModule) -> None:
     """Fix the mode to evaluation: every selection becomes its side of evaluation, what only training needs goes."""
     modes = [node for node, _ in calls(gm, TrainingMode)]
+    read = [node for node in gm.graph.nodes if node.users]
     for node in [user for mode in modes for user in mode.users]:
         args, kwargs = (map_nodes(part, lambda n: False if n in modes else n) for part in arguments(node))
         set_arguments(node, args, kwargs)
         if node.target is select_by_mode:
             node.replace_all_uses_with(args[2])
-    remove_dead_nodes(gm)
+    remove_dead_nodes(gm, read)
     while unread := [node for node in gm.graph.nodes if _changes_for_nobody(gm, node)]:
         gm.graph.erase_node(unread[-1])
-        remove_dead_nodes(gm)
+        remove_dead_nodes(gm, read)
 
 
 def _changes_for_nobody(gm: GraphModule, node: Node) -> bool:

@@ -7,7 +7,7 @@ import operator
 import sys
 import types
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from pege_fx.batch_norm import BiasFold, Fold, WeightFold
+from pege_fx.mode import PythonForward
 from pege_fx.recurrent import recurrent
 from pege_fx.spec import Channels
 
@@ -306,6 +307,14 @@ def is_leaf_function(node: Node) -> bool:
     return node.op == "call_function" and type(node.target) is types.FunctionType and not library
 
 
+def is_unknown_code(root: nn.Module, node: Node) -> bool:
+    """Tell whether a node calls code that the graph does not look into: it may write to its inputs, or have other effects."""
+    if node.op != "call_module":
+        return is_leaf_function(node)
+    own = type(root.get_submodule(str(node.target)))
+    return not own.__module__.startswith(("torch.nn.", "pege_fx.")) or own is PythonForward
+
+
 def hides_weights(root: nn.Module, node: Node) -> bool:
     """Tell whether a node is such a function and gets a weight."""
     if not is_leaf_function(node):
@@ -549,6 +558,23 @@ _IN_PLACE_OPERATORS = {getattr(operator, name) for name in dir(operator) if name
 }
 
 
+def attribute_name(node: Node) -> str | None:
+    """Return the name of the attribute that a node reads of a value (``x.shape``), or None."""
+    return str(node.args[1]) if node.target is getattr else None
+
+
+_READING_SIZES: set[Any] = {
+    "shape", "ndim", "dtype", "device", "layout", "is_cuda", "requires_grad", "size", "dim", "numel", "nelement", "stride",
+    "ndimension", "is_contiguous", "is_floating_point", "is_complex", "get_device", "element_size", "itemsize", "names",
+    "is_sparse", "is_nested", "is_quantized", "storage_offset", torch.numel, torch.is_floating_point, torch.is_complex, len,
+}  # fmt: skip
+
+
+def reads_size(node: Node) -> bool:
+    """Tell whether a node asks a tensor for its shape, type or place, and not for what it holds."""
+    return (attribute_name(node) or node.target) in _READING_SIZES
+
+
 def is_assignment(node: Node) -> bool:
     """Tell whether a node is ``x[...] = value``."""
     return node.target in (operator.setitem, "__setitem__")
@@ -567,9 +593,18 @@ def changes_its_input(root: nn.Module, node: Node) -> bool:
     return ends_in_place or by_operator or bool(node.kwargs.get("inplace")) or node.kwargs.get("out") is not None
 
 
-def remove_dead_nodes(gm: GraphModule) -> None:
-    """Erase nodes whose result nobody uses, except those that work in place."""
-    gm.graph.eliminate_dead_code(lambda node: bool(node.users) or node.is_impure() or changes_its_input(gm, node))
+def remove_dead_nodes(gm: GraphModule, unread: Collection[Node] = ()) -> None:
+    """Erase nodes whose result nobody uses, except those that work in place, or call code that the graph does not look into.
+
+    ``unread``: nodes that call such code to no effect but their result; they go as others do.
+    """
+
+    def matters(node: Node) -> bool:
+        if node.users or node.is_impure() or changes_its_input(gm, node):
+            return True
+        return is_unknown_code(gm, node) and node not in unread
+
+    gm.graph.eliminate_dead_code(matters)
 
 
 # --- calls written out ---------------------------------------------------------------------------------------

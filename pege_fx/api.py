@@ -29,10 +29,11 @@ def prepare_passes(policy: QuantPolicy | str, *, batch_norm: BatchNormMode = "tr
     """Return the passes of ``prepare``, a list to print, extend and reorder.
 
     >>> len(prepare_passes("W4A4"))
-    7
+    8
     """
     return Pipeline(
         [
+            graph_passes.name_writes,
             graph_passes.normalize,
             graph_passes.infer_ranks,
             graph_passes.FoldBatchNorm(batch_norm),

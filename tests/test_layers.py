@@ -12,7 +12,10 @@ LAYERS: list[set[str]] = [
     {"accumulators", "kernels", "functional", "packing", "curves", "policy", "processes", "container"},
     {"plan", "quantizers", "batch_norm", "fake_quant", "attention", "mode", "recurrent", "transformer", "explicit"},
     {"passes.graph", "passes.pipeline", "passes.costs", "passes.values"},
-    {f"passes.{n}" for n in ("trace", "branches", "capture", "normalize", "ranks", "fold_bn", "sign", "plan", "insert")}
+    {
+        f"passes.{n}"
+        for n in ("trace", "branches", "capture", "effects", "normalize", "ranks", "fold_bn", "sign", "plan", "insert")
+    }
     | {"passes.verify", "passes.lower", "passes.inline"},
     {"passes"},
     {"scheduler", "inspection", "tables", "size", "diff", "diff_picture", "coverage", "telemetry"}

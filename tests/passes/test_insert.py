@@ -26,7 +26,7 @@ PLAIN = {
 def before_and_after(model: nn.Module, policy: QuantPolicy) -> tuple[GraphModule, GraphModule]:
     passes = pege_fx.prepare_passes(policy)
     graphs = []
-    for last in (5, 7):
+    for last in (6, 8):
         captured, _ = pege_fx.api._capture(model, None, None)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -199,7 +199,7 @@ def test_verify_catches_a_pass_that_removes_a_fake_quant() -> None:
         gm.graph.erase_node(node)
 
     passes = pege_fx.prepare_passes("W4A4")
-    passes.insert(6, remove_one)
+    passes.insert(7, remove_one)
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     with pytest.raises(pege_fx.VerifyError, match="2: input should read a fake-quant of 8"):
         pege_fx.prepare(model, "W4A4", passes=passes)
