@@ -41,6 +41,9 @@ def to_networkx(gm: GraphModule) -> nx.DiGraph:
     An edge has ``bits`` and ``signed`` (of the fake-quant it leaves, else None) and ``kind``: "data", or "graph" where
     a value enters or leaves a nested graph.
 
+    Args:
+        gm: from ``prepare``.
+
     Raises:
         ModelError: if ``gm`` was not prepared.
 

@@ -22,13 +22,21 @@ def update_ewgs(
     Downstream quantizers count as STE meanwhile. All but δ stays as it is: parameters, gradients, buffers, random numbers.
 
     Args:
+        gm: a prepared model, some of whose sites have the estimator "ewgs".
         loss_of: a batch -> the loss, through ``gm`` itself (not compiled, nor wrapped); in training mode.
         batches: three or so.
         draws: of v for each batch.
+        seed: of the draws.
 
     Raises:
         ModelError: if no site of the model has the estimator EWGS.
         InputError: if there is no batch.
+
+    >>> import pege_fx
+    >>> policy = pege_fx.QuantPolicy((pege_fx.Rule(weight=pege_fx.QuantSpec(bits=4, estimator="ewgs")),))
+    >>> gm = pege_fx.prepare(nn.Sequential(nn.Linear(4, 2)), policy)
+    >>> list(update_ewgs(gm, lambda x: gm(x).square().mean(), [torch.randn(8, 4)]))
+    ['0.weight_fq']
     """
     sites = {name: site for name, site in fake_quants(gm).items() if site.site.spec.estimator == "ewgs"}
     if not sites:

@@ -78,6 +78,12 @@ class FakeQuant(nn.Module):
 
     One scale for several inputs of an operation is one fake-quant, called once for each: ``fq(x, 0, y)``, then ``fq(y, 1)``.
     The first call sees them all, so that the grid is set from all of them together; each input has masks of its own.
+
+    >>> import pege_fx
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    >>> gm = pege_fx.prepare(model, "W4A4", torch.randn(2, 4))
+    >>> pege_fx.fake_quants(gm)["0.weight_fq"].site.kind
+    'weight'
     """
 
     site_key: Tensor
@@ -326,5 +332,15 @@ def _follow_loaded_state(module: nn.Module, state: dict[str, Any], prefix: str, 
 
 
 def fake_quants(module: nn.Module) -> dict[str, FakeQuant]:
-    """Return every fake-quant of a module by its path, each once."""
+    """Return every fake-quant of a module by its path, each once.
+
+    Args:
+        module: any module; one that was not prepared has none.
+
+    >>> import pege_fx
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    >>> gm = pege_fx.prepare(model, "W4A4", torch.randn(2, 4))
+    >>> list(pege_fx.fake_quants(gm))
+    ['0.weight_fq', '2.weight_fq', 'input_1_fq', '_1_fq']
+    """
     return {name: child for name, child in module.named_modules() if isinstance(child, FakeQuant)}

@@ -96,6 +96,9 @@ class Rule:
 
     Raises:
         PolicyError: if the rule sets nothing or contradicts itself.
+
+    >>> Rule(match="layer1.*", weight="2")
+    Rule(match='layer1.*', weight='2')
     """
 
     match: str | None = None

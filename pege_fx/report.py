@@ -44,6 +44,13 @@ def report(
         ModelError: if ``gm`` was not prepared.
         InputError: if the history can not be read.
         ExportError: if the page can not be written.
+
+    >>> import tempfile
+    >>> import pege_fx
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    >>> gm = pege_fx.prepare(model, "W4A4", torch.randn(2, 4))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     report(gm, f"{folder}/report.html", batches=[torch.randn(8, 4)])
     """
     plan_of(gm)
     rows = _history(history)
