@@ -51,7 +51,7 @@ class MakePlan:
         family = gm.meta.get("family", [gm])
         if family[0] is gm:
             described = describe(family)
-            if described:
+            if not all(op.on_request for op in described.values()):
                 self.policy.check_all_decide(described.values())
             for node, op in described.items():
                 node.meta["op"] = op
