@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.fx.node import map_arg
 
 from pege_fx.batch_norm import BiasFold, Fold, WeightFold
@@ -219,11 +220,12 @@ def map_nodes(value: Any, function: Callable[[Node], Any]) -> Any:
 
 def plain(value: Any) -> Any:
     """Return arguments with ordinary lists and dicts in the place of a node's immutable ones: a function may change them."""
-    if isinstance(value, list):
+    kind = type(value)
+    if kind in (list, immutable_list):
         return [plain(item) for item in value]
-    if isinstance(value, dict):
+    if kind in (dict, immutable_dict):  # not a subclass: a result by name is a dict that has attributes
         return {key: plain(item) for key, item in value.items()}
-    return tuple(map(plain, value)) if type(value) is tuple else value
+    return tuple(map(plain, value)) if kind is tuple else value
 
 
 def become(node: Node, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
