@@ -208,6 +208,7 @@ class PegeTracer(Tracer):
         with ExitStack() as patches:
             for forward_globals in _globals_of(root):
                 patches.enter_context(mock.patch.dict(forward_globals, {"isinstance": self._isinstance}))
+            patches.enter_context(mock.patch.object(F, "grouped_mm", self._factory(F.grouped_mm)))
             for name in _FACTORIES:
                 patches.enter_context(mock.patch.object(torch, name, self._factory(getattr(torch, name))))
             graph = super().trace(root, concrete_args)
