@@ -199,9 +199,8 @@ def bystanders(graphs: Iterable[tuple[str, GraphModule]]) -> Iterator[Bystander]
 
 def _bystander(prefix: str, gm: GraphModule, node: Node) -> Bystander:
     module = module_of(gm, node, nn.Module)
-    verdict = node.meta.get("batch_norm", "") if operator_of(node) is None else ""
     if module is None:
-        reason = verdict or "not quantized itself: only operations with a weight and matrix products are"
+        reason = node.meta.get("batch_norm") or "not quantized itself: only operations with a weight and matrix products are"
         return Bystander(node.name, join(prefix, scope(node), function_name(node)), function_name(node), reason)
     path, what = join(prefix, str(node.target)), type(module).__name__
     if isinstance(module, FakeQuant):

@@ -3,7 +3,8 @@
 import copy
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -490,6 +491,23 @@ def test_torchs_conversion_to_synchronised_norms_goes_on_as_before(policy: Any, 
     for name, value in gm.state_dict().items():
         assert torch.equal(converted.state_dict()[name], value)
     assert torch.equal(pege_fx.convert(converted)(IMAGE), gm(IMAGE))
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+def test_processes_evaluate_synchronised_norms_on_the_cpu_where_torch_trains_none(
+    start: Callable[..., Any], tmp_path: Path
+) -> None:
+    processes = [start("sync_norm", rank, 2, tmp_path) for rank in range(2)]
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    for found in (first, second):
+        assert "SyncBatchNorm expected input tensor to be on GPU" in found["error"]
+        assert torch.equal(found["deployed"], found["evaluated"])
+        assert torch.equal(found["evaluated"], first["evaluated"])
+        assert found["gradients"].keys() >= {"0.weight", "1.weight", "1.bias"}
+        assert all(torch.equal(value, first["gradients"][name]) for name, value in found["gradients"].items())
 
 
 def test_a_norm_put_in_its_place_later_is_folded_and_something_else_is_refused() -> None:
