@@ -1,7 +1,8 @@
-"""Graph passes: capture, normal form, BatchNorm folding, sign analysis, plan, insertion, verification, lowering."""
+"""Graph passes: capture, writes, normal form, BatchNorm folding, sign analysis, plan, insertion, verification, lowering."""
 
 from pege_fx.passes.branches import drop_training_branches
 from pege_fx.passes.capture import capture
+from pege_fx.passes.effects import name_writes
 from pege_fx.passes.fold_bn import FoldBatchNorm, FoldLeadingNorms
 from pege_fx.passes.inline import inline_modules
 from pege_fx.passes.insert import InsertFakeQuants
@@ -40,6 +41,7 @@ __all__ = [
     "lower_biases",
     "lower_folds",
     "lower_weights",
+    "name_writes",
     "normalize",
     "pack_weights",
     "run",

@@ -140,7 +140,7 @@ def _fold_live(gm: GraphModule, found: Pair) -> None:
     for name, source, module, more in made:
         path = free_path(gm, f"{layer.meta['path']}.{name}_fold" if "path" in layer.meta else f"{layer.name}_{name}_fold")
         gm.add_submodule(path, module)
-        folded = call_module(gm.graph, path, source, layer, None, *more)
+        folded = call_module(gm.graph, path, source, layer, more=more)
         copy_origin(layer, folded)
         set_operand(layer, name, folded)
 

@@ -1,11 +1,13 @@
 """Reading and writing fx graphs: the only file that looks at ``node.args``, with helpers of exact types."""
 
+import dataclasses
+import functools
 import inspect
 import operator
 import sys
 import types
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,7 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from pege_fx.batch_norm import BiasFold, Fold, WeightFold
-from pege_fx.mode import TrainingMode
+from pege_fx.mode import PythonForward, TrainingMode
 from pege_fx.recurrent import recurrent
 from pege_fx.spec import Channels
 
@@ -28,7 +30,8 @@ class Operator:
     """A function with edges that can be quantized.
 
     ``parameters`` are its leading parameters by name; ``weights`` and ``inputs`` say which of them, or of its keywords,
-    are edges. The builtin functions have no signature to ask, so the table below is their signature.
+    are edges. The builtin functions have no signature to ask, so the table below is their signature. With ``on_request``, only
+    a rule that names the function quantizes it; all its tensors are inputs then, parameters too.
     """
 
     name: str
@@ -36,6 +39,7 @@ class Operator:
     inputs: tuple[str, ...]
     weights: tuple[str, ...] = ()
     transposed: bool = False
+    on_request: bool = False
 
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -93,6 +97,52 @@ METHODS: dict[str, Operator] = {
 }
 
 
+def _elementwise(name: str) -> Operator:
+    return Operator(name, ("input", "other"), ("input", "other"), on_request=True)
+
+
+def _of_list(name: str) -> Operator:
+    return Operator(name, ("tensors", "dim"), ("tensors",), on_request=True)
+
+
+ADD, SUB, MUL, CAT, STACK = (_elementwise("add"), _elementwise("sub"), _elementwise("mul"), _of_list("cat"), _of_list("stack"))
+JOINING_FUNCTIONS: dict[Any, Operator] = {
+    **dict.fromkeys((operator.add, operator.iadd, torch.add), ADD),
+    **dict.fromkeys((operator.sub, operator.isub, torch.sub, torch.subtract), SUB),
+    **dict.fromkeys((operator.mul, operator.imul, torch.mul, torch.multiply), MUL),
+    **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), CAT),
+    torch.stack: STACK,
+}
+JOINING_METHODS: dict[str, Operator] = {
+    **dict.fromkeys(("add", "add_"), ADD),
+    **dict.fromkeys(("sub", "sub_", "subtract", "subtract_"), SUB),
+    **dict.fromkeys(("mul", "mul_", "multiply", "multiply_"), MUL),
+}
+
+
+def joining_of(node: Node) -> Operator | None:
+    """Return the entry of a node that joins tensors, element by element or side by side; None for any other.
+
+    The operands of a list are its items, as ``"tensors[0]"``; a list that another node makes has none.
+    """
+    table: Mapping[Any, Operator] = JOINING_METHODS if node.op == "call_method" else JOINING_FUNCTIONS
+    found = table.get(node.target)
+    if found is None or "out" in node.kwargs:
+        return None
+    if found.inputs != ("tensors",):
+        return found
+    tensors = node.args[0] if node.args else node.kwargs.get("tensors")
+    count = len(tensors) if isinstance(tensors, (list, tuple)) else 0
+    return dataclasses.replace(found, inputs=tuple(f"tensors[{i}]" for i in range(count)))
+
+
+@functools.cache
+def aliases_of(name: str) -> frozenset[str]:
+    """Return the names of the functions and methods that are the operation of this name."""
+    functions = [f.__name__ for f, found in (FUNCTIONS | JOINING_FUNCTIONS).items() if found.name == name]
+    return frozenset(functions + [method for method, found in (METHODS | JOINING_METHODS).items() if found.name == name])
+
+
 def operator_of(node: Node) -> Operator | None:
     """Return the table's entry for a node, or None if none of its edges can be quantized."""
     if node.op == "call_function":
@@ -107,12 +157,25 @@ def _recurrent(node: Node) -> Operator:
     return Operator(str(node.kwargs["kind"]), ("input", "hx"), ("input",), weights)
 
 
+def entry_of(node: Node) -> Operator:
+    """Return the table's entry of an operator's node, also of one that joins."""
+    found = operator_of(node) or joining_of(node)
+    assert found is not None, f"{node} is no operator"
+    return found
+
+
 def operand(node: Node, name: str) -> Any:
     """Return the argument that an operator's node passes for a parameter, or None if it passes none."""
-    described = operator_of(node)
-    assert described is not None, f"{node} is no operator"
-    position = _position(described, name)
-    return node.args[position] if position < len(node.args) else node.kwargs.get(name)
+    name, index = _item(name)
+    position = _position(entry_of(node), name)
+    value: Any = node.args[position] if position < len(node.args) else node.kwargs.get(name)
+    return value if index is None else value[index]
+
+
+def _item(name: str) -> tuple[str, int | None]:
+    """Split ``"tensors[1]"`` into the parameter and the place in its list."""
+    name, bracket, index = name.rstrip("]").partition("[")
+    return name, int(index) if bracket else None
 
 
 def _position(described: Operator, name: str) -> int:
@@ -122,13 +185,16 @@ def _position(described: Operator, name: str) -> int:
 
 def set_operand(node: Node, name: str, value: Node | None) -> None:
     """Pass ``value`` for a parameter of an operator's node."""
-    described = operator_of(node)
-    assert described is not None, f"{node} is no operator"
-    position = _position(described, name)
+    name, index = _item(name)
+    given: Any = value
+    if index is not None:
+        items = operand(node, name)
+        given = [*items[:index], value, *items[index + 1 :]]
+    position = _position(entry_of(node), name)
     if position < len(node.args):
-        node.update_arg(position, value)
+        node.update_arg(position, given)
     else:
-        node.update_kwarg(name, value)
+        node.update_kwarg(name, given)
 
 
 def first_argument(node: Node) -> Any:
@@ -284,6 +350,14 @@ def is_leaf_function(node: Node) -> bool:
     return node.op == "call_function" and type(node.target) is types.FunctionType and not library
 
 
+def is_unknown_code(root: nn.Module, node: Node) -> bool:
+    """Tell whether a node calls code that the graph does not look into: it may write to its inputs, or have other effects."""
+    if node.op != "call_module":
+        return is_leaf_function(node)
+    own = type(root.get_submodule(str(node.target)))
+    return not own.__module__.startswith(("torch.nn.", "pege_fx.")) or own is PythonForward
+
+
 def hides_weights(root: nn.Module, node: Node) -> bool:
     """Tell whether a node is such a function and gets a weight."""
     if not is_leaf_function(node):
@@ -299,10 +373,9 @@ def is_matrix(value: Any) -> bool:
 
 def is_weight(gm: GraphModule, node: Node, name: str, source: Any) -> bool:
     """Tell whether an operand reads a weight: what the operator calls so, or a parameter that is a factor of a product."""
-    described = operator_of(node)
-    assert described is not None, f"{node} is no operator"
+    described = entry_of(node)
     value = tensor_of(gm, source)
-    if value is None:
+    if value is None or described.on_request:
         return False
     return name in described.weights or is_matrix(value)
 
@@ -446,9 +519,9 @@ def get_attr(graph: Graph, path: str, before: Node, name: str | None = None) -> 
 
 
 def call_module(
-    graph: Graph, path: str, argument: Node | None, before: Node, name: str | None = None, *more: Node | None
+    graph: Graph, path: str, argument: Node | None, before: Node, name: str | None = None, more: tuple[Any, ...] = ()
 ) -> Node:
-    """Insert a ``call_module`` node with one argument, or more."""
+    """Insert a ``call_module`` node with one argument, or with ``more`` behind it."""
     with graph.inserting_before(before):
         return graph.create_node("call_module", path, (argument, *more), name=name)
 
@@ -500,8 +573,15 @@ def replace(gm: GraphModule, old: Node, new: Node) -> None:
     gm.graph.erase_node(old)
 
 
+_OUT_OF_PLACE: dict[Any, Any] = {operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul}
+
+
 def make_out_of_place(gm: GraphModule, node: Node) -> None:
-    """Let a node that would overwrite its input (``inplace=True``) leave it alone."""
+    """Let a node that would overwrite its input (``inplace=True``, ``+=``, ``add_``) leave it alone."""
+    if node.target in _OUT_OF_PLACE:
+        node.target = _OUT_OF_PLACE[node.target]
+    elif node.op == "call_method" and node.target in JOINING_METHODS:
+        node.target = str(node.target).removesuffix("_")
     module = module_of(gm, node, nn.Module)
     if module is not None and getattr(module, "inplace", False):
         module.inplace = False  # type: ignore[assignment]
@@ -554,6 +634,23 @@ _IN_PLACE_OPERATORS = {getattr(operator, name) for name in dir(operator) if name
 }
 
 
+def attribute_name(node: Node) -> str | None:
+    """Return the name of the attribute that a node reads of a value (``x.shape``), or None."""
+    return str(node.args[1]) if node.target is getattr else None
+
+
+_READING_SIZES: set[Any] = {
+    "shape", "ndim", "dtype", "device", "layout", "is_cuda", "requires_grad", "size", "dim", "numel", "nelement", "stride",
+    "ndimension", "is_contiguous", "is_floating_point", "is_complex", "get_device", "element_size", "itemsize", "names",
+    "is_sparse", "is_nested", "is_quantized", "storage_offset", torch.numel, torch.is_floating_point, torch.is_complex, len,
+}  # fmt: skip
+
+
+def reads_size(node: Node) -> bool:
+    """Tell whether a node asks a tensor for its shape, type or place, and not for what it holds."""
+    return (attribute_name(node) or node.target) in _READING_SIZES
+
+
 def is_assignment(node: Node) -> bool:
     """Tell whether a node is ``x[...] = value``."""
     return node.target in (operator.setitem, "__setitem__")
@@ -582,9 +679,18 @@ def works_in_place_between(gm: GraphModule, first: Node, last: Node) -> bool:
     return False
 
 
-def remove_dead_nodes(gm: GraphModule) -> None:
-    """Erase nodes whose result nobody uses, except those that work in place."""
-    gm.graph.eliminate_dead_code(lambda node: bool(node.users) or node.is_impure() or changes_its_input(gm, node))
+def remove_dead_nodes(gm: GraphModule, unread: Collection[Node] = ()) -> None:
+    """Erase nodes whose result nobody uses, except those that work in place, or call code that the graph does not look into.
+
+    ``unread``: nodes that call such code to no effect but their result; they go as others do.
+    """
+
+    def matters(node: Node) -> bool:
+        if node.users or node.is_impure() or changes_its_input(gm, node):
+            return True
+        return is_unknown_code(gm, node) and node not in unread
+
+    gm.graph.eliminate_dead_code(matters)
 
 
 # --- calls written out ---------------------------------------------------------------------------------------

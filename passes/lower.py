@@ -80,12 +80,11 @@ def _values(gm: GraphModule, node: Node) -> list[Any]:
 def lower_activations(gm: GraphModule) -> None:
     """Write every quantized activation as quantize -> dequantize."""
     dtype = next((p.dtype for p in (*gm.parameters(), *gm.buffers()) if p.is_floating_point()), torch.float32)
+    grids: dict[FakeQuant, tuple[list[Node | None], list[Node | None]]] = {}
     for node, fq in calls(gm, FakeQuant):
-        spec, path = fq.site.spec, str(node.target)
-        encoding = fq.method.encoding()
-        inputs = [_constant(gm, f"{path}_{name}", value, dtype, node) for name, value in encoding._asdict().items()]
-        while inputs[-1] is None:
-            inputs.pop()
+        if fq not in grids:  # inputs that share one scale read the same constants
+            grids[fq] = _grids(gm, fq, node, dtype)
+        (inputs, outputs), spec = grids[fq], fq.site.spec
         settings: dict[str, Any] = {"bits": spec.bits, "signed": spec.signed}
         if spec.narrow:
             settings["narrow"] = True
@@ -93,11 +92,18 @@ def lower_activations(gm: GraphModule) -> None:
             gm.graph, quantize, (first_argument(node), *inputs), settings, node, node.name.replace("_fq", "_q")
         )
         copy_origin(node, codes)
-        decoding = fq.decoding()
-        if _same(decoding, Decoding(encoding.scale, encoding.zero_point)):
-            _finish(gm, node, codes, inputs[:2], spec.bits, dtype)
-        else:
-            _finish(gm, node, codes, _constants(gm, f"{path}_output", decoding, dtype, node), spec.bits, dtype)
+        _finish(gm, node, codes, outputs, spec.bits, dtype)
+
+
+def _grids(gm: GraphModule, fq: FakeQuant, node: Node, dtype: torch.dtype) -> tuple[list[Node | None], list[Node | None]]:
+    """Write an activation's constants: those that make its codes, and those that say what they stand for."""
+    path, encoding, decoding = str(node.target), fq.method.encoding(), fq.decoding()
+    inputs = [_constant(gm, f"{path}_{name}", value, dtype, node) for name, value in encoding._asdict().items()]
+    while inputs[-1] is None:
+        inputs.pop()
+    if _same(decoding, Decoding(encoding.scale, encoding.zero_point)):
+        return inputs, inputs[:2]
+    return inputs, _constants(gm, f"{path}_output", decoding, dtype, node)
 
 
 @torch.no_grad()

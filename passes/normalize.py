@@ -13,11 +13,8 @@ from pege_fx.passes.graph import (
     become,
     call_function,
     calls,
-    changes_its_input,
-    first_argument,
     get_attr,
     has_hooks,
-    is_assignment,
     join,
     operator_of,
     owner,
@@ -36,7 +33,6 @@ def normalize(gm: GraphModule) -> None:
 
     The node keeps its name. What stays a module says why in ``meta["not_normalized"]``. Tied weights are read once.
     """
-    _name_in_place_results(gm)
     readers = _Readers(gm)
     for node, module in calls(gm, nn.Module):
         builder = _BUILDERS.get(type(module))
@@ -61,18 +57,6 @@ def normalize(gm: GraphModule) -> None:
             leading = list(itertools.takewhile(named.__contains__, described.parameters[:4]))
             set_arguments(node, tuple(map(named.pop, leading)), named)
     remove_dead_nodes(gm)
-
-
-def _name_in_place_results(gm: GraphModule) -> None:
-    """Let what reads a tensor after an in-place operation read that operation's result: the same tensor, now in order."""
-    order = {node: position for position, node in enumerate(gm.graph.nodes)}
-    for node in order:
-        changed = first_argument(node)
-        if not isinstance(changed, Node) or is_assignment(node) or not changes_its_input(gm, node):
-            continue
-        for user in list(changed.users):
-            if order[user] > order[node]:
-                user.replace_input_with(changed, node)
 
 
 class _Readers:

@@ -1,7 +1,7 @@
 """Number of dimensions of a node's value: from example inputs, or from what the operation itself demands."""
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from pege_fx.errors import InputError, OtherCallError
 from pege_fx.mode import PYTHON_FORWARD
-from pege_fx.passes.graph import arguments, first_argument, join, module_of, owner, plain, rank_of
+from pege_fx.passes.graph import arguments, first_argument, is_unknown_code, join, module_of, owner, plain, rank_of
 
 
 class OtherGraphCallError(Exception):
@@ -19,17 +19,21 @@ class OtherGraphCallError(Exception):
 
 
 class _Recorder(Interpreter):
-    """Runs the graph once and notes shape and dtype of every tensor."""
+    """Runs the graph once and notes shape and dtype of every tensor, and what code outside of the graph writes to."""
 
     def run_node(self, n: Node) -> Any:
+        assert isinstance(self.module, GraphModule)
+        before = _versions(n, self.env) if is_unknown_code(self.module, n) else {}
         try:
-            return _note(n, super().run_node(n))
+            result = _note(n, super().run_node(n))
         except Exception as error:
             if not hasattr(error, "__notes__"):  # the innermost says where
-                assert isinstance(self.module, GraphModule)
                 inner = str(n.target) if n.op == "call_module" and n.target != PYTHON_FORWARD else owner(n)
                 error.add_note(f"in {join(self.module.meta.get('prefix', ''), inner) or 'the model itself'}")
             raise
+        if before:
+            n.meta["writes"] = [source for source, versions in _versions(n, self.env).items() if versions != before[source]]
+        return result
 
     def fetch_args_kwargs_from_env(self, n: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return plain(super().fetch_args_kwargs_from_env(n))  # type: ignore[no-any-return]
@@ -41,6 +45,19 @@ class _Recorder(Interpreter):
         bound.apply_defaults()
         placeholders = self.module.graph.find_nodes(op="placeholder")
         return self.run(initial_env={n: _note(n, bound.arguments[str(n.target).lstrip("*")]) for n in placeholders})
+
+
+def _versions(node: Node, values: Mapping[Node, Any]) -> dict[Node, list[int]]:
+    """How often autograd counted a write to the tensors that come into a node, by source."""
+    return {source: [tensor._version for tensor in _tensors(values[source])] for source in node.all_input_nodes}
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list, dict)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(inner)
 
 
 def _note(node: Node, value: Any) -> Any:
@@ -67,7 +84,8 @@ def record_shapes(gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, A
     except Exception as error:
         given = [*args, *kwargs.values()]
         shapes = [tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in given]
-        where, reason = error.__notes__[0], str(error).split("\n\nWhile executing ")[0]
+        where = getattr(error, "__notes__", ["before any of its modules ran"])[0]
+        reason = str(error).split("\n\nWhile executing ")[0]
         raise InputError(
             f"the model fails on the example inputs {shapes}, {where}: {type(error).__name__}: {reason}"
         ) from error

@@ -22,6 +22,9 @@ def verify(gm: GraphModule) -> None:
                 "  a pass between the plan and here removed or replaced it."
             )
         planned.add(placed)
+        for other in edge.shared_with:
+            if module_of(gm, operand(nodes[operation.node], other), FakeQuant) is not found:
+                raise VerifyError(f"{operation.path}: {edge.operand} and {other} should share one fake-quant, and do not.")
     extra = [node.name for node, _ in calls(gm, FakeQuant) if node not in planned]
     if extra:
         raise VerifyError(f"fake-quants that the plan does not name: {', '.join(extra)}.")

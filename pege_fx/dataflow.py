@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 from pege_fx.batch_norm import BiasFold, WeightFold
 from pege_fx.errors import ModelError, closest
 from pege_fx.fake_quant import FakeQuant
-from pege_fx.passes.graph import arguments, function_name, has_attribute, join, scope
+from pege_fx.passes.graph import arguments, function_name, has_attribute, join, module_of, scope
 from pege_fx.plan import Operation
 from pege_fx.scheduler import plan_of
 
@@ -40,6 +40,9 @@ def to_networkx(gm: GraphModule) -> nx.DiGraph:
 
     An edge has ``bits`` and ``signed`` (of the fake-quant it leaves, else None) and ``kind``: "data", or "graph" where
     a value enters or leaves a nested graph.
+
+    Args:
+        gm: from ``prepare``.
 
     Raises:
         ModelError: if ``gm`` was not prepared.
@@ -132,7 +135,10 @@ def _site(module: torch.nn.Module | None) -> dict[str, Any]:
 
 def _add_data_edges(graph: nx.DiGraph, prefix: str, gm: GraphModule) -> None:
     for node in gm.graph.nodes:
-        for source in node.all_input_nodes:
+        inputs = node.all_input_nodes
+        if module_of(gm, node, FakeQuant) is not None:
+            inputs = inputs[:1]  # what shares its scale is no input
+        for source in inputs:
             facts = graph.nodes[join(prefix, source.name)]
             graph.add_edge(
                 join(prefix, source.name), join(prefix, node.name), bits=facts["bits"], signed=facts["signed"], kind="data"

@@ -13,7 +13,7 @@ from pege_fx.batch_norm import BatchNorm
 from pege_fx.errors import ModelError, closest
 from pege_fx.fake_quant import FakeQuant
 from pege_fx.listing import Listing
-from pege_fx.passes.graph import function_name, join, module_of, operator_of, scope
+from pege_fx.passes.graph import function_name, join, joining_of, module_of, operator_of, scope
 from pege_fx.plan import Operation, Plan, in_words
 from pege_fx.policy import path_pattern
 from pege_fx.scheduler import plan_of
@@ -185,22 +185,27 @@ def summary(gm: GraphModule, match: Filter | None = None, *, depth: int | None =
       2 reads it, input (_1): 8 bits unsigned per tensor, lsq, pege by rule 2: Rule(role='last', weight='8', input='8')
     """
     plan = plan_of(gm)
-    seen = tuple(bystanders(graphs_of(gm)))
+    seen = tuple(bystanders(graphs_of(gm), plan))
     return Summary(plan, f"{plan.model}: prepared", seen, size_report(gm), match, depth)
 
 
-def bystanders(graphs: Iterable[tuple[str, GraphModule]]) -> Iterator[Bystander]:
-    """Yield every node that calls something and is no operation; graphs come with their path."""
+def bystanders(graphs: Iterable[tuple[str, GraphModule]], plan: Plan) -> Iterator[Bystander]:
+    """Yield every node that calls something and is no operation of the plan; graphs come with their path."""
     for prefix, gm in graphs:
+        planned = {operation.node for operation in plan.operations if operation.path.startswith(prefix)}
         for node in gm.graph.nodes:
-            if node.op.startswith("call_") and operator_of(node) is None:
+            joins = joining_of(node) is not None and node.name in planned
+            if node.op.startswith("call_") and operator_of(node) is None and not joins:
                 yield _bystander(prefix, gm, node)
 
 
 def _bystander(prefix: str, gm: GraphModule, node: Node) -> Bystander:
     module = module_of(gm, node, nn.Module)
     if module is None:
-        reason = node.meta.get("batch_norm") or "not quantized itself: only operations with a weight and matrix products are"
+        verdict = node.meta.get("batch_norm", "")
+        reason = verdict or "not quantized itself: only operations with a weight and matrix products are"
+        if not verdict and (joining := joining_of(node)) is not None:
+            reason += f', unless a rule says function="{joining.name}"'
         return Bystander(node.name, join(prefix, scope(node), function_name(node)), function_name(node), reason)
     path, what = join(prefix, str(node.target)), type(module).__name__
     if isinstance(module, FakeQuant):

@@ -24,6 +24,11 @@ def select_by_mode(training: bool, in_training: Any, in_evaluation: Any) -> Any:
     return in_training if training else in_evaluation
 
 
+def written(x: Any) -> Any:
+    """Return ``x``: its value behind a write that other nodes of the graph made to its memory."""
+    return x
+
+
 @torch.fx.has_side_effect
 def check_argument(value: Any, name: str, traced: Any) -> None:
     """Raise ``OtherCallError`` unless an argument is the None, number or text that the graph was traced for."""

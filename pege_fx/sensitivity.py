@@ -274,7 +274,7 @@ def _tensors(value: Any) -> list[Tensor]:
 @contextmanager
 def _as_float(fq: FakeQuant) -> Iterator[None]:
     """Let a site hand its input on, with its BatchNorm folded in."""
-    vars(fq)["forward"] = lambda x: fq.leave(x, fq.enter(x))
+    vars(fq)["forward"] = lambda x, *_: fq.leave(x, fq.enter(x))
     try:
         yield
     finally:

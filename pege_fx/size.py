@@ -18,13 +18,19 @@ from pege_fx.quantizers import Encoding
 
 @dataclass(frozen=True)
 class SizeReport:
-    """Bytes of parameters and buffers: as float, and as deployed with codes packed to their bits."""
+    """Bytes of parameters and buffers: as float, and as deployed with codes packed to their bits.
+
+    Attributes:
+        float_bytes: with all weights in float32.
+        quantized_bytes: as deployed.
+    """
 
     float_bytes: int
     quantized_bytes: int
 
     @property
     def ratio(self) -> float:
+        """How many times smaller."""
         return self.float_bytes / self.quantized_bytes if self.quantized_bytes else 1.0
 
     def __str__(self) -> str:
@@ -45,6 +51,15 @@ def size_report(gm: GraphModule) -> SizeReport:
 
     Codes count their bits (b * n / 8, rounded up per weight), as ``save_deployed`` stores them; scales and what stayed
     float their own size. Of a prepared model: what ``convert`` will make of it.
+
+    Args:
+        gm: a prepared or a converted model.
+
+    >>> import pege_fx
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    >>> gm = pege_fx.prepare(model, "W4A4", torch.randn(2, 4))
+    >>> print(size_report(gm))
+    float 120 bytes, quantized 80 bytes: 1.5 times smaller
     """
     if any(isinstance(module, FakeQuant) for module in gm.modules()):
         return _expected(gm)
@@ -112,11 +127,13 @@ def _expected(gm: GraphModule) -> SizeReport:
     """What ``convert`` keeps: codes and grids for fake-quants, folded weights and biases, and what the graph reads as it is."""
     float_bytes = quantized_bytes = 0
     plain: dict[int, Tensor] = {}
+    counted: set[FakeQuant] = set()
     for _, inner in graphs_of(gm):
         for node in inner.graph.nodes:
             plain |= {id(value): value for value in _read_as_it_is(inner, node)}
             module = module_of(inner, node, nn.Module)
-            if isinstance(module, FakeQuant):
+            if isinstance(module, FakeQuant) and module not in counted:
+                counted.add(module)
                 weight = tensor_of(inner, node.all_input_nodes[0]) if module.site.kind == "weight" else None
                 codes = 0 if weight is None else weight.numel()
                 float_bytes += 4 * codes

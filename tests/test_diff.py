@@ -166,7 +166,7 @@ def test_a_pass_of_one_s_own_is_traced_too() -> None:
     passes.insert(1, rename)
     trace = pege_fx.trace_passes(Net(), "W4A4", (X,), passes=passes)
     assert str(trace["rename"].changes[0]) == "* relu: note: seen"
-    with pytest.raises(ModelError, match="no pass is called 'renam'; there are normalize, rename"):
+    with pytest.raises(ModelError, match="no pass is called 'renam'; there are name_writes, rename"):
         trace["renam"]
 
 

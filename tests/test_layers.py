@@ -11,8 +11,11 @@ LAYERS: list[set[str]] = [
     {"errors", "spec", "listing", "files"},
     {"accumulators", "kernels", "functional", "packing", "curves", "policy", "processes", "container"},
     {"plan", "quantizers", "batch_norm", "fake_quant", "attention", "mode", "recurrent", "transformer", "explicit"},
-    {"passes.graph", "passes.pipeline", "passes.costs", "passes.norms"},
-    {f"passes.{n}" for n in ("trace", "branches", "capture", "normalize", "ranks", "fold_bn", "sign", "plan", "insert")}
+    {"passes.graph", "passes.pipeline", "passes.costs", "passes.values", "passes.norms"},
+    {
+        f"passes.{n}"
+        for n in ("trace", "branches", "capture", "effects", "normalize", "ranks", "fold_bn", "sign", "plan", "insert")
+    }
     | {"passes.verify", "passes.lower", "passes.inline"},
     {"passes"},
     {"scheduler", "inspection", "tables", "size", "diff", "diff_picture", "coverage", "telemetry"}
@@ -37,6 +40,7 @@ INSIDE = {
     ("explicit", "attention"), ("explicit", "batch_norm"), ("explicit", "recurrent"), ("explicit", "transformer"),
     ("passes.capture", "passes.trace"), ("passes.capture", "passes.branches"),
     ("inspection", "scheduler"), ("training", "scheduler"), ("listing", "errors"), ("passes.costs", "passes.graph"),
+    ("passes.values", "passes.graph"),
     ("passes.norms", "passes.graph"),
     ("tables", "size"), ("inspection", "tables"), ("inspection", "size"),
     ("telemetry", "scheduler"), ("sensitivity", "mixed_precision"), ("sensitivity", "scheduler"),

@@ -158,7 +158,7 @@ UNSAFE: list[tuple[Any, tuple[int, ...], str]] = [
 def test_what_is_not_safe_is_refused_with_its_reason(make: Any, shape: tuple[int, ...], reason: str, mode: Any) -> None:
     model, x = randomise(make(), 0).eval(), torch.randn(shape)
     captured = pege_fx.api._capture(model, (x,), None)[0]
-    pege_fx.passes.run(captured.graphs, pege_fx.prepare_passes("W4A4", batch_norm=mode)[:3])
+    pege_fx.passes.run(captured.graphs, pege_fx.prepare_passes("W4A4", batch_norm=mode)[:4])
     (norm, *_) = [n for n in captured.root.graph.nodes if "batch_norm" in n.meta and n.op == "call_module"]
     assert reason in norm.meta["batch_norm"]
     with torch.no_grad():

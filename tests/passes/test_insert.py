@@ -26,7 +26,7 @@ PLAIN = {
 def before_and_after(model: nn.Module, policy: QuantPolicy) -> tuple[GraphModule, GraphModule]:
     passes = pege_fx.prepare_passes(policy)
     graphs = []
-    for last in (5, 7):
+    for last in (6, 8):
         captured, _ = pege_fx.api._capture(model, None, None)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
