@@ -265,6 +265,25 @@ def test_a_bilinear_layer_takes_the_norm_behind_it(mode: Any) -> None:
     assert torch.equal(pege_fx.convert(gm)(x), gm(x))
 
 
+@pytest.mark.parametrize("between", [(), (nn.Identity(),), (nn.Dropout(0.5),)], ids=["nothing", "identity", "dropout"])
+@pytest.mark.parametrize("form", ["module", "function"])
+def test_the_output_of_a_layer_is_that_of_the_norm_folded_into_it(form: str, between: Any) -> None:
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), *between, FORMS[form](as_trained(nn.BatchNorm2d(8), 0)), nn.ReLU()).eval()
+    policy = QuantPolicy((Rule(weight=None, input=None, output="8"),))
+    live, frozen = (prepared(model, IMAGE, policy, batch_norm=mode) for mode in ("train", "freeze"))
+    (site,) = pege_fx.fake_quants(live).values()
+    (node,) = [node for node in live.graph.nodes if node.name.endswith("_fq")]
+    assert isinstance(live.get_submodule(str(node.all_input_nodes[0].target)), Folded)
+    assert torch.equal(pege_fx.convert(live)(IMAGE), live(IMAGE))
+    if len(between) == 0 or isinstance(between[0], nn.Identity):
+        step = float(site.method.step()[0].detach())
+        torch.testing.assert_close(live(IMAGE), frozen(IMAGE), rtol=0, atol=step * 1.01)
+    pege_fx.PEGEScheduler(
+        live, 1, *[pege_fx.Constant(0.0)] * 3
+    )  # in training, where nothing is replaced yet, it is the original's
+    assert torch.equal(run(live.train(), IMAGE), run(model.train(), IMAGE))
+
+
 # --- in front of a layer -----------------------------------------------------------------------------------------------
 
 
