@@ -481,6 +481,17 @@ def test_the_model_s_own_tensors_are_folded_and_keep_their_names(mode: Any) -> N
     close(reference.eval()(x).float().double(), copy.deepcopy(reference).eval()(x).float().double())
 
 
+def test_other_tensors_for_one_call_are_folded_and_leave_no_trace() -> None:
+    model = Own().double().eval()
+    gm, x = prepared(model, IMAGE.double()), IMAGE.double()
+    before = gm(x)
+    doubled = {name: value * 2 for name, value in model.named_parameters()}
+    close(torch.func.functional_call(gm, doubled, (x,)), torch.func.functional_call(model, doubled, (x,)))
+    assert torch.equal(copy.deepcopy(gm)(x), before)
+    assert torch.equal(pege_fx.convert(gm)(x), before)
+    assert torch.equal(gm(x), before)
+
+
 def pickled(gm: GraphModule) -> GraphModule:
     buffer = io.BytesIO()
     torch.save(gm, buffer)
