@@ -18,7 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.fx.node import map_arg
 
-from pege_fx.batch_norm import BiasFold, Fold, WeightFold
+from pege_fx.batch_norm import BiasFold, BiasFoldBehind, Fold, WeightFold
 from pege_fx.mode import PythonForward, TrainingMode
 from pege_fx.recurrent import recurrent
 from pege_fx.spec import Channels
@@ -512,6 +512,16 @@ def unfolded(gm: GraphModule, node: Any) -> Any:
     """Return what a weight or bias reads before its BatchNorm is folded in."""
     fold = module_of(gm, node, nn.Module)
     return first_argument(node) if isinstance(fold, (WeightFold, BiasFold)) else node
+
+
+def result_of(gm: GraphModule, node: Node) -> Node:
+    """Return the node that has an operation's result: the BatchNorm behind it that is folded into it, or itself."""
+    folded = module_of(gm, operand(node, "bias"), BiasFold)
+    if folded is None or isinstance(folded, BiasFoldBehind):
+        return node
+    while module_of(gm, node, nn.Module) is not folded.fold.bn:
+        (node,) = node.users
+    return node
 
 
 def folded_weights(gm: GraphModule) -> dict[Node, Fold]:

@@ -23,6 +23,7 @@ from pege_fx.passes.graph import (
     make_out_of_place,
     operand,
     remove_unread_transposes,
+    result_of,
     scope,
     set_operand,
     short_name,
@@ -116,10 +117,11 @@ class _Insertion:
 
     def _place_output(self, node: Node, edge: Edge, spec: QuantSpec) -> None:
         path = free_path(self.gm, join(scope(node), f"{short_name(node)}_fq"))
-        readers = list(node.users)
-        placed = self._insert(self._activation(path, edge, spec), path, node, before=after(node))
+        result = result_of(self.gm, node)
+        readers = list(result.users)
+        placed = self._insert(self._activation(path, edge, spec), path, result, before=after(result))
         for reader in readers:
-            reader.replace_input_with(node, placed)
+            reader.replace_input_with(result, placed)
             make_out_of_place(self.gm, reader)
 
     def _insert(self, module: FakeQuant, path: str, source: Node, before: Node) -> Node:
