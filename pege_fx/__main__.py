@@ -199,11 +199,11 @@ def _coverage(options: argparse.Namespace) -> None:
 
 
 def _draw(options: argparse.Namespace) -> None:
-    pege_fx.draw(_prepared(options), options.output, depth=options.depth)  # type: ignore[attr-defined, unused-ignore]
+    pege_fx.draw(_prepared(options), options.output, depth=options.depth)
 
 
 def _report(options: argparse.Namespace) -> None:
-    pege_fx.report(_prepared(options), options.output, history=options.history)  # type: ignore[attr-defined, unused-ignore]
+    pege_fx.report(_prepared(options), options.output, history=options.history)
 
 
 def parser() -> argparse.ArgumentParser:

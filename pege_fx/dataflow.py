@@ -12,7 +12,7 @@ from pege_fx.batch_norm import BiasFold, WeightFold
 from pege_fx.errors import ModelError, closest
 from pege_fx.fake_quant import FakeQuant
 from pege_fx.passes.graph import arguments, function_name, has_attribute, join, scope
-from pege_fx.plan import Operation
+from pege_fx.plan import Capture, Operation
 from pege_fx.scheduler import plan_of
 
 CHUNK = 200
@@ -57,6 +57,7 @@ def to_networkx(gm: GraphModule) -> nx.DiGraph:
             facts = _facts(prefix, inner, node) | {"code": code.get(node.name, "")}
             graph.add_node(join(prefix, node.name), **facts)
         _add_data_edges(graph, prefix, inner)
+    _add_captures(graph, plan_of(gm).captures)
     for operation in operations.values():
         _add_operation(graph, operation)
     for prefix, inner in _graphs(gm):
@@ -88,7 +89,7 @@ def _facts(prefix: str, gm: GraphModule, node: Node) -> dict[str, Any]:
         "target": str(node.target) if isinstance(node.target, str) else function_name(node),
         "name": node.name,
         "graph": prefix,
-        "path": join(prefix, path),
+        "path": join(prefix, path) if path else "",
         "module": join(prefix, _around(node)),
         "shape": node.meta.get("shape"),
         "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
@@ -168,6 +169,15 @@ def _enter(graph: nx.DiGraph, prefix: str, node: Node, inside: str, nested: Grap
     for value, placeholder in zip(arguments(node)[0], placeholders, strict=False):
         if isinstance(value, Node):
             graph.add_edge(join(prefix, value.name), join(inside, placeholder.name), bits=None, signed=None, kind="graph")
+
+
+def _add_captures(graph: nx.DiGraph, captures: Iterable[Capture]) -> None:
+    """Say on the nodes of modules that stay Python why they do, and which line made it so."""
+    stays = {capture.path: capture for capture in captures if capture.rung == "python"}
+    for facts in graph.nodes.values():
+        if facts["op"] == "call_module" and facts["path"] in stays:
+            capture = stays[facts["path"]]
+            facts["reason"] = f"stays Python: {capture.reason}" + (f" ({capture.place})" if capture.place else "")
 
 
 def _add_operation(graph: nx.DiGraph, operation: Operation) -> None:

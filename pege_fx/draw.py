@@ -131,7 +131,7 @@ def _node(facts: dict[str, Any]) -> dict[str, str]:
         words = f"{own.removeprefix(facts['module'] + '.')}\n{facts['function']}" if own != facts["function"] else own
     colour = COLOURS[bits] if bits else FLOAT if facts.get("quantized") is False else PLAIN
     fontcolor = "#ffffff" if bits in (2, 3) else "#000000"
-    suffix = f" W{bits}" if bits else ""
+    suffix = f" W{bits}" if bits else "\nstays Python" if facts.get("reason", "").startswith("stays Python") else ""
     return {
         "label": graphviz.escape(words + suffix),
         "fillcolor": colour,

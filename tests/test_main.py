@@ -190,13 +190,11 @@ def test_an_interrupt_is_exit_code_130(monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["explain", SMALL]) == 130
 
 
-@pytest.mark.skipif(not hasattr(pege_fx, "draw"), reason="draw is not there")
 def test_draw_writes_a_picture(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert called(capsys, "draw", SMALL, *IMAGE, "-o", str(tmp_path / "g.dot"))[0] == 0
     assert (tmp_path / "g.dot").stat().st_size > 0
 
 
-@pytest.mark.skipif(not hasattr(pege_fx, "report"), reason="report is not there")
 def test_report_writes_a_page(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert called(capsys, "report", SMALL, *IMAGE, "-o", str(tmp_path / "r.html"))[0] == 0
     assert "<html" in (tmp_path / "r.html").read_text().lower()

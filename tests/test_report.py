@@ -1,7 +1,9 @@
 """The page: whole, offline, and working in headless Chromium where that is installed."""
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +33,7 @@ def test_in_a_browser(gm: GraphModule, tmp_path: Path) -> None:
     if chromium is None:
         pytest.skip("needs Chromium")
     scheduler = pege_fx.PEGEScheduler(gm, 10)
-    rows = [{"step": step, "site": "0.0.weight_fq", "error": 1 / (step + 1)} for step in range(5)]
+    rows = [{"step": step, "site": "0.0.weight_fq", "error": 1 / (step + 1), "p": 0.5} for step in range(5)]
     page_path = tmp_path / "report.html"
     pege_fx.report(gm, page_path, batches=[torch.randn(1, 3, 9, 9)], scheduler=scheduler, history=rows)
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -51,10 +53,64 @@ def test_in_a_browser(gm: GraphModule, tmp_path: Path) -> None:
         moved = page.inner_text("#details")
         page.evaluate("cy.getElementById('_2').emit('tap')")
         clicked = page.inner_text("#details")
+        page.focus("#graph")
+        page.keyboard.press("Backspace")
+        page.evaluate("cy.getElementById('module 0').select()")
+        page.keyboard.press("Enter")
+        opened = page.evaluate("cy.nodes().length")
+        page.click("#collapse")
+        shut = page.evaluate("cy.nodes().length")
+        page.locator("#sites th button").nth(2).focus()
+        page.keyboard.press("Enter")
+        first = page.locator("#sites td.bits").first.inner_text()
+        cells = page.locator("#heat button").count()
         plots = page.locator(".uplot").count()
         browser.close()
     assert errors == []
     assert "4 bits, signed" in found
     assert moved != found
     assert "8 bits, signed" in clicked
-    assert plots == 4
+    assert plots == 5
+    assert opened > shut
+    assert first == "4"
+    assert cells == 6
+
+
+def written(gm: GraphModule, path: Path, **options: Any) -> dict[str, Any]:
+    """The data in the page."""
+    pege_fx.report(gm, path, **options)
+    text = path.read_text()
+    found = json.loads(text.split('<script type="application/json" id="data">')[1].split("</script>")[0])
+    assert isinstance(found, dict)
+    return found
+
+
+def test_history_from_the_file_that_telemetry_writes(gm: GraphModule, tmp_path: Path) -> None:
+    telemetry = pege_fx.Telemetry(gm, every=1, writers=[pege_fx.CSVWriter(tmp_path / "run.csv")])
+    gm.train()(torch.randn(2, 3, 9, 9)).sum().backward()
+    telemetry.step()
+    telemetry.close()
+    from_file = written(gm, tmp_path / "a.html", history=tmp_path / "run.csv")["history"]
+    assert from_file
+    assert {"step", "site", "error", "clipped", "scale", "p"} <= set(from_file[0])
+    assert from_file == written(gm, tmp_path / "b.html", history=telemetry.history)["history"]
+
+
+class Branching(nn.Module):
+    """Can not be traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) if x.sum() > 0 else x
+
+
+def test_what_stays_python_is_on_the_page(tmp_path: Path) -> None:
+    gm = pege_fx.prepare(nn.Sequential(nn.Linear(4, 4), Branching()), "W4A4", (torch.randn(2, 4),))
+    (capture,) = (one for one in written(gm, tmp_path / "a.html")["captures"] if one["rung"] == "python")
+    assert capture["path"] == "1"
+    assert "test_report.py" in capture["place"]
+    reasons = [facts["reason"] for facts in pege_fx.to_networkx(gm).nodes.values()]
+    assert any("stays Python" in reason and "test_report.py" in reason for reason in reasons)

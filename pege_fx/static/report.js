@@ -65,12 +65,20 @@ function select(id) {
   if (found.nonempty()) cy.animate({ center: { eles: found }, zoom: 1, duration: 0 });
   details(id);
 }
+function close() {
+  const id = cy.$("node:selected").first().id(), node = nodes.get(id), path = node ? node.module : (id || "").slice(7).split(".").slice(0, -1).join(".");
+  if (!path) return;
+  for (const inner of [...open]) if (inner === path || inner.startsWith(path + ".")) open.delete(inner);
+  show();
+  select("module " + path);
+}
 function enter(id) { if (id.startsWith("module ")) { open.add(id.slice(7)); show(); } }
 
 cy.on("tap", "node", event => select(event.target.id()));
 cy.on("dbltap", "node", event => enter(event.target.id()));
 by("expand").onclick = () => { data.nodes.forEach(node => above(node.module).forEach(path => open.add(path))); show(); };
 by("collapse").onclick = () => { open.clear(); show(); };
+by("close").onclick = close;
 by("fit").onclick = () => cy.fit();
 by("search").onchange = event => {
   const text = event.target.value.toLowerCase();
@@ -82,6 +90,7 @@ by("graph").onkeydown = event => {
   const here = cy.$("node:selected"), step = { ArrowDown: "outgoers", ArrowUp: "incomers" }[event.key];
   if (step) { const next = here.empty() ? cy.nodes().first() : here[step]("node").first(); if (next.nonempty()) select(next.id()); }
   else if (event.key === "Enter" && here.nonempty()) enter(here.id());
+  else if (event.key === "Backspace") close();
   else return;
   event.preventDefault();
 };
@@ -105,10 +114,49 @@ function curve(box, title, lines, x, mark) {
   const paint = ["#3b82f6", "#f4987a", "#10b981", "#a855f7"], axis = { stroke: ink };
   const draw = u => { if (mark == null) return; const at = u.valToPos(mark, "x", true); u.ctx.fillStyle = "#e11"; u.ctx.fillRect(at, u.bbox.top, 2, u.bbox.height); };
   const series = [{}, ...Object.keys(lines).map((label, i) => ({ label, stroke: paint[i % 4] }))];
-  new uPlot({ title, width: 420, height: 220, scales: { x: { time: false } }, axes: [axis, axis], series, hooks: { draw: [draw] } }, [x, ...Object.values(lines)], box);
+  new uPlot({ title, legend: { show: series.length < 9 }, width: 420, height: 220, scales: { x: { time: false } }, axes: [axis, axis], series, hooks: { draw: [draw] } }, [x, ...Object.values(lines)], box);
 }
-sites(); show();
-if (data.schedule) for (const [name, values] of Object.entries(data.schedule.curves)) curve(by("schedule").lastElementChild, name, { [name]: values }, data.schedule.t, data.schedule.now); else by("schedule").remove();
-if (data.history.length) {
-  for (const name of new Set(data.history.map(row => row.site))) { const rows = data.history.filter(row => row.site === name); curve(by("history").lastElementChild, name, { error: rows.map(row => row.error) }, rows.map(row => row.step)); }
-} else by("history").remove();
+const reader = site => data.nodes.find(node => node.sites.includes(site.site));
+function heat() {
+  for (const kind of new Set(data.sites.map(site => site.kind))) {
+    const row = make("div");
+    row.append(make("span", kind));
+    for (const site of data.sites.filter(site => site.kind === kind)) {
+      const cell = make("button", site.bits);
+      cell.title = `${site.site}: ${site.bits} bits`;
+      cell.setAttribute("aria-label", cell.title);
+      cell.style.background = colour(site.bits);
+      cell.onclick = () => { const node = reader(site); if (node) select(node.id); };
+      row.append(cell);
+    }
+    by("heat").append(row);
+  }
+}
+function captures() {
+  if (!data.captures.length) return by("captures").remove();
+  const table = make("table"), head = table.createTHead().insertRow();
+  for (const name of ["module", "captured", "why", "line"]) head.append(make("th", name));
+  const body = table.createTBody();
+  for (const capture of data.captures) { const row = body.insertRow(); for (const text of [capture.path || "the model", capture.rung, capture.reason, capture.place]) row.insertCell().textContent = text; }
+  by("captures").lastElementChild.append(table);
+}
+function schedule() {
+  if (!data.schedule) return by("schedule").remove();
+  for (const [name, groups] of Object.entries(data.schedule.curves)) curve(by("schedule").lastElementChild, name, groups, data.schedule.t, data.schedule.now);
+}
+function training() {
+  if (!data.history.length) return by("history").remove();
+  const box = by("history").lastElementChild, chosen = by("which").value;
+  const rows = data.history.filter(row => !chosen || row.site === chosen), steps = [...new Set(rows.map(row => row.step))].sort((a, b) => a - b);
+  box.replaceChildren();
+  for (const name of ["error", "clipped", "scale", "p", "weight_lambda", "activation_lambda"]) {
+    const bySite = {};
+    for (const row of rows) if (row[name] != null) (bySite[row.site] ??= new Map()).set(row.step, row[name]);
+    const lines = Object.fromEntries(Object.entries(bySite).map(([site, values]) => [site, steps.map(step => values.get(step) ?? null)]));
+    if (Object.keys(lines).length) curve(box, name.replace("_", " "), lines, steps);
+  }
+}
+sites(); show(); heat(); captures(); schedule();
+for (const site of new Set(data.history.map(row => row.site))) by("which").append(make("option", site));
+if (data.history.length) by("which").onchange = training;
+training();
