@@ -8,7 +8,7 @@ WORKERS ?= 2
 # One thread a worker: two cores shared by two workers go faster than four threads that fight.
 TEST := OMP_NUM_THREADS=1 PYTHONWARNINGS=default
 
-.PHONY: demo test test-oldest lint format bench clean
+.PHONY: demo test test-oldest lint format bench coverage clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py --output runs/quickstart
@@ -30,6 +30,11 @@ format: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/run.py
+
+# Rows that are in benchmarks/results/coverage.json are kept; ARGS="--rerun" makes them anew, ARGS="--only 'timm/*'" picks.
+coverage: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -e '.[coverage]'
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coverage.py $(ARGS)
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -3,8 +3,17 @@
 from pege_fx.passes.branches import drop_training_branches
 from pege_fx.passes.capture import capture
 from pege_fx.passes.fold_bn import FoldBatchNorm
+from pege_fx.passes.inline import inline_modules
 from pege_fx.passes.insert import InsertFakeQuants
-from pege_fx.passes.lower import drop_unused, lower_activations, lower_folds, lower_weights
+from pege_fx.passes.lower import (
+    drop_unused,
+    lower_activations,
+    lower_biases,
+    lower_folds,
+    lower_weights,
+    pack_weights,
+    unpack_weights,
+)
 from pege_fx.passes.normalize import normalize
 from pege_fx.passes.pipeline import Pass, Pipeline, run
 from pege_fx.passes.plan import MakePlan
@@ -23,10 +32,14 @@ __all__ = [
     "drop_training_branches",
     "drop_unused",
     "infer_ranks",
+    "inline_modules",
     "lower_activations",
+    "lower_biases",
     "lower_folds",
     "lower_weights",
     "normalize",
+    "pack_weights",
     "run",
+    "unpack_weights",
     "verify",
 ]

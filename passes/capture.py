@@ -26,7 +26,7 @@ from pege_fx.explicit import make_explicit
 from pege_fx.fake_quant import FakeQuant
 from pege_fx.mode import PYTHON_FORWARD, TRAINING_MODE, PythonForward, TrainingMode
 from pege_fx.passes.branches import MergeError, merge_branches
-from pege_fx.passes.graph import hides_weights, join, parent_and_name, remove_dead_nodes
+from pege_fx.passes.graph import hides_weights, join, parent_and_name, remove_dead_nodes, source_of
 from pege_fx.passes.trace import Known, NotTraceableError, PegeTracer
 from pege_fx.plan import Capture
 from pege_fx.policy import path_pattern
@@ -80,13 +80,14 @@ def bind(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
 Call: TypeAlias = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 
-def capture(model: nn.Module, example: Call | None = None, blocks: Iterable[str] = ()) -> Captured:
+def capture(model: nn.Module, example: Call | None = None, blocks: Iterable[str] = (), refused: Iterable[str] = ()) -> Captured:
     """Capture a copy of the model.
 
     Args:
         model: left alone.
         example: positional and keyword arguments of a call.
         blocks: patterns of module paths; the outermost modules that they name become GraphModules of their own.
+        refused: paths of modules that stay Python, because they are called in more ways than one graph holds.
 
     Raises:
         ModelError, InputError: if the model can not be copied, or the example does not fit.
@@ -104,7 +105,7 @@ def capture(model: nn.Module, example: Call | None = None, blocks: Iterable[str]
     outermost = {name for name in chosen if not any(name.startswith(f"{other}.") for other in chosen)}
     root = _copy(model)
     make_explicit(root)
-    return _Ladder(root, example, outermost).climb(root, "")
+    return _Ladder(root, example, outermost, set(refused)).climb(root, "")
 
 
 def _copy(model: nn.Module) -> nn.Module:
@@ -161,8 +162,8 @@ def warn_of(notes: list[Capture], has_examples: bool) -> None:
 
 
 class _Ladder:
-    def __init__(self, root: nn.Module, example: Call | None, blocks: set[str]) -> None:
-        self.root, self.example, self.blocks = root, example, blocks
+    def __init__(self, root: nn.Module, example: Call | None, blocks: set[str], refused: set[str]) -> None:
+        self.root, self.example, self.blocks, self.refused = root, example, blocks, refused
         self._calls: dict[nn.Module, list[Known]] | None = None
 
     def _known(self, module: nn.Module, prefix: str) -> Known:
@@ -171,6 +172,8 @@ class _Ladder:
             return Known.defaults(module.forward)
         if not prefix:
             return bind(module, *self.example)
+        if prefix in self.refused:
+            raise NotTraceableError("", _place_of(module), "it is called in more ways than one graph holds")
         if self._calls is None:
             self._calls = _record_calls(self.root, self.example)
         calls = self._calls.get(module)
@@ -282,7 +285,8 @@ class _Ladder:
             path = join(prefix, name)
             if isinstance(child, GraphModule) or not any(p.ndim > 1 for p in child.parameters()):
                 continue
-            if isinstance(child, (nn.ModuleList, nn.ModuleDict)) or _is_iterated(module, name, child):
+            walked = isinstance(child, (nn.ModuleList, nn.ModuleDict)) or _is_iterated(module, name, child)
+            if walked or _is_asked_for_more(module, name, child):
                 self._capture_children(captured, child, path)
                 continue
             if PegeTracer().is_leaf_module(child, path) and any(True for _ in child.children()):
@@ -292,6 +296,13 @@ class _Ladder:
             setattr(module, name, inner.root)
             captured.graphs += inner.graphs
             captured.notes += inner.notes
+
+
+def _is_asked_for_more(parent: nn.Module, name: str, child: nn.Module) -> bool:
+    """Tell whether a parent's code calls another method of a child than its forward: a graph has none."""
+    methods = re.findall(rf"self\.{name}\.(\w+)\(", source_of(parent))
+    own = set(dir(type(child))) - set(dir(nn.Module))
+    return any(method in own and method not in dict(child.named_children()) for method in methods)
 
 
 def _record_calls(root: nn.Module, example: Call) -> dict[nn.Module, list[Known]]:

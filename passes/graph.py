@@ -150,6 +150,15 @@ def map_nodes(value: Any, function: Callable[[Node], Any]) -> Any:
     return map_arg(value, function)
 
 
+def plain(value: Any) -> Any:
+    """Return arguments with ordinary lists and dicts in the place of a node's immutable ones: a function may change them."""
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return tuple(map(plain, value)) if type(value) is tuple else value
+
+
 def become(node: Node, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Turn a ``call_module`` node into a function's call, in place, so that it keeps its name and users."""
     node.meta["path"] = str(node.target)
@@ -227,7 +236,8 @@ def tensor_of(gm: GraphModule, node: Any) -> Tensor | None:
 def is_leaf_function(node: Node) -> bool:
     """Tell whether a node is somebody's own function, kept whole by ``torch.fx.wrap``."""
     own = getattr(node.target, "__module__", None) or ""
-    return node.op == "call_function" and type(node.target) is types.FunctionType and not own.startswith(("torch.", "pege_fx."))
+    library = own.partition(".")[0] in ("torch", "pege_fx", "einops")
+    return node.op == "call_function" and type(node.target) is types.FunctionType and not library
 
 
 def hides_weights(root: nn.Module, node: Node) -> bool:
@@ -284,16 +294,21 @@ def parent_and_name(path: str) -> tuple[str, str]:
 
 def register_buffer(gm: GraphModule, path: str, value: Tensor) -> None:
     """Store a tensor as a buffer at a dotted path, making plain modules on the way where none are."""
-    parent, name = parent_and_name(path)
-    if parent and not has_attribute(gm, parent):
-        gm.add_submodule(parent, nn.Module())
-    gm.get_submodule(parent).register_buffer(name, value)
+    parent, name = _made_parent(gm, path)
+    parent.register_buffer(name, value)
 
 
 def set_parameter(gm: GraphModule, path: str, value: nn.Parameter) -> None:
-    """Store a parameter at a dotted path whose parent exists."""
+    """Store a parameter at a dotted path, making plain modules on the way where none are."""
+    parent, name = _made_parent(gm, path)
+    parent.register_parameter(name, value)
+
+
+def _made_parent(gm: GraphModule, path: str) -> tuple[nn.Module, str]:
     parent, name = parent_and_name(path)
-    gm.get_submodule(parent).register_parameter(name, value)
+    if parent and not has_attribute(gm, parent):
+        gm.add_submodule(parent, nn.Module())
+    return gm.get_submodule(parent), name
 
 
 # --- what earlier passes noted --------------------------------------------------------------------------------
@@ -368,6 +383,15 @@ def function_name(node: Node) -> str:
     return str(node.target)
 
 
+def where(node: Node) -> str:
+    """Return " (file:line)" of the model's code that made a node, or "" if it is not known."""
+    lines = [line.strip() for line in str(node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File ")]
+    if not lines:
+        return ""
+    file, line = lines[-1].removeprefix("File ").split(",")[:2]
+    return f" ({file.strip(chr(34))}:{line.strip().removeprefix('line ')})"
+
+
 # --- building ------------------------------------------------------------------------------------------------
 
 
@@ -381,6 +405,18 @@ def call_module(graph: Graph, path: str, argument: Node | None, before: Node, na
     """Insert a ``call_module`` node with one argument."""
     with graph.inserting_before(before):
         return graph.create_node("call_module", path, (argument,), name=name)
+
+
+def call_module_like(
+    gm: GraphModule, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], before: Node
+) -> Node:
+    """Add a module and insert its call, in the place and with the origin of ``before``."""
+    path = free_path(gm, path)
+    gm.add_submodule(path, module)
+    with gm.graph.inserting_before(before):
+        made = gm.graph.create_node("call_module", path, args, kwargs)
+    copy_origin(before, made)
+    return made
 
 
 def call_function(
@@ -460,3 +496,47 @@ def changes_its_input(root: nn.Module, node: Node) -> bool:
 def remove_dead_nodes(gm: GraphModule) -> None:
     """Erase nodes whose result nobody uses, except those that work in place."""
     gm.graph.eliminate_dead_code(lambda node: bool(node.users) or node.is_impure() or changes_its_input(gm, node))
+
+
+# --- calls written out ---------------------------------------------------------------------------------------
+
+
+def is_torch_module(module: nn.Module) -> bool:
+    """Tell whether a module is one of torch's own layers, without children or hooks."""
+    hooked = any(vars(module).get(name) for name in ("_forward_hooks", "_forward_pre_hooks"))
+    return type(module).__module__.startswith("torch.nn.modules.") and not hooked and not list(module.children())
+
+
+def replace_by_constant(gm: GraphModule, node: Node, value: bool | int | float) -> None:
+    """Let every user of ``node`` take ``value`` instead, and erase ``node``."""
+    for user in list(node.users):
+        user.args = map_arg(user.args, lambda source: value if source is node else source)
+        user.kwargs = map_arg(user.kwargs, lambda source: value if source is node else source)
+    gm.graph.erase_node(node)
+
+
+def write_out(gm: GraphModule, call: Node, inner: Graph, path: Callable[[str], str]) -> None:
+    """Put the nodes of ``inner`` in the place of a ``call_module`` node, which becomes the last of them under its own name.
+
+    ``path`` says where in ``gm`` an attribute of ``inner`` lies.
+    """
+    given, named = iter(call.args), dict(call.kwargs)
+    values: dict[Node, Any] = {}
+    (result,) = next(node for node in inner.nodes if node.op == "output").args
+    call.meta["path"] = str(call.target)
+    for node in inner.nodes:
+        args, kwargs = (map_arg(part, values.__getitem__) for part in (node.args, node.kwargs))
+        if node.op == "placeholder":
+            values[node] = named.get(str(node.target), next(given, *args[:1] or (None,)))
+        elif node is result:
+            call.op, call.target = node.op, node.target
+            set_arguments(call, args, kwargs)
+            return
+        elif node.op == "output":
+            call.replace_all_uses_with(values[result], propagate_meta=False)
+            gm.graph.erase_node(call)
+        else:
+            target = path(str(node.target)) if node.op == "get_attr" else node.target
+            with gm.graph.inserting_before(call):
+                values[node] = gm.graph.create_node(node.op, target, args, kwargs, name=f"{call.name}_{node.name}")
+            copy_origin(call, values[node])

@@ -10,7 +10,9 @@ from pege_fx.batch_norm import FOLDED, BatchNorm, BiasFold, WeightFold
 from pege_fx.fake_quant import FakeQuant
 from pege_fx.functional import dequantize, quantize
 from pege_fx.mode import PythonForward
+from pege_fx.packing import integer_bias, pack, unpack
 from pege_fx.passes.graph import (
+    arguments,
     attribute_of,
     call_function,
     calls,
@@ -18,9 +20,13 @@ from pege_fx.passes.graph import (
     first_argument,
     free_path,
     get_attr,
+    operand,
+    operator_of,
+    parent_and_name,
     register_buffer,
     remove_dead_nodes,
     replace,
+    set_operand,
     source_of,
     tensor_of,
 )
@@ -85,6 +91,58 @@ def lower_activations(gm: GraphModule) -> None:
             _finish(gm, node, codes, _constants(gm, f"{path}_output", decoding, dtype, node), spec.bits, dtype)
 
 
+@torch.no_grad()
+def lower_biases(gm: GraphModule) -> None:
+    """Hold the bias of every layer with integer weight and input as int32, in the units of its accumulators.
+
+    The scale is that of the input times that of the weight, so that integer hardware adds the codes as they are. Biases
+    are rounded to it: the outputs are no longer those of ``gm.eval()`` to the last bit.
+    """
+    for node in list(gm.graph.nodes):
+        described = operator_of(node)
+        if described is None or "weight" not in described.weights or "bias" not in described.parameters:
+            continue
+        bias = tensor_of(gm, operand(node, "bias"))
+        scale = _accumulator_scale(gm, operand(node, "input"), operand(node, "weight"))
+        if bias is None or scale is None or scale.numel() not in (1, bias.numel()):
+            continue
+        path = str(operand(node, "bias").target)
+        wide = torch.promote_types(bias.dtype, torch.float32)
+        scale = scale.to(wide).expand(bias.shape).clone()
+        codes_path = free_path(gm, f"{path}_codes")
+        register_buffer(gm, codes_path, integer_bias(bias, scale))
+        read = get_attr(gm.graph, codes_path, node)
+        grid = _constants(gm, path, Decoding(scale), bias.dtype, node)
+        value = _dequantized(gm, read, grid, 32, bias.dtype, node, f"{operand(node, 'bias').name}_dq")
+        copy_origin(node, value)
+        set_operand(node, "bias", value)
+
+
+def pack_weights(gm: GraphModule) -> None:
+    """Hold weight codes in as many bits as they have: packed codes -> unpack -> dequantize."""
+    for node in gm.graph.find_nodes(op="call_function", target=dequantize):
+        read, bits = first_argument(node), arguments(node)[1]["bits"]
+        codes = tensor_of(gm, read)
+        if codes is None or bits >= 8:
+            continue
+        path = free_path(gm, f"{read.target}_packed")
+        register_buffer(gm, path, pack(codes, bits))
+        settings = {"bits": bits, "signed": codes.dtype is torch.int8}
+        with_shape = (get_attr(gm.graph, path, read), tuple(codes.shape))
+        replace(gm, read, call_function(gm.graph, unpack, with_shape, settings, read, read.name))
+
+
+def unpack_weights(gm: GraphModule) -> None:
+    """Undo ``pack_weights``: one byte a code, as the graph computes with them."""
+    for node in gm.graph.find_nodes(op="call_function", target=unpack):
+        (read, shape), settings = arguments(node)
+        packed = tensor_of(gm, read)
+        assert packed is not None
+        path = free_path(gm, str(read.target).removesuffix("_packed"))
+        register_buffer(gm, path, unpack(packed, shape, **settings))
+        replace(gm, node, get_attr(gm.graph, path, node))
+
+
 def drop_unused(gm: GraphModule) -> None:
     """Erase what no lowered graph of the model reads any more: float weights, fake-quants, BatchNorms."""
     remove_dead_nodes(gm)
@@ -100,6 +158,9 @@ def drop_unused(gm: GraphModule) -> None:
                 delattr(module, name)
     for graph in graphs:
         graph.delete_all_unused_submodules()
+    for path, module in reversed(list(gm.named_modules(remove_duplicate=False))):
+        if path and module not in used.modules:
+            _make_plain(gm, path, module)
 
 
 class _Used:
@@ -108,6 +169,7 @@ class _Used:
     def __init__(self) -> None:
         self.tensors: set[int] = set()
         self.python = ""  # the source of modules that stay Python
+        self.modules: set[nn.Module] = set()
         self.below_python: set[nn.Module] = set()
 
     def add_graph(self, gm: GraphModule) -> None:
@@ -117,6 +179,7 @@ class _Used:
             value = attribute_of(gm, node)
             if isinstance(value, PythonForward):
                 self.python += source_of(value.code)
+                self.modules.add(value)
             elif isinstance(value, nn.Module):
                 self._add_module(value)
             elif isinstance(value, Tensor):
@@ -127,6 +190,7 @@ class _Used:
         if isinstance(module, GraphModule):
             self.below_python.add(module)
             return
+        self.modules.add(module)
         self.python += source_of(module)
         self.tensors |= {id(value) for value in [*module.parameters(recurse=False), *module.buffers(recurse=False)]}
         for child in module.children():
@@ -135,6 +199,21 @@ class _Used:
     def may_be_read(self, module: nn.Module, name: str) -> bool:
         """Whether Python code may ask a graph below it for a parameter, as in ``self.layer.weight.dtype``."""
         return module in self.below_python and f".{name}" in self.python
+
+
+def _make_plain(gm: GraphModule, path: str, module: nn.Module) -> None:
+    """Let what only holds tensors be a module without code: a Conv2d without its weight could not be called anyway."""
+    if type(module) is nn.Module or isinstance(module, GraphModule):
+        return
+    holder = nn.Module().train(module.training)
+    for name, parameter in module.named_parameters(recurse=False):
+        holder.register_parameter(name, parameter)
+    for name, buffer in module.named_buffers(recurse=False):
+        holder.register_buffer(name, buffer)
+    for name, child in module.named_children():
+        holder.add_module(name, child)
+    parent, name = parent_and_name(path)
+    gm.get_submodule(parent).add_module(name, holder)
 
 
 def _constant(gm: GraphModule, path: str, value: Tensor | None, dtype: torch.dtype, before: Node) -> Node | None:
@@ -155,12 +234,31 @@ def _constants(gm: GraphModule, path: str, decoding: Decoding, dtype: torch.dtyp
     return [_constant(gm, f"{path}_{name}", value, dtype, before) for name, value in decoding._asdict().items()]
 
 
+def _accumulator_scale(gm: GraphModule, source: Any, weight: Any) -> Tensor | None:
+    """The step of an integer layer's accumulators, one per output channel or one; None if the layer is not integer."""
+    steps = []
+    for value in (source, weight):
+        if not isinstance(value, Node) or value.target is not dequantize:
+            return None
+        step = tensor_of(gm, arguments(value)[0][1])
+        assert step is not None
+        steps.append(step.double().flatten())
+    return steps[0] * steps[1] if steps[0].numel() == 1 else None
+
+
 def _finish(gm: GraphModule, node: Node, codes: Node, grid: list[Node | None], bits: int, dtype: torch.dtype) -> None:
-    """Let the users of ``node`` read the value of the codes; ``grid`` is the scale and, if there is one, the zero point."""
+    """Let the users of ``node`` read the value of the codes."""
+    value = _dequantized(gm, codes, grid, bits, dtype, node, node.name.replace("_fq", "_dq"))
+    copy_origin(node, value)
+    replace(gm, node, value)
+
+
+def _dequantized(
+    gm: GraphModule, codes: Node, grid: list[Node | None], bits: int, dtype: torch.dtype, before: Node, name: str
+) -> Node:
+    """The value of codes; ``grid`` is the scale and, if there is one, the zero point."""
     settings: dict[str, Any] = {"bits": bits}
     if dtype != torch.promote_types(dtype, torch.float32):
         settings["dtype"] = dtype
     args = (codes, *(part for part in grid if part is not None))
-    value = call_function(gm.graph, dequantize, args, settings, node, node.name.replace("_fq", "_dq"))
-    copy_origin(node, value)
-    replace(gm, node, value)
+    return call_function(gm.graph, dequantize, args, settings, before, name)

@@ -9,9 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
-from pege_fx.errors import InputError
+from pege_fx.errors import InputError, OtherCallError
 from pege_fx.mode import PYTHON_FORWARD
-from pege_fx.passes.graph import arguments, first_argument, join, module_of, owner, rank_of
+from pege_fx.passes.graph import arguments, first_argument, join, module_of, owner, plain, rank_of
+
+
+class OtherGraphCallError(Exception):
+    """A graph inside is called in another way than it was traced for: the message is its path."""
 
 
 class _Recorder(Interpreter):
@@ -26,6 +30,9 @@ class _Recorder(Interpreter):
                 inner = str(n.target) if n.op == "call_module" and n.target != PYTHON_FORWARD else owner(n)
                 error.add_note(f"in {join(self.module.meta.get('prefix', ''), inner) or 'the model itself'}")
             raise
+
+    def fetch_args_kwargs_from_env(self, n: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return plain(super().fetch_args_kwargs_from_env(n))  # type: ignore[no-any-return]
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """Run on the arguments of ``forward``."""
@@ -55,6 +62,8 @@ def record_shapes(gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, A
             graph.__dict__["forward"] = _Recorder(graph).call
         with torch.no_grad():
             _Recorder(gm).call(*args, **kwargs)
+    except OtherCallError as error:
+        raise OtherGraphCallError(error.__notes__[0].removeprefix("in ")) from error
     except Exception as error:
         given = [*args, *kwargs.values()]
         shapes = [tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in given]

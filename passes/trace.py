@@ -2,7 +2,10 @@
 
 import functools
 import inspect
+import math
 import operator
+import re
+import string
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from pege_fx.batch_norm import NORM_THEN, BatchNorm
 from pege_fx.mode import TRAINING_MODE, check_argument, check_keys
-from pege_fx.passes.graph import arguments, is_leaf_function, is_matrix
+from pege_fx.passes.graph import arguments, is_leaf_function, is_matrix, plain
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,7 @@ class PegeTracer(Tracer):
         evaluate: bool = False,
         mode: bool | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(autowrap_modules=(math, *_einops()))
         self.proxy_buffer_attributes = True  # what is done to a buffer is done by the graph, not while tracing
         self.live_training = live_training
         self.mode = mode
@@ -165,19 +168,26 @@ class PegeTracer(Tracer):
         self._static: set[Node] = set()  # made of parameters and buffers alone
         self._learned: set[Node] = set()  # of parameters
         self._evaluating = False
-        self._modes: list[tuple[nn.Module, bool]] = []
+        self._installed: set[nn.Module] = set()
         self._mode_node: Node | None = None
 
     def follow(self, root: nn.Module) -> Graph:
-        """Trace, or raise ``NotTraceableError`` with the innermost module that can not be traced."""
+        """Trace, or raise ``NotTraceableError`` with the innermost module that can not be traced.
+
+        What ``forward`` keeps on a module (a cached grid) is not kept: while tracing it is no tensor.
+        """
+        before = [(module, _state(module)) for module in root.modules()]
         try:
             return self.trace(root)
         except Exception as error:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
             raise NotTraceableError(self.failed or "", _where_raised(error), reason, error) from error
         finally:
-            for module, training in self._modes:
-                module.__dict__["training"] = training
+            constants = {name: value for name, value in vars(root).items() if name.startswith(_CONSTANTS)}
+            for module, state in before:
+                module.__dict__.clear()
+                module.__dict__.update(state)
+            root.__dict__.update(constants)
 
     def mode_is_read(self) -> bool:
         """Whether the graph needs the mode; if not, its node goes."""
@@ -190,9 +200,26 @@ class PegeTracer(Tracer):
     def trace(self, root: Any, concrete_args: Any = None) -> Graph:
         """Trace, with the functions that make tensors of a size taking sizes of the graph."""
         with ExitStack() as patches:
+            for forward_globals in _globals_of(root):
+                patches.enter_context(mock.patch.dict(forward_globals, {"isinstance": self._isinstance}))
             for name in _FACTORIES:
                 patches.enter_context(mock.patch.object(torch, name, self._factory(getattr(torch, name))))
-            return super().trace(root, concrete_args)
+            graph = super().trace(root, concrete_args)
+        for node in graph.nodes:
+            if (getattr(node.target, "__module__", None) or "torch").startswith("torch"):
+                node.meta.pop("is_wrapped", None)  # fx says so of the last node of a wrapped function that was followed
+        return graph
+
+    def _isinstance(self, value: Any, cls: Any) -> bool:
+        """``isinstance`` for the code of the model: a proxy is what it stands for, a tensor where that is not known."""
+        if not isinstance(value, Proxy) or isinstance(value, cls):
+            return isinstance(value, cls)
+        known = self._values.get(value.node, _UNKNOWN)
+        if known is _UNKNOWN and value.node.op == "placeholder" and self.known is not None:
+            known = self.known.values.get(str(value.node.target), _UNKNOWN)
+        if known is _UNKNOWN:
+            return value.node.target is not getattr and isinstance(_SOME_TENSOR, cls)
+        return isinstance(known, cls)
 
     def _factory(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original, updated=())
@@ -207,6 +234,8 @@ class PegeTracer(Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name in self.opaque:
             return True
+        if type(m).__module__.startswith("einops.layers.") and not any(True for _ in m.parameters()):
+            return True
         if isinstance(m, BatchNorm):  # a subclass too, unless it computes something else: torch's forward branches on the mode
             return type(m).forward is BatchNorm.forward or super().is_leaf_module(m, module_qualified_name)
         if is_parametrized(m) and not self._evaluating:
@@ -216,9 +245,15 @@ class PegeTracer(Tracer):
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._evaluating:
             return forward(*args, **kwargs)
-        if self.live_training and _called_by_checkpoint():
+        if not self.live_training:
+            return super().call_module(m, forward, args, kwargs)
+        if _called_by_checkpoint():
             raise ContextError("it checkpoints inside forward, which a graph does not hold")
         self._check_context()  # here, so that the module with the block is to blame and not the one it calls
+        if m not in self._installed and not any(True for _ in m.parameters()):
+            return forward(
+                *args, **kwargs
+            )  # made on the way, as ``nn.ReLU()(x)``: what it does, not what it is, is in the graph
         try:
             if isinstance(m, NORM_THEN_TYPES):
                 y = self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
@@ -250,11 +285,11 @@ class PegeTracer(Tracer):
             function, args = self._call_of(root_fn, list(signature.parameters.values())[1:], self.known)
         if not self.live_training:
             return function, args
+        self._installed = set(self.root.modules())
         mode = self.create_proxy("call_module", TRAINING_MODE, (), {})
         self._mode_node = mode.node
         self._values[mode.node] = bool(self.mode)
-        for module in self.root.modules():
-            self._modes.append((module, module.training))
+        for module in self._installed:
             module.__dict__["training"] = mode
         return function, args
 
@@ -340,6 +375,8 @@ class PegeTracer(Tracer):
             self._values[node] = _UNKNOWN
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
+        if getattr(target, "__module__", "") == "einops.einops" and target.__name__ == "einsum":
+            return torch.einsum(_letters(args[-1]), *args[:-1])  # a product, with operands to quantize
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
         node = proxy.node
         if self.evaluate and is_leaf_function(node) and any(is_matrix(self._values.get(n)) for n in node.all_input_nodes):
@@ -401,7 +438,7 @@ class PegeTracer(Tracer):
         inputs = [self._values.get(source, _UNKNOWN) for source in node.all_input_nodes]
         if any(value is _UNKNOWN for value in inputs):
             return _UNKNOWN
-        args, kwargs = (map_arg(part, self._values.__getitem__) for part in arguments(node))
+        args, kwargs = (plain(map_arg(part, self._values.__getitem__)) for part in arguments(node))
         before, self._evaluating = self._evaluating, True
         try:
             with torch.no_grad():
@@ -411,6 +448,8 @@ class PegeTracer(Tracer):
 
 
 _UNKNOWN = object()
+_CONSTANTS = ("_tensor_constant", "_torchbind_obj", "_tree_spec_constant", "_opaque_obj")  # what fx keeps on the root
+_SOME_TENSOR = torch.empty(0)
 NORM_THEN_TYPES = tuple(NORM_THEN.values())
 _STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 _READING_SIZES: set[Any] = {
@@ -426,6 +465,18 @@ _SELECTING: set[Any] = {
 _FACTORIES = ("arange", "zeros", "ones", "full", "empty", "rand", "randn", "eye", "linspace", "tensor", "finfo", "iinfo")
 
 
+def _globals_of(root: Any) -> list[dict[str, Any]]:
+    """The globals of every ``forward`` that may run, but torch's."""
+    if not isinstance(root, nn.Module):
+        return []
+    found: dict[int, dict[str, Any]] = {}
+    for cls in {type(module) for module in root.modules()}:
+        names = getattr(inspect.unwrap(cls.forward), "__globals__", None)
+        if names is not None and not str(names.get("__name__")).startswith(("torch.", "pege_fx.")):
+            found[id(names)] = names
+    return list(found.values())
+
+
 def _depends_on_data(node: Node, sources: list[Any]) -> bool:
     """Whether the size of a node's result depends on what its inputs hold: a selection."""
     if node.target in (torch.where, "where"):
@@ -433,6 +484,23 @@ def _depends_on_data(node: Node, sources: list[Any]) -> bool:
     if node.target is operator.getitem:
         return any(isinstance(source, Tensor) and source.dtype in (torch.bool, torch.uint8) for source in sources[1:])
     return node.target in _SELECTING
+
+
+def _einops() -> tuple[Any, ...]:
+    """einops, if the model uses it: its functions take tensors and nothing else, and stay whole in the graph."""
+    return (sys.modules["einops"],) if "einops" in sys.modules else ()
+
+
+def _state(module: nn.Module) -> dict[str, Any]:
+    """The attributes of a module, with its dictionaries of tensors and children, which assignment changes in place, copied."""
+    return {name: dict(value) if type(value) is dict else value for name, value in vars(module).items()}
+
+
+def _letters(pattern: str) -> str:
+    """The pattern of ``einops.einsum`` as torch's: "batch i, i o -> batch o" is "ab,bc->ac"."""
+    names = dict.fromkeys(re.findall(r"[^\W\d]\w*", pattern))
+    letter = dict(zip(names, string.ascii_letters, strict=False))
+    return re.sub(r"[^\W\d]\w*", lambda name: letter[name[0]], pattern).replace(" ", "")
 
 
 def _run(root: nn.Module, node: Node, args: Any, kwargs: Any) -> Any:

@@ -33,6 +33,7 @@ from pege_fx.errors import (
     InputError,
     ModelError,
     NonFiniteError,
+    OtherCallError,
     OutputError,
     PegeError,
     PegeWarning,
@@ -43,10 +44,12 @@ from pege_fx.errors import (
     VerifyError,
 )
 from pege_fx.ewgs import update_ewgs
+from pege_fx.export import export_onnx, to_program, verify_export
 from pege_fx.fake_quant import FakeQuant, fake_quants
 from pege_fx.functional import Estimator
 from pege_fx.guard import Finding, Guard
 from pege_fx.inspection import Explanation, Summary, summary
+from pege_fx.integer import IntegerCoverage, integer_coverage, integer_engine
 from pege_fx.listing import Listing
 from pege_fx.policy import QuantPolicy, Rule
 from pege_fx.quantizers import ForwardMethod, Statistics
@@ -55,6 +58,7 @@ from pege_fx.scheduler import GroupCurves, PEGEScheduler
 from pege_fx.sensitivity import Sensitivity, sensitivity
 from pege_fx.size import SizeReport, size_report
 from pege_fx.spec import QuantSpec
+from pege_fx.storage import load_deployed, save_deployed
 from pege_fx.telemetry import CSVWriter, Telemetry, TensorBoardWriter, read_history
 from pege_fx.training import calibrate, discretization_loss, parameter_groups
 
@@ -81,12 +85,14 @@ __all__ = [
     "GroupCurves",
     "Guard",
     "InputError",
+    "IntegerCoverage",
     "Linear",
     "Listing",
     "LogReplacement",
     "Logarithmic",
     "ModelError",
     "NonFiniteError",
+    "OtherCallError",
     "OutputError",
     "PEGEScheduler",
     "PassTrace",
@@ -118,9 +124,13 @@ __all__ = [
     "discretization_loss",
     "draw",
     "explain",
+    "export_onnx",
     "fake_quants",
     "functional",
+    "integer_coverage",
+    "integer_engine",
     "load",
+    "load_deployed",
     "newest",
     "parameter_groups",
     "passes",
@@ -129,11 +139,14 @@ __all__ = [
     "read_history",
     "report",
     "save",
+    "save_deployed",
     "sensitivity",
     "shard",
     "size_report",
     "summary",
     "to_networkx",
+    "to_program",
     "trace_passes",
     "update_ewgs",
+    "verify_export",
 ]

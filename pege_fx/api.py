@@ -16,7 +16,7 @@ from pege_fx.inspection import Explanation, bystanders
 from pege_fx.passes.capture import Captured, capture, check_model, stays_python, warn_of
 from pege_fx.passes.pipeline import Pass, Pipeline, run
 from pege_fx.passes.plan import record_classes, warn_if_nothing
-from pege_fx.passes.ranks import record_shapes
+from pege_fx.passes.ranks import OtherGraphCallError, record_shapes
 from pege_fx.plan import Plan
 from pege_fx.policy import QuantPolicy
 from pege_fx.scheduler import plan_of
@@ -44,7 +44,7 @@ def prepare_passes(policy: QuantPolicy | str, *, batch_norm: BatchNormMode = "tr
     )
 
 
-def convert_passes() -> Pipeline:
+def convert_passes(*, integer_bias: bool = False, packed: bool = False) -> Pipeline:
     """Return the passes of ``convert``."""
     return Pipeline(
         [
@@ -52,6 +52,9 @@ def convert_passes() -> Pipeline:
             graph_passes.lower_weights,
             graph_passes.lower_folds,
             graph_passes.lower_activations,
+            *([graph_passes.lower_biases] if integer_bias else []),
+            *([graph_passes.pack_weights] if packed else []),
+            graph_passes.inline_modules,
             graph_passes.drop_unused,
         ]
     )
@@ -70,19 +73,26 @@ def _capture(
 ) -> tuple[Captured, tuple[tuple[Any, ...], Mapping[str, Any]] | None]:
     """Return the model as graphs, and the example call if there is one."""
     check_model(model)
-    if args is None and kwargs is None:
-        captured, example = capture(model, None, blocks), None
-    else:
-        example = ((args,) if isinstance(args, Tensor) else tuple(args or ()), kwargs or {})
-        captured = capture(model, example, blocks)
-    record_classes(model, captured.graphs)
-    groups: dict[str, Any] = {}
-    for gm in captured.graphs:
-        gm.meta |= {"family": captured.graphs, "groups": groups}
-    if example is not None:
-        record_shapes(captured.root, *example, captured.graphs)
+    example = None if args is None and kwargs is None else _call(args, kwargs)
+    refused: list[str] = []
+    while True:
+        captured = capture(model, example, blocks, refused)
+        record_classes(model, captured.graphs)
+        groups: dict[str, Any] = {}
+        for gm in captured.graphs:
+            gm.meta |= {"family": captured.graphs, "groups": groups}
+        try:
+            if example is not None:
+                record_shapes(captured.root, *example, captured.graphs)
+            break
+        except OtherGraphCallError as error:
+            refused.append(str(error))
     warn_of(captured.notes, example is not None)
     return captured, example
+
+
+def _call(args: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    return (args,) if isinstance(args, Tensor) else tuple(args or ()), kwargs or {}
 
 
 def _whole_plan(captured: Captured, policy: QuantPolicy) -> Plan:
@@ -146,19 +156,34 @@ def prepare(
     return gm
 
 
-def convert(gm: GraphModule) -> GraphModule:
+def convert(gm: GraphModule, *, integer_bias: bool = False, packed: bool = False) -> GraphModule:
     """Return the deployable graph: weights as integer codes with scales, BatchNorm gone into them, in evaluation mode.
 
-    Its outputs are those of ``gm.eval()``. The prepared model itself is not changed.
+    Its outputs are those of ``gm.eval()``, bit for bit. The prepared model itself is not changed.
+
+    Args:
+        gm: a prepared model.
+        integer_bias: hold biases as int32 in the units of the accumulators (input scale times weight scale), as integer
+            hardware adds them. This rounds them, so outputs move by about one such unit.
+        packed: hold weight codes in as many bits as they have (see ``pege_fx.packing``); the graph unpacks them whenever
+            it runs. Files are packed in any case, see ``save_deployed``.
 
     Raises:
-        ModelError: if ``gm`` was not prepared, or an activation was never calibrated.
+        ModelError: if ``gm`` was not prepared, or no activation was ever calibrated.
         ConvertError: if a forward method does not say how it is deployed.
     """
     plan_of(gm)
-    for name, site in fake_quants(gm).items():
-        if site.site.kind == "activation" and not site.is_calibrated:
-            raise ModelError(f"{name} has seen no data: call pege_fx.calibrate(gm, batches), or train, before convert.")
+    sites = fake_quants(gm)
+    unseen = [name for name, site in sites.items() if site.site.kind == "activation" and not site.is_calibrated]
+    if unseen and len(unseen) == sum(site.site.kind == "activation" for site in sites.values()):
+        raise ModelError(f"{unseen[0]} has seen no data: call pege_fx.calibrate(gm, batches), or train, before convert.")
+    if unseen:
+        warnings.warn(
+            f"{', '.join(unseen)} never saw data: nothing that ran reached them, and their scales are arbitrary.",
+            PegeWarning,
+            stacklevel=2,
+        )
+    for name, site in sites.items():
         if float(site.schedule.rate) < 1.0:
             warnings.warn(
                 f"replacement is not complete: {name} was trained at p = {float(site.schedule.rate):.3f}; "
@@ -169,7 +194,7 @@ def convert(gm: GraphModule) -> GraphModule:
             break
     deployed = copy.deepcopy(gm).eval()
     inner = [module for module in deployed.modules() if isinstance(module, GraphModule) and not stays_python(module)]
-    run(reversed(inner), convert_passes())
+    run(reversed(inner), convert_passes(integer_bias=integer_bias, packed=packed))
     return deployed
 
 

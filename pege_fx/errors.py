@@ -52,6 +52,10 @@ class ExportError(PegeError):
     """A deployed graph that can not be written in the format asked for."""
 
 
+class OtherCallError(InputError):
+    """A graph was called with other fixed arguments than it was traced for."""
+
+
 class OutputError(PegeError):
     """A file that can not be written: its ending says no format, or the place does not exist or is not writable."""
 

@@ -20,7 +20,7 @@ Because y = x_c wherever m = 0, all of these follow from x_c and y: no mask is k
 
 import zlib
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -149,7 +149,7 @@ def codes_of(
 
 
 def quantize(
-    x: Any,
+    x: Tensor,
     scale: Tensor,
     zero_point: Tensor | None = None,
     lower: Tensor | None = None,
@@ -158,25 +158,28 @@ def quantize(
     bits: int,
     signed: bool,
     narrow: bool = False,
-) -> Any:
+) -> Tensor:
     """Return the codes of ``x`` as int8 (signed) or uint8 (unsigned): a node of a converted graph."""
-    if isinstance(x, PackedSequence):
-        settings: dict[str, Any] = {"bits": bits, "signed": signed, "narrow": narrow}
-        return x._replace(data=quantize(x.data, scale, zero_point, lower, width, **settings))
+    sequence: Any = x
+    if isinstance(sequence, PackedSequence):  # what goes into a recurrent layer comes out as it is
+        data = quantize(sequence.data, scale, zero_point, lower, width, bits=bits, signed=signed, narrow=narrow)
+        return cast(Tensor, sequence._replace(data=data))
     interval = None if lower is None or width is None else (lower, width)
     bounds = bounds_of(bits, signed=signed, narrow=narrow)
     return codes_of(x, scale, bounds, zero_point, interval).to(torch.int8 if signed else torch.uint8)
 
 
 def dequantize(
-    codes: Any, scale: Tensor, zero_point: Tensor | None = None, *, bits: int, dtype: torch.dtype | None = None
-) -> Any:
+    codes: Tensor, scale: Tensor, zero_point: Tensor | None = None, *, bits: int, dtype: torch.dtype | None = None
+) -> Tensor:
     """Return s * (codes - z): a node of a converted graph.
 
     ``bits`` says how wide the codes are, for whoever packs them; ``dtype`` is the result's, by default the scale's.
     """
-    if isinstance(codes, PackedSequence):
-        return codes._replace(data=dequantize(codes.data, scale, zero_point, bits=bits, dtype=dtype))
+    sequence: Any = codes
+    if isinstance(sequence, PackedSequence):
+        data = dequantize(sequence.data, scale, zero_point, bits=bits, dtype=dtype)
+        return cast(Tensor, sequence._replace(data=data))
     value = _value(codes.to(scale.dtype), scale, zero_point)
     return value if dtype is None else value.to(dtype)
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch.fx
 from torch import nn
 
-from pege_fx.errors import InputError
+from pege_fx.errors import OtherCallError
 
 TRAINING_MODE = "training_mode"
 PYTHON_FORWARD = "python_forward"
@@ -26,10 +26,10 @@ def select_by_mode(training: bool, in_training: Any, in_evaluation: Any) -> Any:
 
 @torch.fx.has_side_effect
 def check_argument(value: Any, name: str, traced: Any) -> None:
-    """Raise ``InputError`` unless an argument is the None, number or text that the graph was traced for."""
+    """Raise ``OtherCallError`` unless an argument is the None, number or text that the graph was traced for."""
     if value is not traced and (type(value) is not type(traced) or value != traced):
         shown = repr(value) if isinstance(value, (bool, int, float, str)) or value is None else type(value).__name__
-        raise InputError(
+        raise OtherCallError(
             f"{name} was {traced!r} when the model was traced, and is {shown} now.\n"
             "  give it in example_inputs or example_kwargs of prepare."
         )
@@ -37,10 +37,10 @@ def check_argument(value: Any, name: str, traced: Any) -> None:
 
 @torch.fx.has_side_effect
 def check_keys(value: Any, name: str, traced: tuple[Any, ...]) -> None:
-    """Raise ``InputError`` unless ``**kwargs`` have the keys, or ``*args`` the positions, that the graph was traced for."""
+    """Raise ``OtherCallError`` unless ``**kwargs`` have the keys, or ``*args`` the positions, that the graph was traced for."""
     found = tuple(value) if isinstance(value, dict) else tuple(range(len(value)))
     if found != traced:
-        raise InputError(
+        raise OtherCallError(
             f"{name} had {list(traced)} when the model was traced, now it has {list(found)}.\n"
             "  give such a call in example_inputs and example_kwargs of prepare."
         )

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from torch.fx import GraphModule
 
-from pege_fx.curves import Exponential, LogReplacement
+from pege_fx.curves import Exponential, LogReplacement, RampReplacement
 from pege_fx.errors import CheckpointError, ModelError, ScheduleError, closest
 from pege_fx.fake_quant import FakeQuant, ScheduleState, fake_quants
 from pege_fx.functional import refresh_key
@@ -32,6 +32,13 @@ def plan_of(gm: Any) -> Plan:
     if not isinstance(plan, Plan):
         raise ModelError(f"{type(gm).__name__} was not prepared: call pege_fx.prepare(model, policy) first.")
     return plan
+
+
+def default_replacement(total_steps: int) -> Callable[[float], float]:
+    """The paper's logarithm from 0.2 to 1 halfway. It starts at T = 1; one or two steps take the ramp, complete at t = 1."""
+    if total_steps > 2:
+        return LogReplacement.reaching_one_at(total_steps / 2, start=0.2)
+    return RampReplacement(steps=1.0, start=0.2)
 
 
 class PEGEScheduler:
@@ -76,7 +83,7 @@ class PEGEScheduler:
         self._sites: list[FakeQuant] = list(fake_quants(gm).values())
         self._states: dict[str, ScheduleState] = {site.schedule.group: site.schedule for site in self._sites}
         self.total_steps, self.refresh = total_steps, refresh
-        self.replacement = replacement or LogReplacement.reaching_one_at(max(total_steps / 2, 2.0), start=0.2)
+        self.replacement = replacement or default_replacement(total_steps)
         self.weight_lambda = weight_lambda or Exponential(1e-8, 1e-6, total_steps)
         self.activation_lambda = activation_lambda or Exponential(1e-9, 1e-8, total_steps)
         self.groups = dict(groups or {})

@@ -1,5 +1,6 @@
 """How large a model is: as float, and with its codes packed to their bits."""
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -7,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from pege_fx.batch_norm import FOLDED, BiasFold, WeightFold
+from pege_fx.batch_norm import FOLDED, BatchNorm, BiasFold, WeightFold
 from pege_fx.fake_quant import FakeQuant
 from pege_fx.functional import dequantize, quantize
-from pege_fx.passes.graph import arguments, join, module_of, tensor_of
+from pege_fx.packing import unpack
+from pege_fx.passes.graph import arguments, first_argument, join, module_of, tensor_of
 from pege_fx.quantizers import Encoding
 
 
@@ -41,17 +43,17 @@ def _human(count: int) -> str:
 def size_report(gm: GraphModule) -> SizeReport:
     """Count the bytes of a converted model, and of the same model with its weights in float32.
 
-    Codes count their bits (b * n / 8, rounded up per weight), scales and what stayed float their own size. Of a prepared
-    model: what ``convert`` will make of it.
+    Codes count their bits (b * n / 8, rounded up per weight), as ``save_deployed`` stores them; scales and what stayed
+    float their own size. Of a prepared model: what ``convert`` will make of it.
     """
     if any(isinstance(module, FakeQuant) for module in gm.modules()):
         return _expected(gm)
-    bits, grids = dict(_code_bits(gm)), _grids(gm)
+    codes, grids = stored_codes(gm), _grids(gm)
     float_bytes = quantized_bytes = 0
     for name, value in [*gm.named_parameters(), *gm.named_buffers()]:
-        if name in bits:
-            float_bytes += 4 * value.numel()
-            quantized_bytes += (bits[name] * value.numel() + 7) // 8
+        if (stored := codes.get(name)) is not None:
+            float_bytes += 4 * stored.count
+            quantized_bytes += stored.bytes
         else:
             own = value.numel() * value.element_size()
             quantized_bytes += own
@@ -66,12 +68,31 @@ def graphs_of(gm: GraphModule) -> Iterator[tuple[str, GraphModule]]:
             yield path, module
 
 
-def _code_bits(gm: GraphModule) -> Iterator[tuple[str, int]]:
+@dataclass(frozen=True)
+class StoredCodes:
+    """One tensor of a converted model that holds codes: how many, in how many bits, packed or one to an element."""
+
+    bits: int
+    count: int
+    packed: bool
+
+    @property
+    def bytes(self) -> int:
+        return (self.bits * self.count + 7) // 8
+
+
+def stored_codes(gm: GraphModule) -> dict[str, StoredCodes]:
+    """Return the tensors of a converted model that hold codes, by name."""
+    found = {}
     for path, inner in graphs_of(gm):
         for node in inner.graph.find_nodes(op="call_function", target=dequantize):
-            source = node.all_input_nodes[0]
-            if source.op == "get_attr":
-                yield join(path, str(source.target)), int(arguments(node)[1]["bits"])
+            source, bits = first_argument(node), int(arguments(node)[1]["bits"])
+            packed = source.target is unpack
+            read = first_argument(source) if packed else source
+            if (value := tensor_of(inner, read)) is not None:
+                count = math.prod(arguments(source)[0][1]) if packed else value.numel()
+                found[join(path, str(read.target))] = StoredCodes(bits, count, packed)
+    return found
 
 
 def _grids(gm: GraphModule) -> set[str]:
@@ -123,6 +144,9 @@ def _read_as_it_is(gm: GraphModule, node: Node) -> Iterable[Tensor]:
         return []
     inside = [child for child in module.modules() if isinstance(child, GraphModule)]
     apart = {id(value) for child in inside for value in [*child.parameters(), *child.buffers()]}
+    apart |= {
+        id(child.num_batches_tracked) for child in module.modules() if isinstance(child, BatchNorm)
+    }  # evaluation has no use
     return [value for value in [*module.parameters(), *module.buffers()] if id(value) not in apart]
 
 

@@ -92,3 +92,15 @@ def test_the_quickstart_refuses_at_once_and_says_why(
     with pytest.raises(SystemExit):
         quickstart.main(["--output", str(tmp_path), *wrong])
     assert said in capsys.readouterr().err
+
+
+def test_the_deployment_example_ends_in_verdicts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for package in ("sklearn", "onnx", "onnxruntime"):
+        pytest.importorskip(package)
+    load("deploy").main(["--output", str(tmp_path), "--epochs", "1"])
+    printed = capsys.readouterr().out
+    assert printed.count("codes differ in") == 2
+    assert "different:" not in printed
+    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "model-qdq.onnx", "model-qcdq.onnx"}
+    accuracies = {line.split()[-2] for line in printed.splitlines()[1:6]}
+    assert len(accuracies) == 1  # the same wherever it runs

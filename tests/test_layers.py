@@ -8,17 +8,22 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS: list[set[str]] = [
-    {"errors", "spec", "listing"},
-    {"kernels", "functional", "curves", "policy", "processes", "container"},
+    {"errors", "spec", "listing", "files"},
+    {"accumulators", "kernels", "functional", "packing", "curves", "policy", "processes", "container"},
     {"plan", "quantizers", "batch_norm", "fake_quant", "attention", "mode", "recurrent", "transformer", "explicit"},
     {"passes.graph", "passes.pipeline", "passes.costs"},
-    {
-        f"passes.{n}"
-        for n in ("trace", "branches", "capture", "normalize", "ranks", "fold_bn", "sign", "plan", "insert", "verify", "lower")
-    },
+    {f"passes.{n}" for n in ("trace", "branches", "capture", "normalize", "ranks", "fold_bn", "sign", "plan", "insert")}
+    | {"passes.verify", "passes.lower", "passes.inline"},
     {"passes"},
     {"scheduler", "inspection", "tables", "size", "diff", "diff_picture", "coverage", "telemetry"}
-    | {"sensitivity", "mixed_precision", "training", "distributed", "ewgs", "guard", "dataflow", "draw", "report"},
+    | {"sensitivity", "mixed_precision", "training", "distributed", "ewgs", "guard", "dataflow", "draw", "report"}
+    | {"vocabulary", "integer", "storage"},
+    {"export.program", "export.writer"},
+    {"export.arithmetic", "export.quantization", "export.shapes"},
+    {"export.layers"},
+    {"export.pooling", "export.runs"},
+    {"export.model", "export.verify"},
+    {"export"},
     {"api"},
     {"checkpoint"},
     {"", "testing"},
@@ -37,11 +42,12 @@ INSIDE = {
     ("sensitivity", "size"), ("sensitivity", "training"), ("diff", "size"), ("diff", "diff_picture"), ("diff_picture", "diff"),
     ("distributed", "scheduler"), ("guard", "scheduler"), ("guard", "training"),
     ("dataflow", "scheduler"), ("draw", "dataflow"), ("report", "dataflow"), ("report", "draw"), ("report", "scheduler"),
+    ("files", "errors"), ("passes.inline", "passes.trace"), ("storage", "size"), ("storage", "vocabulary"),
 }  # fmt: skip
 
 
 def files() -> Iterator[tuple[str, Path]]:
-    for folder, prefix in (("pege_fx", ""), ("passes", "passes.")):
+    for folder, prefix in (("pege_fx", ""), ("passes", "passes."), ("pege_fx/export", "export.")):
         for path in sorted((ROOT / folder).glob("*.py")):
             name = f"{prefix}{path.stem}".removesuffix("__init__").rstrip(".")
             yield name, path

@@ -77,6 +77,11 @@ def test_a_scheduler_sets_p_and_lambda_when_it_is_made_and_at_every_step() -> No
 GM = prepared()
 
 
+@given(st.integers(1, 40))
+def test_the_default_is_complete_at_the_end_however_short(total: int) -> None:
+    assert pege_fx.scheduler.default_replacement(total)(total) == 1.0
+
+
 @given(st.integers(1, 12), st.integers(0, 30))
 def test_stepping_past_the_end_stays_at_the_end(total: int, steps: int) -> None:
     scheduler = PEGEScheduler(GM, total, lambda t: t / total, lambda t: 2.0 * t, Constant(0.0))
@@ -94,7 +99,7 @@ def test_any_callable_is_a_curve() -> None:
     assert states(gm)["default"].rate.item() == pytest.approx(0.75)
 
 
-@pytest.mark.parametrize("total", [1, 2, 3, 100])
+@pytest.mark.parametrize("total", [3, 4, 100])
 def test_the_default_is_the_papers_logarithm_complete_halfway(total: int) -> None:
     gm = prepared()
     scheduler = PEGEScheduler(gm, total)

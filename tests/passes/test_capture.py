@@ -592,3 +592,159 @@ def test_a_size_that_depends_on_data_never_steers_a_graph(how: str) -> None:
     gm = pege_fx.prepare(Selects(how), "W4A4", (torch.ones(2, 4),))
     assert captures(gm)[0].rung == "python"
     assert torch.equal(gm(-torch.ones(2, 4)), torch.ones(2, 4))
+
+
+class MakesModules(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = nn.ReLU()(self.fc(x))
+        return y
+
+
+def test_a_module_made_on_the_way_is_looked_through() -> None:
+    gm = prepared(MakesModules(), torch.ones(2, 4))
+    assert {note.rung for note in captures(gm)} == {"symbolic"}
+    assert gm.graph.find_nodes(op="call_function", target=F.relu)
+
+
+class Head(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(x)
+        return y
+
+    def loss(self, x: Tensor) -> Tensor:
+        return self.conv(x).square().mean()
+
+
+class AsksForMore(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = Head()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 1e6:
+            return x
+        y: Tensor = self.head(x) + self.head.loss(x)
+        return y
+
+
+@pytest.mark.filterwarnings("ignore::pege_fx.PegeWarning")
+def test_a_child_of_which_python_calls_another_method_keeps_it() -> None:
+    model = AsksForMore()
+    gm = prepared(model, image())
+    zero = Constant(0.0)
+    PEGEScheduler(gm, 1, zero, zero, zero)
+    assert torch.equal(gm(image()), model(image()))
+    assert [op.path for op in plan_of(gm).operations] == ["head.conv"]
+
+
+class Masked(nn.Module):
+    """Its graph makes a mask where its code makes none: what it calls sees both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Optionally()
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = None if isinstance(x, Tensor) else torch.ones_like(x)
+        return self.inner(x, mask) if x.sum() < 1e6 else x
+
+
+class Optionally(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.calls = nn.Linear(4, 4), 0
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        y: Tensor = self.fc(x)
+        return y if mask is None else y * mask
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Optionally()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 1e6:
+            return x
+        return self.inner(x) + self.inner(x, x)
+
+
+@pytest.mark.filterwarnings("ignore::pege_fx.PegeWarning")
+@pytest.mark.parametrize("cls", [Twice, Masked])
+def test_what_is_called_in_more_ways_than_one_graph_holds_stays_python(cls: type[nn.Module]) -> None:
+    model = cls()
+    gm = prepared(model, torch.ones(2, 4))
+    zero = Constant(0.0)
+    PEGEScheduler(gm, 1, zero, zero, zero)
+    assert torch.equal(gm(torch.ones(2, 4)), model(torch.ones(2, 4)))
+    assert [op.path for op in plan_of(gm).operations] == ["inner.fc"]
+
+
+class Remembers(nn.Module):
+    """Leaves a tensor on itself, and changes a list of its arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.last: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = [self.fc(x)]
+        self.last.append(self.last[0] * torch.tensor([2.0, 1.0, 1.0, 1.0]))
+        y: Tensor = self.last[1]
+        return y
+
+
+def test_what_forward_leaves_on_a_module_is_no_part_of_the_graph() -> None:
+    model = Remembers()
+    gm = pege_fx.prepare(nn.Sequential(model), "W4A4", (torch.ones(2, 4),))
+    for made in (copy.deepcopy(gm), pickle.loads(pickle.dumps(gm))):
+        assert torch.equal(made(torch.ones(2, 4)), gm(torch.ones(2, 4)))
+
+
+def test_convert_says_what_never_saw_data() -> None:
+    gm = pege_fx.prepare(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), "W4A4")
+    with pytest.raises(ModelError, match="has seen no data: call pege_fx"):
+        pege_fx.convert(gm)
+    gm.get_submodule("input_1_fq")(torch.ones(2, 4))
+    with pytest.warns(PegeWarning, match="_0_fq never saw data"):
+        pege_fx.convert(gm)
+
+
+class AsksForKinds(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Any, extra: Tensor) -> Tensor:
+        x = torch.cat(x, 1) if isinstance(x, (tuple, list)) else x
+        y: Tensor = self.fc(x)
+        if isinstance(extra, Tensor):
+            y = y + extra
+        return y
+
+
+@pytest.mark.parametrize("x", [torch.ones(2, 4), [torch.ones(2, 2), torch.ones(2, 2)]])
+def test_a_proxy_is_an_instance_of_what_it_stands_for(x: Any) -> None:
+    model = AsksForKinds()
+    gm = prepared(model, x, torch.ones(2, 4))
+    zero = Constant(0.0)
+    PEGEScheduler(gm, 1, zero, zero, zero)
+    assert torch.equal(gm(x, torch.ones(2, 4)), model(x, torch.ones(2, 4)))
+
+
+def test_without_examples_an_argument_is_taken_for_a_tensor() -> None:
+    model, x = AsksForKinds(), torch.ones(2, 4)
+    gm = pege_fx.prepare(model, "W4A4")
+    zero = Constant(0.0)
+    PEGEScheduler(gm, 1, zero, zero, zero)
+    assert torch.equal(gm(x, x), model(x, x))

@@ -71,5 +71,5 @@ def test_the_pipelines_of_the_front_door_are_new_lists_each_time() -> None:
     pege_fx.prepare_passes("W4A4").clear()
     pege_fx.convert_passes().clear()
     assert len(pege_fx.prepare_passes("W4A4")) == 7
-    assert len(pege_fx.convert_passes()) == 5
+    assert len(pege_fx.convert_passes()) == 6
     assert all(": " in line for line in str(pege_fx.prepare_passes("W4A4")).splitlines())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import pege_fx
-from pege_fx import Constant, PEGEScheduler
+from pege_fx import Constant, PEGEScheduler, QuantPolicy, Rule
 from pege_fx.passes.capture import capture
 from pege_fx.passes.trace import NotTraceableError, PegeTracer
 from pege_fx.testing import Case, assert_same_function, networks
@@ -234,3 +234,47 @@ def test_every_kind_of_argument_and_nested_results_pass_through() -> None:
     zero = Constant(0.0)
     PEGEScheduler(gm, 1, zero, zero, zero)
     assert_same_function(model, gm, (X, X + 1), 0, scale=2.0, z=X)
+
+
+# --- functions that are kept whole ---------------------------------------------------------------------------------
+
+
+def _wrapped_linear(x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(x.relu(), weight)
+
+
+torch.fx.wrap("_wrapped_linear")
+
+
+@pytest.mark.filterwarnings("ignore::pege_fx.PegeWarning")
+def test_a_wrapped_function_that_was_followed_has_a_pickle() -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return _wrapped_linear(x, self.weight)
+
+    gm = pege_fx.prepare(Wrapped(), "W4A4", (X,)).eval()
+    assert gm.graph.find_nodes(op="call_function", target=F.linear)
+    assert torch.equal(pickle.loads(pickle.dumps(gm))(X), gm(X))
+
+
+@pytest.mark.filterwarnings("ignore::pege_fx.PegeWarning")
+def test_what_forward_keeps_on_itself_is_not_kept_while_tracing() -> None:
+    class Cached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.shape = nn.Linear(8, 8), None
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.shape != x.shape:
+                self.shape, self.grid = x.shape, torch.zeros_like(x)
+            x = self.linear(x + self.grid)
+            return x if x.sum() > 0 else -x  # stays Python, and runs the code above
+
+    model = Cached().eval()
+    gm = pege_fx.prepare(model, QuantPolicy((Rule(weight=None, input=None),)), (X,)).eval()
+    for x in (X, X[:2]):
+        assert torch.equal(gm(x), model(x))

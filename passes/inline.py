@@ -1,0 +1,81 @@
+"""Inlining: what is left of torch's modules in a converted graph becomes functions, and what evaluation skips goes."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node, Tracer
+from torch.fx.proxy import TraceError
+
+from pege_fx.batch_norm import BatchNorm
+from pege_fx.mode import TrainingMode
+from pege_fx.passes.graph import (
+    arguments,
+    calls,
+    first_argument,
+    is_torch_module,
+    join,
+    remove_dead_nodes,
+    replace,
+    replace_by_constant,
+    write_out,
+)
+
+_DROPS: set[Any] = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout}
+
+
+def inline_modules(gm: GraphModule) -> None:
+    """Write every module of torch as the functions that it runs in evaluation, on its own parameters.
+
+    A graph of functions and tensors alone can be saved without the code of any class. A module that does not trace, has
+    hooks or children stays as it is.
+    """
+    for node, _ in calls(gm, TrainingMode):
+        replace_by_constant(gm, node, False)
+    for node, module in calls(gm, nn.Module):
+        if is_torch_module(module):
+            _inline(gm, node, module)
+    for node in list(gm.graph.nodes):
+        if _does_nothing(node):
+            replace(gm, node, first_argument(node))
+    remove_dead_nodes(gm)
+
+
+def _inline(gm: GraphModule, node: Node, module: nn.Module) -> None:
+    try:
+        inner = _NoLeaves().trace(_Evaluated(module) if isinstance(module, BatchNorm) else module)
+    except (TraceError, TypeError):  # its forward asks for values
+        return
+    path = str(node.target)
+    write_out(gm, node, inner, lambda name: join(path, name.removeprefix("module.")))
+
+
+class _NoLeaves(Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return False
+
+
+class _Evaluated(nn.Module):
+    """A BatchNorm by its function: its own forward asks for the number of dimensions."""
+
+    def __init__(self, module: BatchNorm) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        bn = self.module
+        by_batch = bn.running_mean is None
+        return F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, by_batch, 0.0, bn.eps)
+
+
+def _does_nothing(node: Node) -> bool:
+    """Tell whether a node only drops something in training: dropout, stochastic depth."""
+    if node.op != "call_function":
+        return False
+    args, kwargs = arguments(node)
+    if node.target in _DROPS:
+        return kwargs.get("training", args[2] if len(args) > 2 else True) is False
+    if getattr(node.target, "__name__", "") == "stochastic_depth":
+        return kwargs.get("training", args[3] if len(args) > 3 else True) is False
+    return False

@@ -1,0 +1,121 @@
+"""Deployed models in other tools: ONNX written from the graph, verified in ONNX Runtime; ``torch.export`` programs."""
+
+import importlib.util
+import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+
+from torch import Tensor
+from torch.fx import GraphModule
+
+from pege_fx.errors import ExportError
+from pege_fx.export.program import check_deployed, stepped, steps_of_all, to_program
+from pege_fx.files import atomic_write
+from pege_fx.functional import dequantize
+from pege_fx.passes.graph import arguments
+
+if TYPE_CHECKING:
+    from pege_fx.export.verify import ExportReport
+
+Style: TypeAlias = Literal["qdq", "qcdq"]
+MIN_OPSET = 17
+_DEFAULT_OPSETS = {"qdq": 21, "qcdq": 17}
+
+__all__ = ["export_onnx", "to_program", "verify_export"]
+
+
+def export_onnx(
+    deployed: GraphModule,
+    path: str | os.PathLike[str],
+    example_inputs: tuple[Any, ...] | Tensor,
+    *,
+    style: Style = "qdq",
+    opset: int | None = None,
+    dynamic_batch: bool = True,
+) -> int:
+    """Write a converted model as ONNX; return the file's size in bytes.
+
+    Nodes keep the names of the converted graph, weights theirs. The file is whole or not there.
+
+    Args:
+        deployed: the result of ``pege_fx.convert``.
+        path: of the file.
+        example_inputs: positional arguments of ``forward``; they fix every size but the first.
+        style: "qdq": weights of 3 and 4 bits are INT4 (from opset 21), of 2 bits INT2 (from opset 25), really packed; other
+            weights and all activations are int8, activations below 8 bits with a Clip. "qcdq": int8 and Clip, for any
+            runtime.
+        opset: version of the operators, from 17; by default 17 for "qcdq", for "qdq" 21, or 25 if something has 2 bits.
+        dynamic_batch: leave the first dimension of every input free, where the model allows it.
+
+    Raises:
+        ExportError: an unknown style or opset; a model that was not converted; an operator that has no mapping (node,
+            operator and line are named); a file that can not be written.
+        InputError: example inputs that do not fit the model.
+    """
+    if style not in get_args(Style):
+        raise ExportError(f'style={style!r}: give "qdq" or "qcdq".')
+    need_onnx()
+    args = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    result = check_deployed(deployed, args)
+    chosen = _opset(opset, style, deployed)
+    from pege_fx.export.model import build, output_names, warn_if_batch_is_fixed
+
+    program = to_program(deployed, args, operators="pege_fx", dynamic_batch=dynamic_batch)
+    if dynamic_batch:
+        warn_if_batch_is_fixed(program)
+    places = {name: step.place for name, step in steps_of_all(stepped(deployed))}
+    model = build(program, places, output_names(result), chosen, style)
+    with atomic_write(path) as temporary:
+        return temporary.write_bytes(model.SerializeToString())
+
+
+def verify_export(deployed: GraphModule, path: str | os.PathLike[str], batches: Iterable[Any]) -> "ExportReport":
+    """Run an exported file in ONNX Runtime and hold it against the converted model; the result prints as a verdict.
+
+    Optimizations are off (every code is compared, and every quantization step on its own, given the model's codes) and on
+    (the outputs are compared). A converted model's answers are those of ``gm.eval()``, bit for bit.
+
+    Args:
+        deployed: the model that was exported.
+        path: the file that ``export_onnx`` wrote.
+        batches: tensors, or tuples of them (surplus ones, such as labels, are left out).
+
+    Returns:
+        An ``ExportReport``: ``verdict`` is "exact" (every code is equal), "ties" (those that differ have an exact value on
+        the border between two codes, and float rounding decided), or "different"; ``ok`` says it is not the last.
+
+    Raises:
+        ExportError: a file that is no ONNX model, or not of this model.
+        InputError: no batch, or one that does not fit.
+    """
+    need_onnx()
+    from pege_fx.export.verify import verify
+
+    return verify(deployed, path, batches)
+
+
+def need_onnx() -> None:
+    """Raise ``ExportError`` if the packages of the extra ``export`` are not there."""
+    missing = [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ExportError(f"{' and '.join(missing)} not found: pip install 'pege_fx[export]'.")
+
+
+def _opset(opset: int | None, style: str, deployed: GraphModule) -> int:
+    import onnx
+
+    from pege_fx.export.quantization import INT2_OPSET
+
+    newest = onnx.defs.onnx_opset_version()
+    if opset is None:
+        return INT2_OPSET if style == "qdq" and has_two_bits(deployed) else _DEFAULT_OPSETS[style]
+    if isinstance(opset, bool) or not isinstance(opset, int) or not MIN_OPSET <= opset <= newest:
+        raise ExportError(f"opset={opset!r}: give a whole number from {MIN_OPSET} to {newest}, what the installed onnx knows.")
+    return opset
+
+
+def has_two_bits(deployed: GraphModule) -> bool:
+    """Tell whether any code of a converted model has two bits."""
+    graphs = [module for module in deployed.modules() if isinstance(module, GraphModule)]
+    nodes = [node for gm in graphs for node in gm.graph.find_nodes(op="call_function", target=dequantize)]
+    return any(arguments(node)[1]["bits"] == 2 for node in nodes)

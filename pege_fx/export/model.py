@@ -1,0 +1,208 @@
+"""From a program to an ONNX model: every ATen operation by its entry of the table, names kept, dead nodes gone."""
+
+import operator
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import onnx
+from onnx import helper
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+import pege_fx.export.layers
+import pege_fx.export.pooling
+import pege_fx.export.quantization
+import pege_fx.export.shapes  # noqa: F401 (these fill the table)
+from pege_fx.errors import ExportError, PegeWarning
+from pege_fx.export.arithmetic import SIZES
+from pege_fx.export.program import constants, origin, sizes_of
+from pege_fx.export.writer import TABLE, TYPES, UnmappedError, Value, Writer
+from pege_fx.passes.graph import arguments, first_argument
+
+
+def build(program: ExportedProgram, places: Mapping[str, str], outputs: list[str], opset: int, style: str) -> onnx.ModelProto:
+    """Return a program as an ONNX model, checked.
+
+    Args:
+        program: functional, see ``to_program``.
+        places: " (file:line)" of a converted graph's node by its name.
+        outputs: names of the results, in order.
+        opset: version of the operators.
+        style: "qdq" or "qcdq".
+
+    Raises:
+        ExportError: for an operator that has no entry, with node, operator and line.
+    """
+    return _Build(program, places, outputs, Writer(opset, style)).model()
+
+
+class _Build:
+    def __init__(self, program: ExportedProgram, places: Mapping[str, str], outputs: list[str], writer: Writer) -> None:
+        self.program, self.places, self.w = program, places, writer
+        self.fixed = constants(program)
+        self.values: dict[Node, Any] = {}
+        self.names = self._step_names()
+        self.outputs = [writer.unique(name) for name in outputs]
+
+    def _step_names(self) -> dict[Node, str]:
+        """The last operation of a step takes the step's name, so that its result has it."""
+        last: dict[str, Node] = {}
+        for node in self.program.graph.nodes:
+            if node.op == "call_function" and node not in self.fixed:
+                last[origin(node)] = node
+        return {node: name for name, node in last.items() if name}
+
+    def model(self) -> onnx.ModelProto:
+        graph = self.program.graph
+        inputs = []
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                if node.name in self.program.graph_signature.user_inputs:
+                    inputs.append(self._input(node))
+            elif node in self.fixed:
+                continue
+            elif node.op == "call_function":
+                self._write(node)
+        results = first_argument(next(iter(graph.find_nodes(op="output"))))
+        outputs = [self._output(name, value) for name, value in zip(self.outputs, _tensors(results), strict=True)]
+        kept = _needed(self.w.nodes, self.outputs)
+        read = {name for node in kept for name in node.input}
+        stored = [tensor for name, tensor in self.w.initializers.items() if name in read]
+        made = helper.make_graph(kept, "pege_fx", inputs, outputs, stored)
+        opsets = [helper.make_opsetid("", self.w.opset)]
+        model = helper.make_model(made, opset_imports=opsets, producer_name="pege_fx")
+        model.ir_version = helper.find_min_ir_version_for(opsets)
+        onnx.checker.check_model(model, full_check=True)
+        return model
+
+    def _input(self, node: Node) -> onnx.ValueInfoProto:
+        example = node.meta["val"]
+        if not isinstance(example, Tensor):
+            raise ExportError(f"input {node.name} is {type(example).__name__}, not a tensor: fix it in the model.")
+        self.values[node] = Value(self.w.unique(node.name), example.dtype, sizes_of(example))
+        return self._info(self.values[node].name, example)
+
+    def _info(self, name: str, example: Tensor) -> onnx.ValueInfoProto:
+        """A free size that is one symbol has a name ("batch" for the first); one that is computed has none."""
+        sizes = [size if isinstance(size, int) else self._symbol(str(size)) for size in sizes_of(example)]
+        return helper.make_tensor_value_info(name, TYPES[example.dtype], sizes)
+
+    def _symbol(self, text: str) -> str | None:
+        symbols = list(map(str, self.program.range_constraints))
+        if text not in symbols:
+            return None
+        return "batch" if symbols.index(text) == 0 else text
+
+    def _output(self, name: str, value: Any) -> onnx.ValueInfoProto:
+        example = value.meta["val"] if isinstance(value, Node) else None
+        if not isinstance(example, Tensor):
+            raise ExportError(f"output {name} is no tensor: {value}.")
+        self.w.scope = name
+        self.w.nodes.append(helper.make_node("Identity", [self.w.read(self._value(value))], [name], name=name))
+        return self._info(name, example)
+
+    def _value(self, node: Node) -> Any:
+        if node not in self.values and node in self.fixed:
+            self.values[node] = self.w.constant(self.fixed[node], name=self._constant_name(node))
+        return self.values[node]
+
+    def _constant_name(self, node: Node) -> str:
+        signature = self.program.graph_signature
+        names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        return str(names.get(node.name, node.name))
+
+    def _write(self, node: Node) -> None:
+        w, args, kwargs = self.w, *arguments(node)
+        if node.target is operator.getitem:
+            self.values[node] = self.values[args[0]][args[1]]
+            return
+        handler = SIZES.get(node.target) or TABLE.get(str(node.target))
+        if handler is None:
+            if not node.users:
+                return  # a check of sizes
+            raise self._unmapped(node, "is not among those that are written in ONNX")
+        before, w.scope = len(w.nodes), self.names.get(node) or node.name
+        w.target, w.result = str(node.target), node.meta["val"]
+        resolved_args, resolved_kwargs = map_arg((args, kwargs), self._value)
+        try:
+            made = handler(w, *resolved_args, **resolved_kwargs)
+        except (UnmappedError, TypeError) as error:
+            raise self._unmapped(node, f"can not be written: {error}") from error
+        self.values[node] = self._named(node, made, before)
+
+    def _named(self, node: Node, made: Any, before: int) -> Any:
+        """Give results the node's name, and what is known of them in torch."""
+        if isinstance(made, list):
+            return [self._described(value, example) for value, example in zip(made, node.meta["val"], strict=False)]
+        produced = {name for part in self.w.nodes[before:] for name in part.output}
+        if made.name in produced:
+            _rename(self.w.nodes[before:], made.name, name := self.w.unique(self.w.scope))
+            made.name = name
+        return self._described(made, node.meta["val"])
+
+    def _described(self, value: Value, example: Any) -> Value:
+        if isinstance(example, Tensor) and value.constant is None:
+            value.shape, value.dtype = sizes_of(example), example.dtype
+        return value
+
+    def _unmapped(self, node: Node, what: str) -> ExportError:
+        name = origin(node) or node.name
+        return ExportError(
+            f"{name}: the operator {node.target} {what}{self.places.get(name, '')}.\n"
+            "  write that part of the model in other operations, or enter a handler: see docs/deploy.md."
+        )
+
+
+def _tensors(results: Any) -> list[Any]:
+    return [value for value in results if value is not None]
+
+
+def _rename(nodes: Iterable[onnx.NodeProto], old: str, new: str) -> None:
+    for node in nodes:
+        for names in (node.input, node.output):
+            for i, name in enumerate(names):
+                if name == old:
+                    names[i] = new
+        if node.name == old:
+            node.name = new
+
+
+def _needed(nodes: list[onnx.NodeProto], outputs: list[str]) -> list[onnx.NodeProto]:
+    """Leave out nodes that no output depends on."""
+    wanted, kept = set(outputs), []
+    for node in reversed(nodes):
+        if wanted & set(node.output):
+            kept.append(node)
+            wanted |= set(node.input)
+    return kept[::-1]
+
+
+def output_names(result: Any, prefix: str = "") -> list[str]:
+    """Name every tensor of a model's result: by its key, its place, or "output".
+
+    >>> import torch
+    >>> output_names({"out": torch.ones(1), "aux": torch.ones(1)}), output_names((torch.ones(1), None, torch.ones(1)))
+    (['out', 'aux'], ['output_0', 'output_2'])
+    """
+    if isinstance(result, Tensor):
+        return [prefix or "output"]
+    if isinstance(result, Mapping):
+        return [
+            name for key, value in result.items() for name in output_names(value, f"{prefix}_{key}" if prefix else str(key))
+        ]
+    if isinstance(result, (list, tuple)):
+        start = prefix or "output"
+        return [name for i, value in enumerate(result) for name in output_names(value, f"{start}_{i}")]
+    return []
+
+
+def warn_if_batch_is_fixed(program: ExportedProgram) -> None:
+    """Say so if torch.export had to fix the first dimension of an input."""
+    for node in program.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        is_input = node.name in program.graph_signature.user_inputs
+        if is_input and isinstance(value, Tensor) and value.ndim and isinstance(size := sizes_of(value)[0], int):
+            warnings.warn(f"the batch size of {node.name} is fixed to {size} by the model.", PegeWarning, stacklevel=3)

@@ -1,0 +1,128 @@
+"""Quantize and dequantize in ONNX: weights in real 4-bit and 2-bit types where the opset has them, else int8 and Clip."""
+
+from typing import Any
+
+import torch
+from onnx import TensorProto
+from torch import Tensor
+
+from pege_fx.export.program import DEQUANTIZE, QUANTIZE
+from pege_fx.export.writer import CODE_TYPES, Codes, UnmappedError, Value, Writer, writes
+from pege_fx.spec import bounds_of
+
+INT4_OPSET, INT2_OPSET = 21, 25
+
+
+def code_bits(w: Writer, bits: int) -> int:
+    """Return the bits of the narrowest ONNX type that holds a weight's codes of so many bits."""
+    if w.style == "qdq" and bits <= 2 and w.opset >= INT2_OPSET:
+        return 2
+    return 4 if w.style == "qdq" and bits <= 4 and w.opset >= INT4_OPSET else 8
+
+
+def _fixed(value: Value | None) -> Tensor | None:
+    if value is None:
+        return None
+    if value.constant is None:
+        raise UnmappedError("its scale is computed from the inputs")
+    return value.constant
+
+
+@writes(QUANTIZE)
+def quantize(
+    w: Writer, x: Value, scale: Value, zero_point: Value | None = None, lower: Value | None = None, width: Value | None = None,
+    *, bits: int, signed: bool, narrow: bool = False,
+) -> Value:  # fmt: skip
+    """QuantizeLinear rounds x / s half to even and saturates, Clip does the rest: the codes of ``functional.quantize``.
+
+    Activations below 8 bits stay int8: ONNX Runtime moves a QuantizeLinear in front of a Reshape, for which it has no 2-bit
+    kernel, and a narrower type would make nothing faster or smaller.
+    """
+    x = w.cast(x, torch.promote_types(x.dtype, torch.float32))
+    if lower is not None and width is not None:
+        x = w.op("Div", w.op("Sub", x, lower), width)
+    step, zero = _fixed(scale), _fixed(zero_point)
+    assert step is not None
+    low, high = bounds_of(bits, signed=signed, narrow=narrow)
+    dtype = torch.int8 if signed else torch.uint8
+    if step.numel() != 1 or (zero is not None and (zero.numel() != 1 or float(zero) != round(float(zero)))):
+        raise UnmappedError("an activation with more than one scale, or whose zero point is no integer")
+    start = w.constant(torch.tensor(0 if zero is None else int(zero), dtype=dtype))
+    codes = w.op("QuantizeLinear", x, w.constant(step.reshape(())), start, dtype=dtype)
+    return codes if (low, high) == bounds_of(8, signed=signed) else _clipped(w, codes, low, high)
+
+
+def _clipped(w: Writer, codes: Value, low: int, high: int) -> Value:
+    return w.op("Clip", codes, *(w.constant(torch.tensor(end, dtype=codes.dtype)) for end in (low, high)))
+
+
+@writes(DEQUANTIZE)
+def dequantize(
+    w: Writer, codes: Value, scale: Value, zero_point: Value | None = None, *, bits: int, dtype: torch.dtype | None = None
+) -> Value:
+    """DequantizeLinear: (code - z) * s. A zero point between two codes is subtracted in float."""
+    step, zero = _fixed(scale), _fixed(zero_point)
+    assert step is not None
+    wanted = dtype or step.dtype
+    if codes.constant is not None:
+        made = Codes(codes.constant, step, zero, bits, wanted)
+        value = dequantize_weight(w, made, codes.name)
+        value.codes = made
+        return value
+    return _dequantized(w, codes, None, step, zero, wanted)
+
+
+def dequantize_weight(w: Writer, made: Codes, name: str) -> Value:
+    """Write a weight's codes, packed as the opset allows, and their value."""
+    signed = made.codes.dtype is not torch.uint8
+    kind = TensorProto.INT32 if made.bits == 32 else CODE_TYPES[code_bits(w, made.bits), signed]
+    codes = w.constant(made.codes, onnx_type=kind, name=name)
+    if w.style == "qcdq" and made.bits < 8:
+        codes = _clipped(w, codes, *bounds_of(made.bits, signed=signed))
+    return _dequantized(w, codes, kind, made.scale, made.zero_point, made.dtype)
+
+
+def _dequantized(w: Writer, codes: Value, kind: int | None, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Value:
+    axis = _axis(scale)
+    fits = zero is None or (bool((zero == zero.round()).all()) and _in_range(zero, kind, codes.dtype))
+    if axis is None or not fits:
+        one = w.constant(torch.ones((), dtype=scale.dtype))
+        value = w.op("DequantizeLinear", codes, one, dtype=scale.dtype)
+        if zero is not None:
+            value = w.op("Sub", value, w.constant(zero))
+        return w.cast(w.op("Mul", value, w.constant(scale)), dtype)
+    steps = scale.reshape(()) if scale.numel() == 1 else scale.flatten()
+    start = None
+    if zero is not None:
+        start = w.constant(zero.to(codes.dtype).expand(scale.shape).reshape(steps.shape), onnx_type=kind)
+    value = w.op("DequantizeLinear", codes, w.constant(steps), start, dtype=scale.dtype, axis=None if steps.ndim == 0 else axis)
+    return w.cast(value, dtype)
+
+
+def _axis(scale: Tensor) -> int | None:
+    """Return the one dimension along which scales differ (0 if none does), or None if there are several."""
+    axes = [axis for axis, size in enumerate(scale.shape) if size > 1]
+    return None if len(axes) > 1 else (axes or [0])[0]
+
+
+def _in_range(zero: Tensor, kind: int | None, dtype: torch.dtype) -> bool:
+    """Whether a zero point is a value of the codes' own type."""
+    bits = {CODE_TYPES[bits, signed]: (bits, signed) for bits, signed in CODE_TYPES}.get(kind or 0)
+    limits = torch.iinfo(dtype)
+    low, high = (limits.min, limits.max) if bits is None else bounds_of(bits[0], signed=bits[1])
+    return bool((zero >= low).all() and (zero <= high).all())
+
+
+def transposed(w: Writer, weight: Value, name: str) -> Value:
+    """Return a weight with its two dimensions exchanged; one that is stored as codes is stored so."""
+    made = weight.codes
+    if made is None or made.codes.ndim != 2:
+        if weight.constant is not None:
+            return w.constant(weight.constant.t())
+        return w.op("Transpose", weight, perm=[1, 0])
+    turned = Codes(made.codes.t().contiguous(), _turned(made.scale), _turned(made.zero_point), made.bits, made.dtype)
+    return dequantize_weight(w, turned, name)
+
+
+def _turned(grid: Any) -> Any:
+    return grid.t().contiguous() if isinstance(grid, Tensor) and grid.ndim == 2 else grid

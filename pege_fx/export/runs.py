@@ -1,0 +1,187 @@
+"""The two sides of a verdict: the converted graph with its quantization steps in sight, and its file in ONNX Runtime."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+from onnx import helper
+from torch import Tensor
+from torch.fx import GraphModule
+
+from pege_fx.errors import ExportError
+from pege_fx.export.program import Step, stepped, steps_of
+from pege_fx.functional import dequantize, quantize
+from pege_fx.passes.graph import arguments
+from pege_fx.spec import bounds_of
+
+FORCED = "__computed"  # what ONNX Runtime makes of codes that it was given
+Array = NDArray[Any]
+
+
+# --- the model, step by step -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Reference:
+    """What the converted graph computes: its outputs, and of every quantized node its value, codes and exact position."""
+
+    outputs: list[Tensor]
+    values: dict[str, Tensor]
+    codes: dict[str, Tensor]
+    positions: dict[str, Tensor]
+
+
+class _Model:
+    """The converted graph, in float32 and in float64, with its quantization steps in sight."""
+
+    def __init__(self, deployed: GraphModule) -> None:
+        self.plain = stepped(deployed)
+        self.exact = stepped(deployed, {dequantize: _wide_dequantize}).double()
+        self.scales: dict[str, float] = {}
+        self._source = _sources(deployed)
+
+    def __call__(self, args: tuple[Tensor, ...]) -> Reference:
+        codes: dict[str, Tensor] = {}
+        values: dict[str, Tensor] = {}
+        positions: dict[str, Tensor] = {}
+
+        def keep_codes(name: str, args: Any, kwargs: Any, result: Any) -> None:
+            codes[name] = result
+
+        def keep_values(name: str, args: Any, kwargs: Any, result: Any) -> None:
+            if name in self._source:
+                values[name] = result
+                self.scales[name] = float(args[1])
+
+        def keep_positions(name: str, args: Any, kwargs: Any, result: Any) -> Tensor:
+            positions[name] = _position(*args, **kwargs)
+            return codes[name]
+
+        with torch.no_grad():
+            with _Hooks(self.plain, {quantize: keep_codes, dequantize: keep_values}):
+                outputs = flat_tensors(self.plain(*args))
+            with _Hooks(self.exact, {quantize: keep_positions}):
+                self.exact(*(x.double() if x.is_floating_point() else x for x in args))
+        codes, positions = ({name: found[self._source[name]] for name in values} for found in (codes, positions))
+        return Reference(outputs, values, codes, positions)
+
+
+def _wide_dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None = None, **settings: Any) -> Tensor:
+    return dequantize(codes, scale, zero_point, bits=settings["bits"])
+
+
+def _position(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None = None, lower: Tensor | None = None, width: Tensor | None = None,
+    *, bits: int, signed: bool, narrow: bool = False,
+) -> Tensor:  # fmt: skip
+    """Where x lies among the codes, before rounding."""
+    if lower is not None and width is not None:
+        x = (x - lower) / width
+    place = x / scale if zero_point is None else x / scale + zero_point
+    return place.clamp(*bounds_of(bits, signed=signed, narrow=narrow))
+
+
+def _sources(deployed: GraphModule) -> dict[str, str]:
+    """Activations: each dequantize node and the quantize node it reads, with their graph's path before both."""
+    found = {}
+    for path, gm in deployed.named_modules():
+        if isinstance(gm, GraphModule):
+            prefix = f"{path}." if path else ""
+            for node in gm.graph.find_nodes(op="call_function", target=dequantize):
+                source = arguments(node)[0][0]
+                if source.target is quantize:
+                    found[f"{prefix}{node.name}"] = f"{prefix}{source.name}"
+    return found
+
+
+class _Hooks:
+    """Calls back with every result of some functions' steps; what a callback returns takes the result's place."""
+
+    def __init__(self, model: GraphModule, callbacks: Mapping[Any, Callable[[str, Any, Any, Any], Any]]) -> None:
+        self.model, self.callbacks = model, callbacks
+
+    def __enter__(self) -> None:
+        self.handles = [
+            step.register_forward_hook(_named(name, self.callbacks[step.function]), with_kwargs=True)
+            for name, step in steps_of(self.model, tuple(self.callbacks))
+        ]
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def _named(name: str, callback: Callable[[str, Any, Any, Any], Any]) -> Callable[[Step, Any, Any, Any], Any]:
+    return lambda module, args, kwargs, result: callback(name, args, kwargs, result)
+
+
+def flat_tensors(result: Any) -> list[Tensor]:
+    """Return the tensors of a result in the order in which ``export_onnx`` names them."""
+    if isinstance(result, Tensor):
+        return [result]
+    values = result.values() if isinstance(result, Mapping) else result if isinstance(result, (list, tuple)) else ()
+    return [tensor for value in values for tensor in flat_tensors(value)]
+
+
+# --- ONNX Runtime ----------------------------------------------------------------------------------------------
+
+
+class Sessions:
+    """The exported file in ONNX Runtime: plain with its codes exposed, with its codes given, and optimized."""
+
+    def __init__(self, path: Path, deployed: GraphModule) -> None:
+        self.model = _Model(deployed)
+        try:
+            proto = onnx.load(path)
+        except Exception as error:
+            raise ExportError(f"{path} can not be read as ONNX: {type(error).__name__}: {error}") from error
+        produced = {name for node in proto.graph.node for name in node.output}
+        sources = _sources(deployed)
+        self.names = [name for name in sources if name in produced]
+        if sources and not self.names:
+            raise ExportError(f"{path} is not an export of this model: none of its nodes is called as the model's are.")
+        self.inputs = [value.name for value in proto.graph.input]
+        self.outputs = [value.name for value in proto.graph.output]
+        self.plain = _session(_exposed(proto, self.names), optimized=False)
+        self.forced = _session(_forced(proto, self.names), optimized=False)
+        self.optimized = _session(proto, optimized=True)
+
+    def feed(self, args: tuple[Tensor, ...]) -> dict[str, Array]:
+        return {name: x.detach().numpy() for name, x in zip(self.inputs, args, strict=True)}
+
+
+def _session(proto: onnx.ModelProto, *, optimized: bool) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    levels = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def _exposed(proto: onnx.ModelProto, names: list[str]) -> onnx.ModelProto:
+    """The model with the values of its codes as outputs too."""
+    made = onnx.ModelProto()
+    made.CopyFrom(proto)
+    made.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names)
+    return made
+
+
+def _forced(proto: onnx.ModelProto, names: list[str]) -> onnx.ModelProto:
+    """The model with the values of its codes as inputs; what it computes for them are outputs."""
+    made = onnx.ModelProto()
+    made.CopyFrom(proto)
+    types = {value.name: value.type for value in onnx.shape_inference.infer_shapes(proto).graph.value_info}
+    for node in made.graph.node:
+        for i, name in enumerate(node.output):
+            if name in names:
+                node.output[i] = name + FORCED
+    for name in names:
+        kind = types[name].tensor_type.elem_type
+        made.graph.input.append(helper.make_tensor_value_info(name, kind, None))
+        made.graph.output.append(helper.make_empty_tensor_value_info(name + FORCED))
+    return made

@@ -1,0 +1,307 @@
+"""Reshaping, slicing, joining and padding in ONNX."""
+
+import sys
+from typing import Any
+
+import torch
+
+from pege_fx.export.program import sizes_of
+from pege_fx.export.writer import UnmappedError, Value, Writer, writes
+
+_END = sys.maxsize
+
+
+@writes("sym_size.int")
+def sym_size(w: Writer, x: Value, dim: int) -> Value:
+    dim %= x.rank
+    return w.op("Shape", x, dtype=torch.int64, start=dim, end=dim + 1)
+
+
+@writes("view", "reshape", "_unsafe_view")
+def reshape(w: Writer, x: Value, sizes: list[Any]) -> Value:
+    """With one size that is computed, it is what remains: a constant shape with -1 there."""
+    computed = [i for i, size in enumerate(sizes) if not isinstance(size, int)]
+    if len(computed) == 1 and -1 not in sizes and 0 not in sizes:
+        sizes = [-1 if i in computed else size for i, size in enumerate(sizes)]
+    return w.op("Reshape", x, w.vector(sizes))
+
+
+def _to_result(w: Writer, x: Value) -> Value:
+    """Reshape to the result's own shape, of which one size at most may be free."""
+    sizes = [size if isinstance(size, int) else -1 for size in sizes_of(w.result)]
+    if sizes.count(-1) <= 1 and 0 not in sizes:
+        return w.op("Reshape", x, w.constant(sizes))
+    raise UnmappedError("a reshape with several sizes that are not fixed")
+
+
+@writes("flatten.using_ints", "unflatten.int")
+def flatten(w: Writer, x: Value, *settings: Any) -> Value:
+    return _to_result(w, x)
+
+
+@writes("permute")
+def permute(w: Writer, x: Value, dims: list[int]) -> Value:
+    return w.op("Transpose", x, perm=[dim % x.rank for dim in dims])
+
+
+@writes("transpose.int")
+def transpose(w: Writer, x: Value, a: int, b: int) -> Value:
+    order = list(range(x.rank))
+    order[a], order[b] = order[b], order[a]
+    return permute(w, x, order)
+
+
+@writes("t", "numpy_T", "mT")
+def turn(w: Writer, x: Value) -> Value:
+    return permute(w, x, list(range(x.rank))[::-1]) if x.rank > 1 else x
+
+
+@writes("unsqueeze")
+def unsqueeze(w: Writer, x: Value, dim: int) -> Value:
+    return w.op("Unsqueeze", x, w.constant([dim % (x.rank + 1)]))
+
+
+@writes("squeeze", "squeeze.dim", "squeeze.dims")
+def squeeze(w: Writer, x: Value, dims: Any = None) -> Value:
+    given = range(x.rank) if dims is None else [dims] if isinstance(dims, int) else dims
+    axes = [dim % x.rank for dim in given if x.size(dim % x.rank) == 1]
+    return w.op("Squeeze", x, w.constant(axes)) if axes else x
+
+
+@writes("expand")
+def expand(w: Writer, x: Value, sizes: list[Any], implicit: bool = False) -> Value:
+    kept = [1 if isinstance(size, int) and size == -1 else size for size in sizes]
+    return w.op("Expand", x, w.vector(kept))
+
+
+@writes("expand_as")
+def expand_as(w: Writer, x: Value, other: Value) -> Value:
+    return w.op("Expand", x, w.op("Shape", other, dtype=torch.int64))
+
+
+@writes("repeat")
+def repeat(w: Writer, x: Value, repeats: list[Any]) -> Value:
+    if len(repeats) > x.rank:
+        x = w.op("Unsqueeze", x, w.constant(list(range(len(repeats) - x.rank))))
+    return w.op("Tile", x, w.vector(repeats))
+
+
+# --- what leaves values as they are ---------------------------------------------------------------------------
+
+
+@writes("clone", "contiguous", "detach", "alias", "lift_fresh_copy", "detach_copy", "alias_copy", "resolve_conj")
+def same(w: Writer, x: Value, **settings: Any) -> Value:
+    return x
+
+
+@writes("dropout", "feature_dropout", "alpha_dropout")
+def dropout(w: Writer, x: Value, p: float, train: bool) -> Value:
+    if train:
+        raise UnmappedError("dropout that stays on in evaluation")
+    return x
+
+
+@writes("_to_copy", "to.dtype", "to.dtype_layout", "to.device", "type_as", "to.other")
+def convert(w: Writer, x: Value, *args: Any, **settings: Any) -> Value:
+    return w.cast(x, w.result.dtype)
+
+
+# --- parts and joins -----------------------------------------------------------------------------------------
+
+
+@writes("cat", "concat")
+def cat(w: Writer, parts: list[Value], dim: int = 0) -> Value:
+    dtype = w.result.dtype
+    joined = [w.cast(part, dtype) for part in parts if part.shape != (0,)]
+    return joined[0] if len(joined) == 1 else w.op("Concat", *joined, axis=dim)
+
+
+@writes("stack")
+def stack(w: Writer, parts: list[Value], dim: int = 0) -> Value:
+    axis = w.constant([dim % (parts[0].rank + 1)])
+    return w.op("Concat", *(w.op("Unsqueeze", part, axis) for part in parts), axis=dim)
+
+
+def cut(w: Writer, x: Value, dim: int, start: Any, end: Any, step: int = 1) -> Value:
+    """Write x[start:end:step] along a dimension."""
+    return w.op("Slice", x, w.vector([start]), w.vector([end]), w.constant([dim % x.rank]), w.constant([step]))
+
+
+@writes("slice.Tensor")
+def part(w: Writer, x: Value, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Value:
+    start, end = 0 if start is None else start, _END if end is None else end
+    whole = isinstance(end, int) and (end >= _END or end == x.size(dim))
+    if isinstance(start, int) and start == 0 and step == 1 and whole:
+        return x
+    return cut(w, x, dim, start, end, step)
+
+
+@writes("select.int")
+def select(w: Writer, x: Value, dim: int, index: Any) -> Value:
+    place = w.constant(index) if isinstance(index, int) else w.op("Squeeze", index, w.constant([0]), dtype=torch.int64)
+    return w.op("Gather", x, place, dtype=x.dtype, axis=dim)
+
+
+def _pieces(w: Writer, x: Value, dim: int) -> list[Value]:
+    """Cut as the result's own sizes say."""
+    sizes = [sizes_of(value)[dim] for value in w.result]
+    if not all(isinstance(size, int) for size in sizes):
+        raise UnmappedError("a split along a dimension whose size is not fixed")
+    if len(sizes) == 1:
+        return [x]
+    return w.ops("Split", x, w.constant(sizes), count=len(sizes), axis=dim)
+
+
+@writes("split.Tensor", "split_with_sizes", "chunk", "split.sizes", "tensor_split.sections")
+def split(w: Writer, x: Value, sizes: Any, dim: int = 0) -> list[Value]:
+    return _pieces(w, x, dim)
+
+
+@writes("unbind.int")
+def unbind(w: Writer, x: Value, dim: int = 0) -> list[Value]:
+    return [select(w, x, dim, i) for i in range(len(w.result))]
+
+
+@writes("index.Tensor")
+def index(w: Writer, x: Value, indices: list[Value | None]) -> Value:
+    given = [(axis, value) for axis, value in enumerate(indices) if value is not None]
+    if len(given) != 1 or given[0][1].dtype is torch.bool:
+        raise UnmappedError("indexing by several tensors or by a mask")
+    axis, places = given[0]
+    return w.op("Gather", x, w.cast(places, torch.int64), dtype=x.dtype, axis=axis)
+
+
+@writes("index_select")
+def index_select(w: Writer, x: Value, dim: int, places: Value) -> Value:
+    return w.op("Gather", x, places, dtype=x.dtype, axis=dim)
+
+
+@writes("gather")
+def gather(w: Writer, x: Value, dim: int, places: Value, sparse_grad: bool = False) -> Value:
+    return w.op("GatherElements", x, places, dtype=x.dtype, axis=dim)
+
+
+@writes("slice_scatter")
+def slice_scatter(w: Writer, x: Value, source: Value, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Value:
+    """Before, the source, behind: what x[start:end] = source leaves."""
+    if step != 1 or not all(isinstance(place, int | None) for place in (start, end)):
+        raise UnmappedError("assignment to a slice with a step")
+    size = x.size(dim)
+    first, last = start or 0, _END if end is None else end
+    if size is None and (first < 0 or last < 0):
+        raise UnmappedError("assignment to a slice from the end of a dimension that is not fixed")
+    if size is not None:
+        first, last, _ = slice(first, last).indices(size)
+    pieces = [] if first == 0 else [cut(w, x, dim, 0, first)]
+    pieces.append(source)
+    pieces += [] if last >= (_END if size is None else size) else [cut(w, x, dim, last, _END)]
+    return source if len(pieces) == 1 else w.op("Concat", *pieces, axis=dim)
+
+
+@writes("select_scatter")
+def select_scatter(w: Writer, x: Value, source: Value, dim: int, place: int) -> Value:
+    wide = w.op("Unsqueeze", source, w.constant([dim % x.rank]), shape=x.shape)
+    if place < 0 and x.size(dim) is None:
+        raise UnmappedError("assignment from the end of a dimension that is not fixed")
+    at = place % (x.size(dim) or _END)
+    return slice_scatter(w, x, wide, dim, at, at + 1)
+
+
+@writes("copy")
+def copy(w: Writer, x: Value, source: Value, non_blocking: bool = False) -> Value:
+    return w.op("Expand", w.cast(source, x.dtype), w.op("Shape", x, dtype=torch.int64))
+
+
+@writes("roll")
+def roll(w: Writer, x: Value, shifts: Any, dims: Any = ()) -> Value:
+    if dims in ((), []):
+        raise UnmappedError("a roll of all elements as one row")
+    for shift, dim in zip(*([v] if isinstance(v, int) else v for v in (shifts, dims)), strict=True):
+        if shift:
+            x = w.op("Concat", cut(w, x, dim, -shift, _END), cut(w, x, dim, 0, -shift), axis=dim, shape=x.shape)
+    return x
+
+
+@writes("flip")
+def flip(w: Writer, x: Value, dims: list[int]) -> Value:
+    for dim in dims:
+        x = w.op("Slice", x, w.constant([-1]), w.constant([-_END]), w.constant([dim % x.rank]), w.constant([-1]), shape=x.shape)
+    return x
+
+
+@writes("pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d")
+def pad(w: Writer, x: Value, pads: list[Any], mode: Any = "constant", value: Any = None) -> Value:
+    """torch names the last dimension first, (begin, end) each; ONNX all begins, then all ends."""
+    if isinstance(mode, (int, float)):
+        mode, value = "constant", mode
+    kinds = {"constant": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
+    kind = "reflect" if "reflection" in w.target else "edge" if "replication" in w.target else kinds[mode]
+    if kind == "wrap" and w.opset < 19:
+        raise UnmappedError("circular padding before opset 19")
+    if all(isinstance(size, int) and size == 0 for size in pads):
+        return x
+    free = x.rank - len(pads) // 2
+    begins, ends = [0] * free + list(pads[::2])[::-1], [0] * free + list(pads[1::2])[::-1]
+    fill = w.constant(value or 0, x.dtype) if kind == "constant" else None
+    return w.op("Pad", x, w.vector(begins + ends), fill, mode=kind)
+
+
+# --- new tensors ---------------------------------------------------------------------------------------------
+
+
+def _filled(w: Writer, sizes: Value, value: Any) -> Value:
+    return w.op("Expand", w.constant(value, w.result.dtype), sizes, dtype=w.result.dtype)
+
+
+@writes("fill.Scalar", "full_like")
+def fill(w: Writer, x: Value, value: Any, **settings: Any) -> Value:
+    return _filled(w, w.op("Shape", x, dtype=torch.int64), value)
+
+
+@writes("fill.Tensor")
+def fill_by(w: Writer, x: Value, value: Value) -> Value:
+    return w.op("Expand", w.cast(value, x.dtype), w.op("Shape", x, dtype=torch.int64))
+
+
+@writes("zero", "zeros_like")
+def zeros_like(w: Writer, x: Value, **settings: Any) -> Value:
+    return fill(w, x, 0)
+
+
+@writes("ones_like")
+def ones_like(w: Writer, x: Value, **settings: Any) -> Value:
+    return fill(w, x, 1)
+
+
+@writes("new_zeros")
+def new_zeros(w: Writer, x: Value, sizes: list[Any], **settings: Any) -> Value:
+    return _filled(w, w.vector(sizes), 0)
+
+
+@writes("new_ones")
+def new_ones(w: Writer, x: Value, sizes: list[Any], **settings: Any) -> Value:
+    return _filled(w, w.vector(sizes), 1)
+
+
+@writes("zeros")
+def zeros(w: Writer, sizes: list[Any], **settings: Any) -> Value:
+    return _filled(w, w.vector(sizes), 0)
+
+
+@writes("ones")
+def ones(w: Writer, sizes: list[Any], **settings: Any) -> Value:
+    return _filled(w, w.vector(sizes), 1)
+
+
+@writes("full")
+def full(w: Writer, sizes: list[Any], value: Any, **settings: Any) -> Value:
+    return _filled(w, w.vector(sizes), value)
+
+
+@writes("arange", "arange.start", "arange.start_step")
+def arange(w: Writer, *ends: Any, **settings: Any) -> Value:
+    start, stop, step = (0, *ends, 1) if len(ends) == 1 else (*ends, 1) if len(ends) == 2 else ends
+    if not all(isinstance(end, (int, Value)) for end in (start, stop, step)):
+        raise UnmappedError("a range of numbers that are not whole")
+    places = [w.op("Squeeze", w.scalar(end), w.constant([0]), dtype=torch.int64) for end in (start, stop, step)]
+    return w.cast(w.op("Range", *places, dtype=torch.int64), w.result.dtype)

@@ -1,0 +1,201 @@
+"""An exported file held against the model it was made from: code by code, with every difference explained.
+
+Three runs of ONNX Runtime answer three questions. As it is, without optimizations: where do codes part first? Without
+optimizations and with every quantization step given the codes of the model: is each step right on its own, and if a code
+differs, does its exact value (computed in float64) lie on the border between two codes? As it is, with all optimizations:
+what will a user see?
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from torch import Tensor
+from torch.fx import GraphModule
+
+from pege_fx.errors import InputError
+from pege_fx.export.runs import FORCED, Array, Reference, Sessions
+
+TIE = 0.01  # steps: how far float32 may be from the border between two codes
+
+
+@dataclass
+class StepCheck:
+    """One quantization step: how many codes were computed from the model's own codes, how many differ, and by how much.
+
+    ``excess`` is the largest distance, in steps, between the exact value and the range that rounds to the code that
+    ONNX Runtime gave; nearly 0 for a tie.
+    """
+
+    name: str
+    count: int = 0
+    differing: int = 0
+    excess: float = 0.0
+
+
+@dataclass
+class Run:
+    """Outputs of ONNX Runtime against the model's.
+
+    Attributes:
+        steps: largest difference, in units of the last quantization step (absolute if there is none).
+        equal_top1: samples whose largest output (along dimension 1) is the same, of ``samples``.
+        first: the first quantized node whose codes part, "" if none does; not known for an optimized run.
+        parted: share of codes that differ there.
+    """
+
+    steps: float = 0.0
+    equal_top1: int = 0
+    samples: int = 0
+    first: str = ""
+    parted: float = 0.0
+
+    @property
+    def top1(self) -> float:
+        return self.equal_top1 / max(self.samples, 1)
+
+
+@dataclass
+class ExportReport:
+    """What ``verify_export`` found; prints as a few lines that end with the verdict.
+
+    Attributes:
+        plain: ONNX Runtime without optimizations.
+        optimized: ONNX Runtime with all of them.
+        checks: every quantization step on its own, given the model's codes.
+        output_steps: largest difference of the outputs, given the model's codes, in units of the last step.
+    """
+
+    samples: int = 0
+    plain: Run = field(default_factory=Run)
+    optimized: Run = field(default_factory=Run)
+    checks: dict[str, StepCheck] = field(default_factory=dict)
+    output_steps: float = 0.0
+
+    @property
+    def verdict(self) -> Literal["exact", "ties", "different"]:
+        """ "exact": every code is equal. "ties": those that differ lie on a border, within float rounding. Else "different"."""
+        worst = max((check.excess for check in self.checks.values()), default=0.0)
+        if worst > TIE or self.output_steps > TIE:
+            return "different"
+        return "ties" if self.plain.first else "exact"
+
+    @property
+    def ok(self) -> bool:
+        return self.verdict != "different"
+
+    def __str__(self) -> str:
+        differing = [check for check in self.checks.values() if check.differing]
+        codes = sum(check.count for check in self.checks.values())
+        lines = [
+            f"{self.samples} samples, {len(self.checks)} quantization steps, {codes:,} codes",
+            f"given the model's codes: {len(self.checks) - len(differing)} steps exact, "
+            f"{sum(check.differing for check in differing)} codes differ in {len(differing)} steps"
+            + (f", at most {max(c.excess for c in differing):.1e} steps behind the border" if differing else ""),
+        ]
+        for name, run in (("off", self.plain), ("on", self.optimized)):
+            lines.append(
+                f"ONNX Runtime, optimizations {name}: largest difference {run.steps:.2g} steps, top-1 equal {run.top1:.2%}"
+                + (f", parts first at {run.first} ({run.parted:.1e} of its codes)" if run.first else "")
+            )
+        meaning = {
+            "exact": "exact: every code is the model's.",
+            "ties": "ties: float rounding decides codes that lie on a border; nothing else differs.",
+            "different": f"different: {self._worst()} is not what the model computes.",
+        }
+        return "\n".join([*lines, meaning[self.verdict]])
+
+    def _worst(self) -> str:
+        worst = max(self.checks.values(), key=lambda check: check.excess, default=None)
+        return worst.name if worst is not None and worst.excess > TIE else "the output"
+
+
+def verify(deployed: GraphModule, path: str | os.PathLike[str], batches: Iterable[Any]) -> ExportReport:
+    """See ``pege_fx.verify_export``."""
+    sessions = Sessions(Path(path), deployed)
+    report = ExportReport()
+    for batch in batches:
+        _compare(sessions, _arguments(batch, len(sessions.inputs)), report)
+    if not report.samples:
+        raise InputError("verify_export got no batch: give at least one.")
+    return report
+
+
+def _arguments(batch: Any, count: int) -> tuple[Tensor, ...]:
+    """The tensors of a batch; surplus ones, such as labels, are left out."""
+    values = [batch] if isinstance(batch, Tensor) else list(batch.values()) if isinstance(batch, Mapping) else list(batch)
+    if len(values) < count or not all(isinstance(value, Tensor) for value in values[:count]):
+        raise InputError(f"a batch has {len(values)} values, the model takes {count} tensors: give tensors or tuples of them.")
+    return tuple(values[:count])
+
+
+# --- the comparison --------------------------------------------------------------------------------------------
+
+
+def _compare(sessions: Sessions, args: tuple[Tensor, ...], report: ExportReport) -> None:
+    shapes = [tuple(x.shape) for x in args]
+    try:
+        reference = sessions.model(args)
+    except Exception as error:
+        raise InputError(f"the model fails on inputs of shapes {shapes}: {type(error).__name__}: {error}") from error
+    names = [name for name in reference.values if name in sessions.names]  # in the order of execution
+    scales = sessions.model.scales
+    unit = abs(scales[names[-1]]) if names else 1.0
+    feed = sessions.feed(args)
+    try:
+        plain = sessions.plain.run([*sessions.outputs, *names], feed)
+        optimized = sessions.optimized.run(sessions.outputs, feed)
+        given = feed | {name: reference.values[name].numpy() for name in names}
+        forced = sessions.forced.run([*sessions.outputs, *(name + FORCED for name in names)], given)
+    except Exception as error:
+        raise InputError(f"ONNX Runtime fails on inputs of shapes {shapes}: {error}") from error
+    count = len(sessions.outputs)
+    report.samples += args[0].shape[0] if args[0].ndim else 1
+    _add_outputs(report.plain, plain[:count], reference.outputs, unit)
+    _add_outputs(report.optimized, optimized, reference.outputs, unit)
+    report.output_steps = max(report.output_steps, _largest(forced[:count], reference.outputs, unit))
+    _find_first(report.plain, names, plain[count:], reference, scales)
+    for name, computed in zip(names, forced[count:], strict=True):
+        _check_step(report.checks.setdefault(name, StepCheck(name)), computed, reference, scales[name])
+
+
+def _largest(computed: list[Array], expected: list[Tensor], unit: float) -> float:
+    differences = [np.abs(a.astype(np.float64) - b.double().numpy()) for a, b in zip(computed, expected, strict=True)]
+    return max((float(d.max()) / unit for d in differences if d.size), default=0.0)
+
+
+def _add_outputs(run: Run, computed: list[Array], expected: list[Tensor], unit: float) -> None:
+    run.steps = max(run.steps, _largest(computed, expected, unit))
+    if expected and expected[0].ndim > 1:
+        same = computed[0].argmax(1) == expected[0].argmax(1).numpy()
+        run.equal_top1 += int(same.sum())
+        run.samples += same.size
+
+
+def _find_first(run: Run, names: list[str], computed: list[Array], reference: Reference, scales: Mapping[str, float]) -> None:
+    for name, values in zip(names, computed, strict=True):
+        parted = float((_code_difference(values, reference.values[name], scales[name]) != 0).mean()) if values.size else 0.0
+        if parted and (not run.first or names.index(name) < names.index(run.first)):
+            run.first, run.parted = name, parted
+            return
+
+
+def _code_difference(computed: Array, expected: Tensor, scale: float) -> Array:
+    difference: Array = np.rint((computed.astype(np.float64) - expected.double().numpy()) / scale)
+    return difference
+
+
+def _check_step(check: StepCheck, computed: Array, reference: Reference, scale: float) -> None:
+    """Compare codes computed from the model's own; a code that differs has to be as near as float rounding allows."""
+    difference = _code_difference(computed, reference.values[check.name], scale)
+    differs = difference != 0
+    check.count += difference.size
+    check.differing += int(differs.sum())
+    if not differs.any():
+        return
+    given = reference.codes[check.name].numpy()[differs] + difference[differs]
+    position = reference.positions[check.name].numpy()[differs]
+    check.excess = max(check.excess, float((np.abs(given - position) - 0.5).max()))

@@ -1,0 +1,47 @@
+"""Files that are whole or not there: written beside their place, then moved in."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from pege_fx.errors import ExportError
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path in the same folder; it replaces ``path`` when the block ends, and goes if the block fails.
+
+    Raises:
+        ExportError: if the folder or the file can not be written.
+
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with atomic_write(Path(folder) / "a") as temporary:
+    ...         _ = temporary.write_text("whole")
+    ...     (Path(folder) / "a").read_text()
+    'whole'
+    """
+    target = Path(path)
+    temporary: Path | None = None
+    try:
+        if target.is_dir():
+            raise IsADirectoryError("it is a folder")
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())
+        os.replace(temporary, target)
+    except OSError as error:
+        raise ExportError(f"{target} can not be written: {error.strerror or error}.\n  nothing was left there.") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    """What a plain ``open`` would leave out of a new file's mode; a temporary file starts private."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask

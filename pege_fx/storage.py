@@ -1,0 +1,223 @@
+"""Converted graphs as files: tensors in the safetensors format, the graph as JSON in its header, nothing else.
+
+    {"format": "pege_fx", "version": 1, "name": ..., "digest": sha256 of the tensors,
+     "nodes": [[name, op, target, args, kwargs], ...], "parameters": [...], "packed": {name: [bits, signed, shape]}}
+
+Weight codes are packed to their bits. A value of an argument that JSON does not have is an object with one key, its kind.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+
+from pege_fx.errors import CheckpointError, ExportError
+from pege_fx.fake_quant import fake_quants
+from pege_fx.files import atomic_write
+from pege_fx.packing import pack, unpack
+from pege_fx.passes.graph import arguments, register_buffer, set_parameter, where
+from pege_fx.size import stored_codes
+from pege_fx.vocabulary import functions, methods, name_of, read_attribute
+
+FORMAT, VERSION = "pege_fx", 1
+
+
+def save_deployed(deployed: GraphModule, path: str | os.PathLike[str]) -> int:
+    """Write a converted model to one file, weights packed to their bits; return the file's size in bytes.
+
+    Needs no class of the model to be read again. The file is whole or not there.
+
+    Raises:
+        ExportError: if the graph calls what is not torch's (a module that stayed Python, a function of your own), if the
+            model was not converted, or if the file can not be written.
+
+    >>> import tempfile, pege_fx
+    >>> gm = pege_fx.prepare(nn.Linear(4, 2), "W4A4", (torch.randn(2, 4),))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     size = save_deployed(pege_fx.convert(gm), f"{folder}/model.safetensors")
+    ...     load_deployed(f"{folder}/model.safetensors")(torch.zeros(1, 4)).shape
+    torch.Size([1, 2])
+    """
+    if fake_quants(deployed):
+        raise ExportError("the model was not converted: give the result of pege_fx.convert.")
+    tensors, packed = _packed_state(deployed)
+    header = {
+        "format": FORMAT,
+        "version": VERSION,
+        "name": type(deployed).__name__,
+        "digest": _digest(tensors),
+        "parameters": [name for name, _ in deployed.named_parameters()],
+        "packed": packed,
+        "nodes": [_encode_node(node) for node in deployed.graph.nodes],
+    }
+    with atomic_write(path) as temporary:
+        save_file(tensors, temporary, {FORMAT: json.dumps(header, separators=(",", ":"), allow_nan=False)})
+        return temporary.stat().st_size
+
+
+def load_deployed(path: str | os.PathLike[str]) -> GraphModule:
+    """Read what ``save_deployed`` wrote: a GraphModule with the same outputs, bit for bit. Executes nothing of the file.
+
+    Raises:
+        CheckpointError: if the file is missing, broken, of another kind or from a newer version.
+    """
+    header, tensors = _read(Path(path))
+    try:
+        for name, (bits, signed, shape) in header["packed"].items():
+            tensors[name] = unpack(tensors[name], shape, bits=bits, signed=signed)
+        gm = GraphModule(nn.Module(), Graph(), class_name=str(header["name"]))
+        for name in header["parameters"]:
+            set_parameter(gm, name, nn.Parameter(tensors[name]))
+        for name in (name for name in tensors if name not in header["parameters"]):
+            register_buffer(gm, name, tensors[name])
+        gm.graph = _decode_graph(header["nodes"], set(tensors))
+        gm.graph.lint()
+        gm.recompile()
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, IndexError) as error:
+        raise CheckpointError(f"{path} is broken: {type(error).__name__}: {error}") from error
+    return gm.eval()
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(FORMAT)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"there is no file {path}.") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is broken or no safetensors file: {error}") from error
+    if text is None:
+        raise CheckpointError(f"{path} holds tensors but no converted graph: write it with pege_fx.save_deployed.")
+    try:
+        header = json.loads(text)
+        version, digest = header["version"], header["digest"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is broken: its header can not be read ({error}).") from error
+    if version != VERSION:
+        raise CheckpointError(f"{path} has format version {version}, this pege_fx reads {VERSION}: update pege_fx.")
+    if digest != _digest(tensors):
+        raise CheckpointError(f"{path} is broken: its tensors are not those that were written.")
+    return header, tensors
+
+
+def _packed_state(deployed: GraphModule) -> tuple[dict[str, Tensor], dict[str, tuple[int, bool, list[int]]]]:
+    """Every tensor of the model by name, codes packed, and how."""
+    codes = stored_codes(deployed)
+    tensors: dict[str, Tensor] = {}
+    packed = {}
+    for name, value in [*deployed.named_parameters(), *deployed.named_buffers()]:
+        tensors[name] = value.detach().cpu().contiguous()
+        stored = codes.get(name)
+        if stored is not None and stored.bits < 8 and not stored.packed:
+            packed[name] = (stored.bits, value.dtype is torch.int8, list(value.shape))
+            tensors[name] = pack(tensors[name], stored.bits)
+    return tensors, packed
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name]
+        sha.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        sha.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+# --- the graph as JSON ---------------------------------------------------------------------------------------
+
+
+def _encode_node(node: Node) -> list[Any]:
+    args, kwargs = arguments(node)
+    if node.op == "call_module":
+        raise ExportError(
+            f"{node.name} calls the module {node.target}, which is code of its own{where(node)}: it can not be stored.\n"
+            f"  {node.meta.get('stays_python', 'make it a function of tensors that torch.fx can trace')}"
+        )
+    target = name_of(node.target) if node.op == "call_function" else str(node.target)
+    if target is None or (node.op == "call_method" and target not in methods()):
+        raise ExportError(
+            f"{node.name} calls {getattr(node.target, '__qualname__', node.target)}{where(node)}: only torch's own "
+            "functions on tensors can be stored.\n  write it in torch's operations, so that torch.fx traces through it."
+        )
+    return [node.name, node.op, target, _encode(args), _encode(kwargs)]
+
+
+_KINDS: dict[type[Any], tuple[str, Callable[[Any], Any]]] = {
+    Node: ("node", lambda value: value.name),
+    tuple: ("tuple", lambda value: [_encode(part) for part in value]),
+    torch.Size: ("tuple", lambda value: list(value)),
+    dict: ("dict", lambda value: [[key, _encode(part)] for key, part in value.items()]),
+    slice: ("slice", lambda value: [_encode(part) for part in (value.start, value.stop, value.step)]),
+    type(...): ("ellipsis", lambda value: None),
+    torch.dtype: ("dtype", lambda value: str(value).removeprefix("torch.")),
+    torch.device: ("device", str),
+    torch.memory_format: ("memory_format", lambda value: str(value).removeprefix("torch.")),
+}
+
+
+def _encode(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {"float": str(value)}
+    if isinstance(value, list):
+        return [_encode(part) for part in value]
+    for kind, (name, encode) in _KINDS.items():
+        if isinstance(value, kind):
+            return {name: encode(value)}
+    raise ExportError(f"an argument of type {type(value).__name__} can not be stored: {value!r}.")
+
+
+def _decode_graph(rows: list[list[Any]], tensors: set[str]) -> Graph:
+    graph = Graph()
+    nodes: dict[str, Node] = {}
+    for name, op, target, args, kwargs in rows:
+        found: Any = target
+        if op == "call_function":
+            found = functions()[target]
+        elif op == "call_method" and target not in methods():
+            raise ValueError(f"{target!r} is not a method that a stored graph may call")
+        elif op == "get_attr" and target not in tensors:
+            raise KeyError(target)
+        elif op not in ("placeholder", "get_attr", "output", "call_method"):
+            raise ValueError(f"{op!r} is not an operation of a stored graph")
+        decoded = _decode(args, nodes)
+        if found is getattr:
+            read_attribute(torch.empty(()), decoded[1])
+        nodes[name] = graph.create_node(op, found, decoded, _decode(kwargs, nodes), name=name)
+    return graph
+
+
+def _decode(value: Any, nodes: dict[str, Node]) -> Any:
+    if isinstance(value, list):
+        return [_decode(part, nodes) for part in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "node":
+        return nodes[content]
+    if kind == "float":
+        return float(content)
+    if kind == "ellipsis":
+        return ...
+    if kind == "device":
+        return torch.device(content)
+    if kind in ("dtype", "memory_format"):
+        found = getattr(torch, content)
+        if not isinstance(found, (torch.dtype, torch.memory_format)):
+            raise ValueError(f"torch.{content} is no {kind}")
+        return found
+    parts = [_decode(part, nodes) for part in content]
+    if kind == "dict":
+        return dict(parts)
+    return slice(*parts) if kind == "slice" else tuple(parts)

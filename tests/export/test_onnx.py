@@ -1,0 +1,301 @@
+"""ONNX files: what they hold, that they say what the model says, and what goes wrong."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+import pege_fx
+from pege_fx import ExportError, InputError, PegeWarning, QuantPolicy, testing
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+X = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def deployed(policy: str = "W4A4", edges: str | None = "8", method: str = "lsq", **options: Any) -> GraphModule:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 5, 3, padding=1), nn.BatchNorm2d(5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(5, 4, 3), nn.GELU(),
+        nn.Flatten(), nn.Linear(16, 6),
+    )  # fmt: skip
+    gm = pege_fx.prepare(testing.as_trained(model, 0), QuantPolicy.parse(policy, first=edges, last=edges, method=method), (X,))
+    return pege_fx.convert(gm.eval(), **options)
+
+
+def written(model: GraphModule, folder: Path, **options: Any) -> Any:
+    size = pege_fx.export_onnx(model, folder / "model.onnx", (X,), **options)
+    assert size == (folder / "model.onnx").stat().st_size
+    return onnx.load(folder / "model.onnx")
+
+
+@pytest.mark.parametrize(("bits", "style"), [(2, "qdq"), (3, "qcdq"), (3, "qdq"), (8, "qcdq")])
+@pytest.mark.parametrize("method", ["lsq", "pact", "minmax", "dorefa", "interval"])
+def test_methods_and_widths_say_the_same(method: str, bits: int, style: str, tmp_path: Path) -> None:
+    model = deployed(f"W{bits}A{bits}", edges=str(bits), method=method)
+    written(model, tmp_path, style=style)
+    report = pege_fx.verify_export(model, tmp_path / "model.onnx", [X, X[:1]])
+    assert report.verdict in ("exact", "ties"), report
+    assert report.samples == 4
+    assert len(report.checks) == 3
+
+
+@pytest.mark.filterwarnings("ignore:nothing is quantized")
+@given(testing.networks(), testing.policies(), st.sampled_from(["qdq", "qcdq"]))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=8)
+def test_any_network_is_exported(tmp_path: Path, case: testing.Case, policy: QuantPolicy, style: Any) -> None:
+    assume(not case.network.contains("norm without statistics"))  # batch statistics in evaluation: refused, with the reason
+    model = pege_fx.convert(pege_fx.prepare(case.network, policy, tuple(case.inputs)).eval())
+    pege_fx.export_onnx(model, tmp_path / "any.onnx", tuple(case.inputs), style=style)
+    report = pege_fx.verify_export(model, tmp_path / "any.onnx", [case.inputs])
+    assert report.ok, report
+
+
+def test_weights_are_packed_and_named(tmp_path: Path) -> None:
+    for policy, opset, kind, per_byte in (("W3A4", 21, "INT4", 2), ("W2A4", 25, "INT2", 4), ("W2A2", 21, "INT4", 2)):
+        graph = written(deployed(policy, edges=None), tmp_path, opset=opset).graph
+        codes = next(tensor for tensor in graph.initializer if tensor.name.startswith("4.weight_codes"))
+        assert onnx.TensorProto.DataType.Name(codes.data_type) == kind
+        assert len(codes.raw_data) == 5 * 4 * 9 // per_byte
+    names = {node.name for node in graph.node}
+    assert {"_4", "_5", "_4_weight_dq"} <= names
+
+
+def test_qcdq_is_int8_and_clip(tmp_path: Path) -> None:
+    model = written(deployed("W3A4", edges="3"), tmp_path, style="qcdq")
+    assert model.opset_import[0].version == 17
+    kinds = {onnx.TensorProto.DataType.Name(tensor.data_type) for tensor in model.graph.initializer}
+    assert kinds <= {"INT8", "UINT8", "FLOAT", "INT64"}
+    assert {node.op_type for node in model.graph.node} >= {"QuantizeLinear", "Clip", "DequantizeLinear"}
+
+
+@pytest.mark.parametrize(("policy", "opset"), [("W4A4", 21), ("W2A4", 25), ("W8A8", 21)])
+def test_the_opset_is_what_the_widths_need(policy: str, opset: int, tmp_path: Path) -> None:
+    assert written(deployed(policy), tmp_path).opset_import[0].version == opset
+
+
+def test_inputs_outputs_and_a_free_batch(tmp_path: Path) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, left: Tensor, right: Tensor) -> dict[str, Any]:
+            both = self.fc(left) + right
+            return {"sum": both, "parts": (both[:, :1], left)}
+
+    inputs = torch.randn(1, 4), torch.randn(1, 3)  # a batch of one does not fix it
+    model = pege_fx.convert(pege_fx.prepare(Two().eval(), "W4A4", inputs))
+    pege_fx.export_onnx(model, tmp_path / "model.onnx", inputs)
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    assert [value.name for value in graph.input] == ["left", "right"]
+    assert [value.name for value in graph.output] == ["sum", "parts_0", "parts_1"]
+    assert all(value.type.tensor_type.shape.dim[0].dim_param == "batch" for value in graph.input)
+    report = pege_fx.verify_export(model, tmp_path / "model.onnx", [inputs, (torch.randn(5, 4), torch.randn(5, 3))])
+    assert report.ok
+    assert report.samples == 6
+
+
+class Fixed(nn.Module):
+    """Takes a batch of two and no other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc(x.view(2, 4))
+        return out
+
+
+def test_a_fixed_batch_on_request_and_where_the_model_fixes_it(tmp_path: Path) -> None:
+    graph = written(deployed(), tmp_path, dynamic_batch=False).graph
+    assert graph.input[0].type.tensor_type.shape.dim[0].dim_value == 3
+
+    x = torch.randn(2, 4)
+    model = pege_fx.convert(pege_fx.prepare(Fixed().eval(), "W4A4", (x,)))
+    with pytest.warns(PegeWarning, match="the batch size of x is fixed to 2 by the model"):
+        pege_fx.export_onnx(model, tmp_path / "model.onnx", (x,))
+    assert pege_fx.verify_export(model, tmp_path / "model.onnx", [x]).ok
+
+
+@pytest.mark.parametrize("options", [{"integer_bias": True}, {"packed": True}])
+def test_what_convert_can_do_is_exported(options: dict[str, bool], tmp_path: Path) -> None:
+    model = deployed(edges=None, **options)
+    graph = written(model, tmp_path).graph
+    assert pege_fx.verify_export(model, tmp_path / "model.onnx", [X]).ok
+    kinds = [onnx.TensorProto.DataType.Name(tensor.data_type) for tensor in graph.initializer]
+    assert ("INT32" in kinds) is ("integer_bias" in options)
+
+
+def test_a_torchvision_model_is_exported(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = torchvision.models.squeezenet1_1(num_classes=10)
+    x = torch.randn(4, 3, 64, 64)
+    model = pege_fx.convert(pege_fx.prepare(testing.as_trained(network, 0).eval(), "W4A4", (x,)))
+    pege_fx.export_onnx(model, tmp_path / "model.onnx", (x,))
+    assert pege_fx.verify_export(model, tmp_path / "model.onnx", [x]).ok
+
+
+def test_the_resnet_20_of_the_cifar_10_example(tmp_path: Path) -> None:
+    """Option-A shortcuts, strided slices and padding; random images, as the data set is not at hand."""
+    path = Path(__file__).parents[2] / "examples" / "cifar10.py"
+    spec = importlib.util.spec_from_file_location("cifar10_to_export", path)
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[spec.name] = example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    torch.manual_seed(0)
+    images = torch.randn(8, 3, 32, 32)
+    model = pege_fx.convert(
+        pege_fx.prepare(example.ResNet20(10).eval(), QuantPolicy.parse("W2A2", first=None, last=None), (images,))
+    )
+    pege_fx.export_onnx(model, tmp_path / "model.onnx", (images[:1],))
+    report = pege_fx.verify_export(model, tmp_path / "model.onnx", [images])
+    assert report.ok, report
+    assert report.plain.top1 == report.optimized.top1 == 1
+
+
+class Stubborn(nn.Module):
+    """Stays Python: its loop asks for a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, times: Tensor | None = None) -> Tensor:
+        for _ in range(2 if times is None else int(times)):
+            x = torch.relu(self.fc(x))
+        return x if x.requires_grad and float(x.sum()) > 1e9 else x + 1
+
+
+def test_a_module_that_stays_python_is_exported_where_torch_can_follow(tmp_path: Path) -> None:
+    x = torch.randn(2, 4)
+    with pytest.warns(PegeWarning):
+        gm = pege_fx.prepare(nn.Sequential(nn.Linear(4, 4), Stubborn()).eval(), "W4A4")
+    with torch.no_grad():
+        gm(x)
+    model = pege_fx.convert(gm)
+    pege_fx.export_onnx(model, tmp_path / "model.onnx", (x,))
+    report = pege_fx.verify_export(model, tmp_path / "model.onnx", [x])
+    assert report.ok, report
+    assert any(name.startswith("1.fc.") for name in report.checks)
+
+
+# --- bad input ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"style": "qonnx"}, r'style=\'qonnx\': give "qdq" or "qcdq"'),
+        ({"opset": 16}, "opset=16: give a whole number from 17 to"),
+        ({"opset": 99}, "opset=99"),
+        ({"opset": "21"}, "opset='21'"),
+    ],
+)
+def test_unknown_styles_and_opsets(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=message):
+        pege_fx.export_onnx(deployed(), tmp_path / "model.onnx", (X,), **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_can_not_be_written_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="can not be written"):
+        pege_fx.export_onnx(deployed(), tmp_path / "none" / "model.onnx", (X,))
+    assert not list(tmp_path.iterdir())
+
+
+def test_inputs_that_the_graph_does_not_allow(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"the model fails on inputs of shapes \[\(3, 2, 8, 8\)\]"):
+        pege_fx.export_onnx(deployed(), tmp_path / "model.onnx", (X[:, :2],))
+    model = deployed()
+    written(model, tmp_path)
+    for batch, message in (
+        (X[:, :, :5], "fails on inputs of shapes"),
+        (X[:, :2], "fails on inputs of shapes"),
+        ([1], "the model takes 1 tensors"),
+    ):
+        with pytest.raises(InputError, match=message):
+            pege_fx.verify_export(model, tmp_path / "model.onnx", [batch])
+    with pytest.raises(InputError, match="no batch"):
+        pege_fx.verify_export(model, tmp_path / "model.onnx", [])
+
+
+def test_a_model_that_was_not_converted(tmp_path: Path) -> None:
+    gm = pege_fx.prepare(nn.Linear(4, 4), "W4A4", (torch.randn(2, 4),))
+    for model in (gm, nn.Linear(4, 4)):
+        with pytest.raises(ExportError, match="was not converted"):
+            pege_fx.export_onnx(model, tmp_path / "model.onnx", (torch.randn(2, 4),))  # type: ignore[arg-type]
+
+
+# --- the verdict -------------------------------------------------------------------------------------------------
+
+
+def test_a_wrong_file_is_found_out(tmp_path: Path) -> None:
+    model = deployed()
+    proto = written(model, tmp_path)
+    weights = next(tensor for tensor in proto.graph.initializer if tensor.name.startswith("4.weight_codes"))
+    weights.raw_data = bytes(byte ^ 0x11 for byte in weights.raw_data)
+    onnx.save(proto, tmp_path / "wrong.onnx")
+    report = pege_fx.verify_export(model, tmp_path / "wrong.onnx", [X])
+    assert report.verdict == "different"
+    assert not report.ok
+    assert report.plain.first == "_6_dq"  # what reads the changed convolution
+    assert "different: _6_dq is not what the model computes" in str(report)
+
+
+def test_files_that_are_no_export_of_the_model(tmp_path: Path) -> None:
+    (tmp_path / "text.onnx").write_text("no model")
+    with pytest.raises(ExportError, match="can not be read as ONNX"):
+        pege_fx.verify_export(deployed(), tmp_path / "text.onnx", [X])
+    other = pege_fx.convert(pege_fx.prepare(Fixed().eval(), "W4A4", (torch.randn(2, 4),)))
+    pege_fx.export_onnx(other, tmp_path / "other.onnx", (torch.randn(2, 4),), dynamic_batch=False)
+    with pytest.raises(ExportError, match="is not an export of this model"):
+        pege_fx.verify_export(deployed(), tmp_path / "other.onnx", [X])
+
+
+def test_a_tie_is_called_a_tie(tmp_path: Path) -> None:
+    """Sums that float32 rounds apart in another order, halfway between two codes."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.Hardswish(), nn.Conv2d(64, 64, 3, padding=1))
+    x = torch.randn(2, 64, 24, 24)
+    converted = pege_fx.convert(pege_fx.prepare(model.eval(), QuantPolicy.parse("W8A8"), (x,)))
+    pege_fx.export_onnx(converted, tmp_path / "model.onnx", (x,))
+    report = pege_fx.verify_export(converted, tmp_path / "model.onnx", [x])
+    assert report.verdict in ("exact", "ties"), report
+    for check in report.checks.values():
+        assert check.excess < 1e-4
+    assert str(report).splitlines()[-1].startswith(report.verdict)
+
+
+def test_accuracy_after_export_equals_accuracy_before(tmp_path: Path) -> None:
+    """The demo's data, a small network, trained for a moment: the same answers in ONNX Runtime."""
+    datasets = pytest.importorskip("sklearn.datasets")
+    images, labels = datasets.load_digits(return_X_y=True)
+    x, y = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16, torch.tensor(labels)
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(1, 12, 3), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 12, 3), nn.ReLU(), nn.Flatten(), nn.Linear(192, 10)
+    )
+    gm = pege_fx.prepare(network, "W4A4", (x[:64],))
+    optimizer = torch.optim.Adam(gm.parameters(), lr=5e-3)
+    for batch in torch.randperm(1200).split(100):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(gm(x[batch]), y[batch]).backward()
+        optimizer.step()
+    model = pege_fx.convert(gm.eval())
+    pege_fx.export_onnx(model, tmp_path / "model.onnx", (x[:1],))
+    report = pege_fx.verify_export(model, tmp_path / "model.onnx", [x[1200:]])
+    assert (gm(x[1200:]).argmax(1) == y[1200:]).float().mean() > 0.5
+    assert report.ok, report
+    assert report.plain.top1 == report.optimized.top1 == 1

@@ -1,0 +1,221 @@
+"""Stored graphs: the same answers, to the byte as large as said, nothing run of a file, broken ones named."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from hypothesis import HealthCheck, given, settings
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import pege_fx
+from pege_fx import CheckpointError, ExportError, PegeWarning, QuantPolicy, testing
+from pege_fx.passes import inline_modules, pack_weights, run, unpack_weights
+from pege_fx.storage import _encode
+from pege_fx.vocabulary import functions
+
+X = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def deployed(bits: int = 4, **options: Any) -> torch.fx.GraphModule:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 5, 3, padding=1), nn.BatchNorm2d(5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(5, 4, 3), nn.GELU(),
+        nn.Dropout(0.5), nn.Flatten(), nn.LayerNorm(16), nn.Linear(16, 3),
+    )  # fmt: skip
+    gm = pege_fx.prepare(model, QuantPolicy.parse(f"W{bits}A{bits}", first=str(bits), last=str(bits)), (X,))
+    return pege_fx.convert(gm.eval(), **options)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("options", [{}, {"packed": True}, {"integer_bias": True}])
+def test_a_stored_graph_gives_the_same_answers(bits: int, options: dict[str, bool], tmp_path: Path) -> None:
+    model = deployed(bits, **options)
+    size = pege_fx.save_deployed(model, tmp_path / "model.safetensors")
+    loaded = pege_fx.load_deployed(tmp_path / "model.safetensors")
+    assert torch.equal(loaded(X), model(X))
+    assert size == (tmp_path / "model.safetensors").stat().st_size
+    assert {name: value.dtype for name, value in loaded.state_dict().items()} == {
+        name: value.dtype for name, value in model.state_dict().items()
+    }
+    assert [name for name, _ in loaded.named_parameters()] == [name for name, _ in model.named_parameters()]
+    assert [node.name for node in loaded.graph.nodes] == [node.name for node in model.graph.nodes]
+
+
+@pytest.mark.filterwarnings("ignore:nothing is quantized")
+@given(testing.networks(), testing.policies())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
+def test_any_converted_network_is_stored(tmp_path: Path, case: testing.Case, policy: QuantPolicy) -> None:
+    gm = pege_fx.prepare(case.network, policy, tuple(case.inputs)).eval()
+    model = pege_fx.convert(gm)
+    with torch.no_grad():
+        expected = gm(*case.inputs)
+        pege_fx.save_deployed(model, tmp_path / "model")
+        assert torch.equal(pege_fx.load_deployed(tmp_path / "model")(*case.inputs), expected)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_size_report_is_the_file_to_the_byte(packed: bool, tmp_path: Path) -> None:
+    model = deployed(3, packed=packed)
+    pege_fx.save_deployed(model, tmp_path / "model")
+    stored = sum(value.numel() * value.element_size() for value in load_file(tmp_path / "model").values())
+    assert pege_fx.size_report(model).quantized_bytes == stored
+    assert pege_fx.size_report(model) == pege_fx.size_report(deployed(3))
+
+
+def test_packing_is_undone() -> None:
+    model = deployed(3)
+    names = set(model.state_dict())
+    run([model], [pack_weights])
+    model.delete_all_unused_submodules()
+    assert torch.equal(deployed(3, packed=True)(X), model(X))
+    run([model], [unpack_weights])
+    assert names <= set(model.state_dict())
+    assert torch.equal(model(X), deployed(3)(X))
+
+
+def test_a_file_is_read_without_the_code_that_made_it(tmp_path: Path) -> None:
+    gm = pege_fx.prepare(torchvision.models.resnet18(num_classes=4), "W2A4", (X,))
+    model = pege_fx.convert(gm.eval())
+    pege_fx.save_deployed(model, tmp_path / "model")
+    torch.save((X, model(X).detach()), tmp_path / "expected.pt")
+    code = f"""
+import torch, pege_fx
+x, expected = torch.load({str(tmp_path / "expected.pt")!r})
+model = pege_fx.load_deployed({str(tmp_path / "model")!r})
+assert torch.equal(model(x), expected)
+assert {{type(m).__module__ for _, m in model.named_modules()}} - {{"torch.nn.modules.module"}} == {{type(model).__module__}}
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_modules_become_functions_and_dropout_goes() -> None:
+    model = deployed()
+    assert not list(model.graph.find_nodes(op="call_module"))
+    assert "dropout" not in str(model.graph)
+    names = {node.name for node in model.graph.nodes}
+    assert {"_2", "_3", "_5", "_8"} <= names  # what a module computed keeps its name
+
+
+class Own(nn.Module):
+    """A layer whose forward asks for a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) if float(x.sum()) > 0 else self.fc(-x)
+
+
+def test_python_code_can_not_be_stored_and_is_named(tmp_path: Path) -> None:
+    with pytest.warns(PegeWarning, match="stays Python"):
+        gm = pege_fx.prepare(nn.Sequential(nn.Linear(4, 4), Own()), "W4A4", (torch.randn(2, 4),))
+    with pytest.raises(ExportError, match=r"calls the module 1, .*code of its own"):
+        pege_fx.save_deployed(pege_fx.convert(gm), tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_prepared_model_is_not_stored(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"give the result of pege_fx\.convert"):
+        pege_fx.save_deployed(pege_fx.prepare(nn.Linear(2, 2), "W4A4"), tmp_path / "model")
+
+
+def test_a_file_that_can_not_be_written_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"can not be written: No such file or directory"):
+        pege_fx.save_deployed(deployed(), tmp_path / "missing" / "model")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ExportError, match="it is a folder"):
+        pege_fx.save_deployed(deployed(), tmp_path / "folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    pege_fx.save_deployed(deployed(), tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_missing_file_is_said(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="there is no file"):
+        pege_fx.load_deployed(tmp_path / "none")
+
+
+@pytest.mark.parametrize("keep", [0, 5, 200, -1])
+def test_a_file_cut_short_is_broken(written: Path, keep: int) -> None:
+    written.write_bytes(written.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match="is broken"):
+        pege_fx.load_deployed(written)
+
+
+def test_a_flipped_bit_is_noticed(written: Path) -> None:
+    data = bytearray(written.read_bytes())
+    data[-3] ^= 4
+    written.write_bytes(data)
+    with pytest.raises(CheckpointError, match="its tensors are not those that were written"):
+        pege_fx.load_deployed(written)
+
+
+def test_other_tensors_are_no_model(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(2)}, tmp_path / "other")
+    with pytest.raises(CheckpointError, match="holds tensors but no converted graph"):
+        pege_fx.load_deployed(tmp_path / "other")
+
+
+def with_header(path: Path, change: Any) -> None:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["pege_fx"])
+    change(header)
+    save_file(load_file(path), path, {"pege_fx": json.dumps(header)})
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (["bad", "call_function", "os.system", ["true"], {"dict": []}], "os.system"),
+        (["bad", "call_function", "torch.load", ["x"], {"dict": []}], "torch.load"),
+        (["bad", "call_method", "__reduce_ex__", [{"node": "input_1"}, 2], {"dict": []}], "not a method"),
+        (["bad", "call_module", "0", [], {"dict": []}], "not an operation"),
+        (["bad", "get_attr", "__class__", [], {"dict": []}], "__class__"),
+        (["bad", "call_function", "builtins.getattr", {"tuple": [{"node": "input_1"}, "__class__"]}, {"dict": []}], "may read"),
+        (["bad", "call_function", "torch.relu", {"tuple": [{"node": "nobody"}]}, {"dict": []}], "nobody"),
+    ],
+)
+def test_a_file_can_name_only_what_computes(written: Path, row: list[Any], message: str) -> None:
+    with_header(written, lambda header: header["nodes"].insert(1, row))
+    with pytest.raises(CheckpointError, match=message):
+        pege_fx.load_deployed(written)
+
+
+def test_a_newer_version_is_said(written: Path) -> None:
+    with_header(written, lambda header: header.update(version=99))
+    with pytest.raises(CheckpointError, match="format version 99, this pege_fx reads 1: update"):
+        pege_fx.load_deployed(written)
+
+
+def test_the_vocabulary_reaches_no_files() -> None:
+    for name in ("torch.load", "torch.save", "torch.from_file", "operator.attrgetter", "operator.call", "builtins.eval"):
+        assert name not in functions()
+
+
+def test_every_kind_of_argument_comes_back() -> None:
+    from pege_fx.storage import _decode
+
+    values = (1, 2.5, float("inf"), "x", None, True, [1, (2, 3)], slice(None, 2), ..., torch.float16, torch.device("cpu"))
+    assert _decode(json.loads(json.dumps(_encode(values))), {}) == values
+    with pytest.raises(ExportError, match="complex"):
+        _encode(1j)
+
+
+def test_inlining_twice_equals_once() -> None:
+    model = deployed()
+    before = str(model.graph)
+    run([model], [inline_modules])
+    assert str(model.graph) == before
