@@ -20,6 +20,7 @@ from pege_fx.scheduler import plan_of
 from pege_fx.size import SizeReport, graphs_of, size_report
 from pege_fx.tables import (
     COLUMNS,
+    SIGNS,
     bits_named,
     captures_of,
     collapsed,
@@ -122,7 +123,7 @@ class Summary:
         if self.depth is not None:
             return collapsed(self.operations, self.depth, self.title, notes)
         rows = tuple(map(row_of, self.operations))
-        return Listing(self.title, COLUMNS, rows, notes, headings(self.operations))
+        return Listing(self.title, COLUMNS, rows, (SIGNS, *notes), headings(self.operations))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield self.listing

@@ -1,9 +1,10 @@
 """One page about a prepared model that opens offline: its graph, sites, histograms, schedule and training."""
 
 import csv
+import html
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,20 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from pege_fx.dataflow import compact, to_networkx
-from pege_fx.draw import COLOURS, edge_label
+from pege_fx.dataflow import to_networkx
+from pege_fx.draw import COLOURS, FLOAT, PLAIN, PYTHON, colour_of, ink
 from pege_fx.errors import ExportError, InputError
 from pege_fx.fake_quant import FakeQuant, fake_quants
+from pege_fx.outline import edge_label, outline, rest, shape_label, title
 from pege_fx.scheduler import PEGEScheduler, plan_of
+from pege_fx.size import size_report
+from pege_fx.tables import totals
 
 BINS = 48
 SAMPLE = 1 << 16
 """Elements of a tensor that a histogram and its error are taken from, evenly spaced."""
 FIGURES = ("error", "clipped", "scale", "p", "weight_lambda", "activation_lambda")
-NODE_FIELDS = ("name", "path", "module", "function", "weight_bits", "shape", "dtype", "code", "reason", "batch_norm")
+CURVES = ("replacement", "weight_lambda", "activation_lambda")
 
 
 def report(
@@ -49,32 +53,71 @@ def report(
         InputError: if the history can not be read.
         ExportError: if the page can not be written.
     """
-    captures = [vars(capture) for capture in plan_of(gm).captures if capture.reason]
-    rows = _history(history)
-    data = _data(to_networkx(gm), _measured(gm, batches))
-    page = _page(data | {"captures": captures, "schedule": _schedule(scheduler), "history": rows})
+    plan, rows = plan_of(gm), _history(history)
+    page = _page(
+        {
+            "title": f"{plan.model}, quantized",
+            "totals": [*totals(plan, size_report(gm))],
+            "captures": [vars(capture) for capture in plan.captures if capture.reason],
+            "colours": _colours(),
+            "schedule": _schedule(scheduler),
+            "history": rows,
+            **_graph(to_networkx(gm), _measured(gm, batches)),
+        }
+    )
     try:
         Path(path).write_text(page, encoding="utf-8")
     except OSError as error:
         raise ExportError(f"can not write {path}: {error.strerror or error}; choose another path.") from error
 
 
-def _data(graph: nx.DiGraph, measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _colours() -> dict[str, dict[str, str]]:
+    words = {**{str(bits): f"{bits}-bit weight" for bits in COLOURS}, "float": "left in float", "python": "stays Python"}
+    fills = {**{str(bits): colour for bits, colour in COLOURS.items()}, "float": FLOAT, "python": PYTHON, "plain": PLAIN}
+    return {name: {"fill": fill, "ink": ink(fill), "words": words.get(name, "")} for name, fill in fills.items()}
+
+
+def _graph(graph: nx.DiGraph, measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
     sites = [
         {field: facts[field] for field in ("kind", "bits", "signed", "method", "estimator", "rule", "scale")}
-        | {"site": facts["path"], **measured.get(facts["target"], {}), **measured.get(facts["path"], {})}
+        | {"site": facts["path"], **measured.get(facts["path"], {})}
         for facts in graph.nodes.values()
         if facts["bits"] is not None
     ]
-    small = compact(graph)
-    reads = {key: [graph.nodes[s]["path"] for s in graph.predecessors(key) if graph.nodes[s]["bits"]] for key in small}
-    nodes = [
-        {"id": key, "sites": reads[key]} | {field: facts.get(field) for field in NODE_FIELDS}
-        for key, facts in small.nodes.items()
-    ]
-    edges = [(source, target, edge_label(facts)) for source, target, facts in small.edges(data=True)]
-    title = f"{graph.graph['model']}, quantized"
-    return {"title": title, "nodes": nodes, "edges": edges, "sites": sites, "colours": COLOURS}
+    small = outline(graph)
+    nodes = [_node(graph, key, facts) for key, facts in small.nodes.items()]
+    edges = [(source, target, edge_label(facts), facts["kind"] == "graph") for source, target, facts in small.edges(data=True)]
+    return {"nodes": nodes, "edges": edges, "sites": sites, "used": sorted({node["paint"] for node in nodes} - {"plain"})}
+
+
+def _node(graph: nx.DiGraph, key: str, facts: dict[str, Any]) -> dict[str, Any]:
+    names = {colour: name for name, colour in (("float", FLOAT), ("python", PYTHON), ("plain", PLAIN))}
+    return {
+        "id": key,
+        "box": facts["box"],
+        "title": title(facts),
+        "rest": shape_label(facts) if facts["op"] == "placeholder" else rest(facts),
+        "bits": facts["weight_bits"],
+        "paint": str(facts["weight_bits"][0]) if facts["weight_bits"] else names[colour_of(facts)],
+        "operations": sum(member["quantized"] is not None for member in facts["members"]),
+        "members": [_member(graph, member) for member in facts["members"]],
+    }
+
+
+def _member(graph: nx.DiGraph, facts: dict[str, Any]) -> dict[str, Any]:
+    def sites(keys: Iterable[str]) -> list[str]:
+        return [graph.nodes[key]["path"] for key in keys if graph.nodes[key]["bits"] is not None]
+
+    kept = {field: facts.get(field) for field in ("path", "function", "code", "reason", "place", "batch_norm", "quantized")}
+    shape = " ".join(filter(None, (shape_label(facts), facts["dtype"])))
+    key = facts["key"]
+    return {
+        "id": key,
+        "shape": shape,
+        "sites": sites(graph.predecessors(key)),
+        "quantizes": sites(graph.successors(key)),
+        **kept,
+    }
 
 
 def _measured(gm: GraphModule, batches: Iterable[Any] | None) -> dict[str, dict[str, Any]]:
@@ -125,10 +168,15 @@ def _schedule(scheduler: PEGEScheduler | None) -> dict[str, Any] | None:
     steps = sorted({round(i * scheduler.total_steps / 200) for i in range(201)})
     groups = {"default": scheduler, **scheduler.groups}
     curves = {
-        name: {group: [(getattr(own, name) or getattr(scheduler, name))(t) for t in steps] for group, own in groups.items()}
-        for name in ("replacement", "weight_lambda", "activation_lambda")
+        name: {group: [_curve(scheduler, own, name)(t) for t in steps] for group, own in groups.items()} for name in CURVES
     }
-    return {"t": steps, "curves": curves, "now": scheduler.t}
+    now = {group: {name: _curve(scheduler, own, name)(scheduler.t) for name in CURVES} for group, own in groups.items()}
+    return {"t": steps, "total": scheduler.total_steps, "now": scheduler.t, "curves": curves, "standing": now}
+
+
+def _curve(scheduler: PEGEScheduler, own: Any, name: str) -> Callable[[float], float]:
+    found: Callable[[float], float] = getattr(own, name) or getattr(scheduler, name)
+    return found
 
 
 def _history(history: Iterable[Mapping[str, Any]] | str | Path | None) -> list[dict[str, Any]]:
@@ -155,9 +203,8 @@ def _page(data: dict[str, Any]) -> str:
     static = files("pege_fx") / "static"
     read = {name: (static / name).read_text("utf-8") for name in ("report.html", "report.js", "uPlot.min.css")}
     libraries = [(static / n).read_text("utf-8") for n in ("cytoscape.min.js", "cytoscape-dagre.min.js", "uPlot.iife.min.js")]
-    title = data["title"].replace("&", "&amp;").replace("<", "&lt;")
     parts = {
-        "title": title, "styles": read["uPlot.min.css"], "data": json.dumps(data).replace("<", "\\u003c"),
+        "title": html.escape(data["title"]), "styles": read["uPlot.min.css"], "data": json.dumps(data).replace("<", "\\u003c"),
         "libraries": "\n;".join(libraries), "script": read["report.js"],
     }  # fmt: skip
     page = read["report.html"]
