@@ -61,6 +61,8 @@ def _imported(module: str) -> Any:
         missing = getattr(error, "name", None) or module
         hint = f": pip install {missing}" if missing in ("torchvision", "timm") else ""
         raise ModelError(f"can not import {module}: {error}{hint}.") from error
+    except Exception as error:  # the module's own code
+        raise ModelError(f"can not import {module}: {type(error).__name__}: {error}") from error
 
 
 def _from_torchvision(name: str) -> Any:

@@ -235,8 +235,9 @@ def explain(
         for step in passes[: decided + 1]:  # nobody runs these graphs: no need to lint and to compile them
             for gm in captured.graphs:
                 step(gm)
-        seen = tuple(bystanders((gm.meta.get("prefix", ""), gm) for gm in captured.graphs))
-        return Explanation(_whole_plan(captured, policy), f"{type(model).__name__}: dry run", seen)
+        graphs = [(gm.meta.get("prefix", ""), gm) for gm in captured.graphs]
+        plan = _whole_plan(captured, policy)
+        return Explanation(plan, f"{type(model).__name__}: dry run", tuple(bystanders(model, graphs, plan)))
 
 
 def trace_passes(

@@ -43,21 +43,24 @@ def draw(gm: GraphModule, path: str | Path, *, depth: int | None = None) -> None
     if depth is not None and (isinstance(depth, bool) or not isinstance(depth, int) or depth < 0):
         raise ExportError(f"depth={depth!r}: give a whole number of modules, 0 or more, or None for all that fits.")
     picture = _picture(_collapsed(outline(to_networkx(gm)), depth))
+    ending = target.suffix[1:].lower()
     try:
-        if target.suffix.lower() == ".dot":
-            target.write_text(picture.source, encoding="utf-8")
-        else:
-            target.write_bytes(picture.pipe(format=target.suffix[1:].lower()))
+        _write(target, picture.source.encode() if ending == "dot" else picture.pipe(format=ending))
     except graphviz.ExecutableNotFound:
         beside = target.with_suffix(".dot")
-        beside.write_text(picture.source, encoding="utf-8")
+        _write(beside, picture.source.encode())
         raise ExportError(
             f"{target.name} needs Graphviz's dot, which is not installed; {beside} was written instead.\n"
             "  install it (apt install graphviz, brew install graphviz, conda install graphviz) and draw again,\n"
-            f"  or run dot -T{target.suffix[1:]} where it is; pege_fx.report needs no system tool."
+            f"  or run dot -T{ending} where it is; pege_fx.report needs no system tool."
         ) from None
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        path.write_bytes(content)
     except OSError as error:
-        raise ExportError(f"can not write {target}: {error.strerror or error}; choose another path.") from error
+        raise ExportError(f"can not write {path}: {error.strerror or error}; choose another path.") from error
 
 
 def _collapsed(graph: nx.DiGraph, depth: int | None) -> nx.DiGraph:

@@ -51,8 +51,10 @@ def report(
     Raises:
         ModelError: if ``gm`` was not prepared.
         InputError: if the history can not be read.
-        ExportError: if the page can not be written.
+        ExportError: for another ending than .html, or if the page can not be written.
     """
+    if Path(path).suffix.lower() not in (".html", ".htm"):
+        raise ExportError(f"{Path(path).name!r} has the ending {Path(path).suffix!r}: a report ends in .html.")
     plan, rows = plan_of(gm), _history(history)
     page = _page(
         {
@@ -185,7 +187,9 @@ def _history(history: Iterable[Mapping[str, Any]] | str | Path | None) -> list[d
             with open(history, newline="", encoding="utf-8") as file:
                 history = list(csv.DictReader(file))
         return [_row(row) for row in history or ()]
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except OSError as error:
+        raise InputError(f"can not read the history {error.filename}: {error.strerror}.") from error
+    except (KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"the history can not be read ({error}): give rows, or a CSV file, with step, site and {', '.join(FIGURES)}."
         ) from error
