@@ -1,4 +1,4 @@
-"""Read what a policy does to a model, before and after: explain, passes, summary, picture, report, sensitivity, mixed precision.
+"""Read what a policy does to a model, before and after: explain, passes, summary, picture, report, mixed precision.
 
 python examples/inspect_model.py --output runs/inspect [--model torchvision:resnet18] [--input 2x3x64x64] [--policy W4A4]
 

@@ -181,7 +181,9 @@ function details(id, chosen) {
   box.replaceChildren(make("h2", node.title));
   if (node.box) box.append(make("p", `in ${node.box}`, { className: "soft" }));
   for (const member of node.members) {
-    if (node.members.length > 1) box.append(make("h3", (member.id === chosen ? "▸ " : "") + (member.path || member.id)));
+    const head = make("h3", (member.id === chosen ? "▸ " : "") + (member.path || member.id));
+    if (node.members.length > 1) box.append(head);
+    if (member.id === chosen) requestAnimationFrame(() => { box.scrollTop = head.offsetTop - box.offsetTop; });
     box.append(list([["path", member.path], ["does", member.function], ["shape", member.shape], ["code", member.code], ["BatchNorm", member.batch_norm], [member.place ? "why" : "why float", member.reason], ["line", member.place]]));
     for (const name of member.sites) describe(box, sites.get(name));
   }
