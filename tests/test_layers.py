@@ -19,7 +19,7 @@ LAYERS: list[set[str]] = [
     | {"passes.verify", "passes.lower", "passes.inline"},
     {"passes"},
     {"scheduler", "inspection", "tables", "size", "diff", "diff_picture", "coverage", "telemetry"}
-    | {"sensitivity", "mixed_precision", "training", "distributed", "ewgs", "guard", "dataflow", "draw", "report"}
+    | {"sensitivity", "mixed_precision", "training", "distributed", "ewgs", "guard", "dataflow", "outline", "draw", "report"}
     | {"vocabulary", "integer", "storage"},
     {"export.program", "export.writer"},
     {"export.arithmetic", "export.quantization", "export.shapes"},
@@ -46,7 +46,8 @@ INSIDE = {
     ("telemetry", "scheduler"), ("sensitivity", "mixed_precision"), ("sensitivity", "scheduler"),
     ("sensitivity", "size"), ("sensitivity", "training"), ("diff", "size"), ("diff", "diff_picture"), ("diff_picture", "diff"),
     ("distributed", "scheduler"), ("guard", "scheduler"), ("guard", "training"),
-    ("dataflow", "scheduler"), ("draw", "dataflow"), ("report", "dataflow"), ("report", "draw"), ("report", "scheduler"),
+    ("dataflow", "scheduler"), ("draw", "dataflow"), ("draw", "outline"), ("report", "dataflow"), ("report", "draw"),
+    ("report", "outline"), ("report", "scheduler"), ("report", "size"), ("report", "tables"),
     ("files", "errors"), ("passes.inline", "passes.trace"), ("storage", "size"), ("storage", "vocabulary"),
 }  # fmt: skip
 
