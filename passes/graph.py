@@ -7,7 +7,7 @@ import operator
 import sys
 import types
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from pege_fx.batch_norm import BiasFold, Fold, WeightFold
-from pege_fx.mode import PythonForward
+from pege_fx.mode import PythonForward, TrainingMode
 from pege_fx.recurrent import recurrent
 from pege_fx.spec import Channels
 
@@ -234,6 +234,14 @@ def become(node: Node, function: Callable[..., Any], args: tuple[Any, ...], kwar
     set_arguments(node, args, kwargs)
 
 
+def become_call(gm: GraphModule, node: Node, path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Turn a function's call into that of a new module, in place, so that it keeps its name and users."""
+    path = free_path(gm, path)
+    gm.add_submodule(path, module)
+    node.op, node.target = "call_module", path
+    set_arguments(node, args, {})
+
+
 def channels_of(node: Node, name: str, weight: Tensor) -> Channels | None:
     """Return where an operand of an operator keeps its output channels; None: no axis of it is one."""
     described = operator_of(node)
@@ -247,6 +255,22 @@ def channels_of(node: Node, name: str, weight: Tensor) -> Channels | None:
         return None
     is_left = name == described.inputs[0]  # rows of the left factor, columns of the right one
     return Channels(weight.shape[0]) if is_left else Channels(weight.shape[1], axis=1)
+
+
+def input_channels_of(node: Node, weight: Tensor) -> Channels:
+    """Return where the weight of a convolution (not a transposed one) or of a linear layer keeps its input channels."""
+    groups = operand(node, "groups") if operator_of(node) is not LINEAR else None
+    return Channels(weight.shape[1] * (groups or 1), axis=1, groups=groups or 1)
+
+
+def pads(node: Node, weight: Tensor) -> bool:
+    """Tell whether a convolution or linear layer adds anything to its input."""
+    padding = operand(node, "padding") if operator_of(node) is not LINEAR else None
+    if padding == "same":
+        return any(size > 1 for size in weight.shape[2:])
+    return padding not in (None, "valid") and any(
+        side != 0 for side in (padding if isinstance(padding, (tuple, list)) else (padding,))
+    )
 
 
 # --- modules and attributes ----------------------------------------------------------------------------------
@@ -270,6 +294,25 @@ def calls(gm: GraphModule, cls: type[M]) -> Iterator[tuple[Node, M]]:
 def call_sites(gm: GraphModule) -> Counter[nn.Module]:
     """Count the nodes that call each module, under whichever of its names."""
     return Counter(module for _, module in calls(gm, nn.Module))
+
+
+def uses(graphs: Iterable[GraphModule]) -> Counter[int]:
+    """Count the nodes that call or read each module and tensor (by ``id``), alone or as a part of a module."""
+    counts: Counter[int] = Counter()
+    for gm in graphs:
+        for node in gm.graph.nodes:
+            if node.op in ("call_module", "get_attr"):
+                counts.update(_parts(attribute_of(gm, node)))
+    return counts
+
+
+def _parts(value: Any) -> set[int]:
+    """What a node uses: a graph inside a module speaks for itself."""
+    found = {id(value)}
+    if isinstance(value, nn.Module) and not isinstance(value, GraphModule):
+        found.update(id(tensor) for tensor in (*value.parameters(recurse=False), *value.buffers(recurse=False)))
+        found.update(*map(_parts, value.children()))
+    return found
 
 
 def attribute(gm: GraphModule, node: Any) -> Any:
@@ -546,6 +589,39 @@ def make_out_of_place(gm: GraphModule, node: Node) -> None:
         node.update_kwarg("inplace", False)
 
 
+# --- what training drops -------------------------------------------------------------------------------------
+
+_DROPS: set[Any] = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout}
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
+def dropout_of(node: Node) -> tuple[Any, Any] | None:
+    """Return a functional dropout's probability and what its ``training`` reads (True, False or a node), else None."""
+    if node.op != "call_function" or node.target not in _DROPS:
+        return None
+    named = dict(zip(("input", "p", "training"), node.args, strict=False)) | node.kwargs
+    return named.get("p", 0.5), named.get("training", named.get("train", True))
+
+
+def only_drops(gm: GraphModule, node: Node) -> tuple[nn.Module, ...] | None:
+    """Return the modules in whose training mode a node drops something; in evaluation it is the identity. None: it is not.
+
+    An identity drops nothing in any mode, nor does a dropout of nothing.
+    """
+    module = module_of(gm, node, nn.Module)
+    if module is not None:
+        if not is_torch_module(module) or not isinstance(module, (nn.Identity, *_DROPOUTS)):
+            return None
+        return (module,) if getattr(module, "p", 0) != 0 else ()
+    if (dropout := dropout_of(node)) is None:
+        return None
+    probability, training = dropout
+    if probability == 0 or training is False:
+        return ()
+    mode = module_of(gm, training, TrainingMode)
+    return None if mode is None else (mode,)
+
+
 # --- effects -------------------------------------------------------------------------------------------------
 
 _IN_PLACE_OPERATORS = {getattr(operator, name) for name in dir(operator) if name.startswith("i") and name != "inv"} - {
@@ -593,6 +669,16 @@ def changes_its_input(root: nn.Module, node: Node) -> bool:
     return ends_in_place or by_operator or bool(node.kwargs.get("inplace")) or node.kwargs.get("out") is not None
 
 
+def works_in_place_between(gm: GraphModule, first: Node, last: Node) -> bool:
+    """Tell whether any node behind ``first`` and before ``last`` changes its input."""
+    node = first.next
+    while node is not last:
+        if changes_its_input(gm, node):
+            return True
+        node = node.next
+    return False
+
+
 def remove_dead_nodes(gm: GraphModule, unread: Collection[Node] = ()) -> None:
     """Erase nodes whose result nobody uses, except those that work in place, or call code that the graph does not look into.
 
@@ -608,6 +694,11 @@ def remove_dead_nodes(gm: GraphModule, unread: Collection[Node] = ()) -> None:
 
 
 # --- calls written out ---------------------------------------------------------------------------------------
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Tell whether a module's call does more than its forward."""
+    return any(vars(module).get(name) for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"))
 
 
 def is_torch_module(module: nn.Module) -> bool:

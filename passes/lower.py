@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from pege_fx.batch_norm import FOLDED, BatchNorm, BiasFold, WeightFold
+from pege_fx.batch_norm import BiasFold, Folded, WeightFold
 from pege_fx.fake_quant import FakeQuant
 from pege_fx.functional import dequantize, quantize
 from pege_fx.mode import PythonForward
@@ -52,19 +52,28 @@ def lower_weights(gm: GraphModule) -> None:
         _finish(gm, node, read, grid, fq.site.spec.bits, weight.dtype)
 
 
+def follow_norms(gm: GraphModule) -> None:
+    """Let every fold look at the BatchNorm that the graph calls now, as its next forward would."""
+    for node, module in calls(gm, BiasFold):
+        module(*_values(gm, node))
+
+
 @torch.no_grad()
 def lower_folds(gm: GraphModule) -> None:
     """Store weights and biases with their BatchNorm folded in, and drop the BatchNorms."""
-    for kind in (WeightFold, BiasFold):
-        for node, module in calls(gm, kind):
-            source = first_argument(node)
-            value = module(None if source is None else tensor_of(gm, source))
-            path = free_path(gm, f"{node.target}ed")
-            register_buffer(gm, path, value.clone())
-            replace(gm, node, get_attr(gm.graph, path, before=node))
-    for node, module in calls(gm, BatchNorm):
-        if type(module) in FOLDED.values():
+    folds = [(node, module(*_values(gm, node))) for kind in (WeightFold, BiasFold) for node, module in calls(gm, kind)]
+    for node, value in folds:
+        path = free_path(gm, f"{node.target}ed")
+        register_buffer(gm, path, value.clone())
+        replace(gm, node, get_attr(gm.graph, path, before=node))
+    for node, module in calls(gm, nn.Module):
+        if isinstance(module, Folded):
             replace(gm, node, first_argument(node))
+
+
+def _values(gm: GraphModule, node: Node) -> list[Any]:
+    """What a fold gets: what its operands name."""
+    return [None if source is None else attribute_of(gm, source) for source in arguments(node)[0]]
 
 
 @torch.no_grad()

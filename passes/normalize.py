@@ -14,6 +14,7 @@ from pege_fx.passes.graph import (
     call_function,
     calls,
     get_attr,
+    has_hooks,
     join,
     operator_of,
     owner,
@@ -40,7 +41,7 @@ def normalize(gm: GraphModule) -> None:
         args, kwargs = arguments(node)
         if not isinstance(module, nn.Bilinear | nn.EmbeddingBag) and (kwargs or len(args) != 1):
             node.meta["not_normalized"] = f"{node.target} is called with more than its input"
-        elif any(name in vars(module) for name in ("forward", "_conv_forward")) or _has_hooks(module):
+        elif any(name in vars(module) for name in ("forward", "_conv_forward")) or has_hooks(module):
             node.meta["not_normalized"] = f"{node.target} has hooks or a forward of its own"
         elif set(module.state_dict(keep_vars=True)) - {"weight", "bias"}:
             node.meta["not_normalized"] = f"{node.target} computes its weight from other parameters"
@@ -56,10 +57,6 @@ def normalize(gm: GraphModule) -> None:
             leading = list(itertools.takewhile(named.__contains__, described.parameters[:4]))
             set_arguments(node, tuple(map(named.pop, leading)), named)
     remove_dead_nodes(gm)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return any(vars(module).get(name) for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"))
 
 
 class _Readers:

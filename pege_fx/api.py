@@ -38,7 +38,7 @@ def prepare_passes(policy: QuantPolicy | str, *, batch_norm: BatchNormMode = "tr
         FoldError: for another ``batch_norm``.
 
     >>> len(prepare_passes("W4A4"))
-    8
+    9
     """
     return Pipeline(
         [
@@ -48,6 +48,7 @@ def prepare_passes(policy: QuantPolicy | str, *, batch_norm: BatchNormMode = "tr
             graph_passes.FoldBatchNorm(batch_norm),
             graph_passes.analyse_signs,
             graph_passes.MakePlan(_as_policy(policy)),
+            graph_passes.FoldLeadingNorms(batch_norm),
             graph_passes.InsertFakeQuants(seed),
             graph_passes.verify,
         ]
@@ -67,6 +68,7 @@ def convert_passes(*, integer_bias: bool = False, packed: bool = False) -> Pipel
     return Pipeline(
         [
             graph_passes.drop_training_branches,
+            graph_passes.follow_norms,
             graph_passes.lower_weights,
             graph_passes.lower_folds,
             graph_passes.lower_activations,
@@ -249,9 +251,9 @@ def explain(
     """
     policy = _as_policy(policy)
     passes = prepare_passes(policy, batch_norm=batch_norm)
-    decided = passes.index(next(step for step in passes if isinstance(step, graph_passes.MakePlan)))
+    carried_out = passes.index(next(step for step in passes if isinstance(step, graph_passes.InsertFakeQuants)))
     captured, _ = _capture(model, example_inputs, example_kwargs, blocks)
-    for step in passes[: decided + 1]:  # nobody runs these graphs: no need to lint and to compile them
+    for step in passes[:carried_out]:  # nobody runs these graphs: no need to lint and to compile them
         for gm in captured.graphs:
             step(gm)
     plan = _whole_plan(captured, policy)
@@ -285,7 +287,7 @@ def trace_passes(
 
     >>> import torch
     >>> trace = trace_passes(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), "W4A4", torch.randn(2, 4))
-    >>> print(trace["FoldBatchNorm"].of_kind("added")[0])
+    >>> print(trace["FoldBatchNorm"].of_kind("added")[-1])
     + _0_weight_fold = 0.weight_fold(_0_weight): WeightFold()  (between _0_weight and _0)
     """
     pipeline = prepare_passes(policy, batch_norm=batch_norm, seed=seed) if passes is None else passes

@@ -201,9 +201,10 @@ def bystanders(graphs: Iterable[tuple[str, GraphModule]], plan: Plan) -> Iterato
 
 def _bystander(prefix: str, gm: GraphModule, node: Node) -> Bystander:
     module = module_of(gm, node, nn.Module)
+    verdict = node.meta.get("batch_norm", "") if operator_of(node) is None else ""
     if module is None:
-        reason = "not quantized itself: only operations with a weight and matrix products are"
-        if (joining := joining_of(node)) is not None:
+        reason = verdict or "not quantized itself: only operations with a weight and matrix products are"
+        if not verdict and (joining := joining_of(node)) is not None:
             reason += f', unless a rule says function="{joining.name}"'
         return Bystander(node.name, join(prefix, scope(node), function_name(node)), function_name(node), reason)
     path, what = join(prefix, str(node.target)), type(module).__name__

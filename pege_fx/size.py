@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from pege_fx.batch_norm import FOLDED, BatchNorm, BiasFold, WeightFold
+from pege_fx.batch_norm import FOLDED, BatchNorm, BiasFold, BiasFoldBehind, WeightFold
 from pege_fx.fake_quant import FakeQuant
 from pege_fx.functional import dequantize, quantize
 from pege_fx.packing import unpack
@@ -139,14 +139,25 @@ def _expected(gm: GraphModule) -> SizeReport:
                 float_bytes += 4 * codes
                 quantized_bytes += (module.site.spec.bits * codes + 7) // 8 + _grid_bytes(module, weight)
             elif isinstance(module, BiasFold):
-                float_bytes += _bytes(module.fold.bn.running_mean)
-                quantized_bytes += _bytes(module.fold.bn.running_mean)
+                bias = _folded_bias_bytes(inner, node, module)
+                float_bytes += bias
+                quantized_bytes += bias
     kept = sum(map(_bytes, plain.values()))
     return SizeReport(float_bytes + kept, quantized_bytes + kept)
 
 
 def _bytes(value: Tensor) -> int:
     return value.numel() * value.element_size()
+
+
+def _folded_bias_bytes(gm: GraphModule, node: Node, module: BiasFold) -> int:
+    """One value for each output channel: those that a BatchNorm behind the layer has, or those of the layer itself."""
+    mean: Tensor = module.fold.bn.running_mean
+    if not isinstance(module, BiasFoldBehind):
+        return _bytes(mean)
+    weight = tensor_of(gm, arguments(node)[0][1])
+    assert weight is not None
+    return weight.shape[0] * mean.element_size()
 
 
 def _read_as_it_is(gm: GraphModule, node: Node) -> Iterable[Tensor]:

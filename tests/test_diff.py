@@ -151,7 +151,7 @@ def test_each_pass_of_prepare_tells_what_it_did() -> None:
     ]
     assert trace["normalize"].of_kind("replaced")[0].after.target == "conv2d"  # type: ignore[union-attr]
     added = {change.after.name for change in trace["FoldBatchNorm"].of_kind("added") if change.after}
-    assert added == {"conv_weight_fold", "conv_bias_fold"}
+    assert added == {"bn_1", "conv_weight_fold", "conv_bias_fold"}  # the fold of the bias reads which BatchNorm it follows
     inserted = {change.after.name for change in trace["InsertFakeQuants"].changes if change.after}
     assert {"conv_weight_fq", "x_fq"} <= inserted
     assert not trace["verify"]

@@ -11,7 +11,7 @@ LAYERS: list[set[str]] = [
     {"errors", "spec", "listing", "files"},
     {"accumulators", "kernels", "functional", "packing", "curves", "policy", "processes", "container"},
     {"plan", "quantizers", "batch_norm", "fake_quant", "attention", "mode", "recurrent", "transformer", "explicit"},
-    {"passes.graph", "passes.pipeline", "passes.costs", "passes.values"},
+    {"passes.graph", "passes.pipeline", "passes.costs", "passes.values", "passes.norms"},
     {
         f"passes.{n}"
         for n in ("trace", "branches", "capture", "effects", "normalize", "ranks", "fold_bn", "sign", "plan", "insert")
@@ -41,6 +41,7 @@ INSIDE = {
     ("passes.capture", "passes.trace"), ("passes.capture", "passes.branches"),
     ("inspection", "scheduler"), ("training", "scheduler"), ("listing", "errors"), ("passes.costs", "passes.graph"),
     ("passes.values", "passes.graph"),
+    ("passes.norms", "passes.graph"),
     ("tables", "size"), ("inspection", "tables"), ("inspection", "size"),
     ("telemetry", "scheduler"), ("sensitivity", "mixed_precision"), ("sensitivity", "scheduler"),
     ("sensitivity", "size"), ("sensitivity", "training"), ("diff", "size"), ("diff", "diff_picture"), ("diff_picture", "diff"),

@@ -199,7 +199,7 @@ def test_verify_catches_a_pass_that_removes_a_fake_quant() -> None:
         gm.graph.erase_node(node)
 
     passes = pege_fx.prepare_passes("W4A4")
-    passes.insert(7, remove_one)
+    passes.insert(-1, remove_one)
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     with pytest.raises(pege_fx.VerifyError, match="2: input should read a fake-quant of 8"):
         pege_fx.prepare(model, "W4A4", passes=passes)

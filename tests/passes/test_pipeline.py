@@ -70,6 +70,6 @@ def test_a_pipeline_is_a_list_that_prints() -> None:
 def test_the_pipelines_of_the_front_door_are_new_lists_each_time() -> None:
     pege_fx.prepare_passes("W4A4").clear()
     pege_fx.convert_passes().clear()
-    assert len(pege_fx.prepare_passes("W4A4")) == 8
-    assert len(pege_fx.convert_passes()) == 6
+    assert len(pege_fx.prepare_passes("W4A4")) == 9
+    assert len(pege_fx.convert_passes()) == 7
     assert all(": " in line for line in str(pege_fx.prepare_passes("W4A4")).splitlines())
