@@ -62,6 +62,13 @@ def test_the_code_of_a_page_runs_as_written(name: str) -> None:
             namespace = document.namespace
 
 
+def test_the_map_of_layers_has_every_file() -> None:
+    rows = [line for line in PAGES["CONTRIBUTING.md"].read_text().splitlines() if re.match(r"\| \d+ \|", line)]
+    named = {Path(name).name for row in rows for name in re.findall(r"`([\w/]+\.py)`", row)}
+    folders = ["pege_fx", "passes", "pege_fx/integrations"]  # export/ and testing/ are there as folders
+    assert {path.name for folder in folders for path in (ROOT / folder).glob("*.py")} <= named
+
+
 def rows_of_results() -> Iterator[str]:
     """Rows of the README's tables, from the files that they come from."""
     runs = json.loads((RESULTS / "quickstart.json").read_text())["seeds"]
