@@ -20,6 +20,7 @@ from torch.fx import GraphModule, symbolic_trace
 
 from pege_fx.diff import diff
 from pege_fx.errors import InputError, LawError, closest
+from pege_fx.passes.graph import calls
 from pege_fx.passes.pipeline import name_of
 from pege_fx.testing.function import Gradients, assert_same_function
 from pege_fx.testing.graphs import graph_modules
@@ -141,10 +142,10 @@ def modes(trial: Trial) -> None:
     _assert_same_modes(trial.before, trial.after)
 
 
-def _assert_same_modes(before: nn.Module, after: nn.Module) -> None:
+def _assert_same_modes(before: nn.Module, after: GraphModule) -> None:
     known = {name: module.training for name, module in before.named_modules()}
-    there = {name: module.training for name, module in after.named_modules() if not any(module.children())}
-    wrong = [name for name, mode in there.items() if known.get(name, mode) != mode]
+    called = {str(node.target): module.training for node, module in calls(after, nn.Module)}
+    wrong = [name for name, mode in called.items() if known.get(name, mode) != mode]
     assert not wrong, f"training has changed on {', '.join(wrong)}"
 
 
