@@ -92,7 +92,7 @@ def _outputs(module: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any]
 def _run(module: nn.Module, args: Sequence[Any], named: Mapping[str, Any]) -> dict[str, Tensor]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)  # torch.manual_seed takes as long as a small model where CUDA is not in use
-        if torch.cuda.is_initialized():
+        if torch.cuda.is_available():
             torch.cuda.manual_seed_all(0)
         result = module(*args, **named)
     return {name: value.detach() for name, value in _flat("the output", result)}
