@@ -103,7 +103,7 @@ def test_evaluation_deploys_copies_and_pickles_bit_for_bit(
     assert network.training
 
 
-@given(networks(max_layers=4, dims=[2]))
+@given(networks(max_layers=4, dims=[2], inputs=[1]))
 @settings(max_examples=25, suppress_health_check=[HealthCheck.filter_too_much])
 def test_at_p_1_it_is_plain_torch_on_values_of_the_grid(case: tuple[Network, tuple[Tensor, ...]]) -> None:
     """An independent reference: the original's own modules, with weights and inputs rounded by hooks."""
@@ -203,3 +203,15 @@ def test_verify_catches_a_pass_that_removes_a_fake_quant() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     with pytest.raises(pege_fx.VerifyError, match="2: input should read a fake-quant of 8"):
         pege_fx.prepare(model, "W4A4", passes=passes)
+
+
+def test_a_fake_quant_is_made_where_its_model_is() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2)).to("meta")
+    gm = pege_fx.prepare(model, "W4A4", (torch.empty(2, 3, 6, 6, device="meta"),))
+    assert all(value.is_meta for value in [*gm.parameters(), *gm.buffers()])
+
+
+def test_the_seed_is_nought_unless_it_is_given() -> None:
+    assert pege_fx.passes.InsertFakeQuants() == pege_fx.passes.InsertFakeQuants(0)
+    with pytest.raises(AttributeError):
+        pege_fx.passes.InsertFakeQuants().seed = 3  # type: ignore[misc]
