@@ -93,9 +93,13 @@ class _Memory:
         self._stale.pop(node, None)
 
     def _join(self, node: Node, sources: list[Node]) -> None:
-        together = {node}.union(*(self._sharing[source] for source in sources))
-        for member in together:
-            self._sharing[member] = together
+        groups = sorted((self._sharing[source] for source in sources), key=len, reverse=True)
+        together = groups[0] if groups else set()
+        for group in [{node}, self._sharing.get(node, set()), *groups[1:]]:
+            if group is not together:
+                together |= group
+                for member in group:
+                    self._sharing[member] = together
 
     def _write(self, changed: Node, write: Node) -> None:
         for member in self._sharing[changed]:
