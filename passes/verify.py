@@ -4,7 +4,7 @@ from torch.fx import GraphModule, Node
 
 from pege_fx.errors import VerifyError
 from pege_fx.fake_quant import FakeQuant
-from pege_fx.passes.graph import calls, module_of, operand, result_of
+from pege_fx.passes.graph import behind_transposes, calls, module_of, operand, result_of
 from pege_fx.plan import Edge, Operation, Plan
 
 
@@ -33,5 +33,8 @@ def verify(gm: GraphModule) -> None:
 def _fake_quant_on(gm: GraphModule, node: Node | None, edge: Edge, operation: Operation) -> Node | None:
     if node is None:
         raise VerifyError(f"{operation.path}: its node {operation.node} is gone from the graph.")
-    placed = next(iter(result_of(gm, node).users), None) if edge.operand == "output" else operand(node, edge.operand)
+    if edge.operand == "output":
+        placed = next(iter(result_of(gm, node).users), None)
+    else:
+        placed = behind_transposes(operand(node, edge.operand))
     return placed if isinstance(placed, Node) else None

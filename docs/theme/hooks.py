@@ -5,10 +5,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[2]
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+FORMULA = re.compile(r"^\$\$\n(.+?)\n\$\$$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|[#/])([^)#\s]+)")
 
 
@@ -38,10 +40,14 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Let links that are right in the repository be right in the site; a page without neighbours has no list of them."""
+    """Let links that are right in the repository be right in the site, and formulas be MathML, which needs no script.
+
+    A page without neighbours has no list of them.
+    """
     if page.parent is None:
         page.meta["hide"] = ["navigation"]
     here = posixpath.dirname(page.file.src_uri)
+    markdown = FORMULA.sub(lambda found: f"<div>{convert(found[1], display='block')}</div>", markdown)
     return LINK.sub(lambda found: posixpath.relpath(in_site(in_repository(page.file, found[1])), here or "."), markdown)
 
 
