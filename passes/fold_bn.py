@@ -17,6 +17,7 @@ from pege_fx.passes.graph import (
     copy_origin,
     free_path,
     get_attr,
+    join,
     operand,
     parent_and_name,
     replace,
@@ -172,8 +173,7 @@ def _merge(gm: GraphModule, found: Pair) -> None:
     with torch.no_grad():
         merged_bias = fold.bias_behind(before, value) if found.leads else fold.bias(before)
         set_parameter(gm, str(weight.target), nn.Parameter(fold.weight(value), value.requires_grad))
-    parent, _ = parent_and_name(str(weight.target))
-    path = str(bias.target) if bias is not None else (f"{parent}.bias" if parent else free_path(gm, f"{layer.name}_bias"))
+    path = _new_bias(gm, layer, str(weight.target)) if bias is None else str(bias.target)
     set_parameter(gm, path, nn.Parameter(merged_bias.to(value.dtype), value.requires_grad))
     if bias is None:
         set_operand(layer, "bias", get_attr(gm.graph, path, layer))
@@ -186,3 +186,10 @@ def _merge(gm: GraphModule, found: Pair) -> None:
     for source in sources:
         parent, name = parent_and_name(str(source.target))
         delattr(gm.get_submodule(parent), name)
+
+
+def _new_bias(gm: GraphModule, layer: Node, weight: str) -> str:
+    """The path of a bias where there was none: beside the weight, unless something else lies there."""
+    parent, _ = parent_and_name(weight)
+    is_free = parent and getattr(gm.get_submodule(parent), "bias", None) is None
+    return f"{parent}.bias" if is_free else free_path(gm, join(parent, f"{layer.name}_bias"))

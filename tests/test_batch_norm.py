@@ -481,6 +481,31 @@ def test_the_model_s_own_tensors_are_folded_and_keep_their_names(mode: Any) -> N
     close(reference.eval()(x).float().double(), copy.deepcopy(reference).eval()(x).float().double())
 
 
+class AllInOne(nn.Module):
+    """One module with the weight of its convolution and the bias of its BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.gain = nn.Parameter(torch.rand(4, 4, 1, 1)), nn.Parameter(torch.rand(4))
+        self.bias = nn.Parameter(torch.rand(4))
+        self.register_buffer("mean", torch.rand(4))
+        self.register_buffer("var", torch.rand(4) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(F.conv2d(x, self.weight), self.mean, self.var, self.gain, self.bias, self.training)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_merged_bias_takes_nobodys_place(nested: bool) -> None:
+    model = AllInOne() if not nested else nn.Sequential(AllInOne())
+    x = IMAGE.double()
+    gm = prepared(model.double().eval(), x, batch_norm="freeze")
+    assert verdicts(gm)[0].startswith("folded")
+    close(gm(x), model(x))
+    assert {name.rpartition(".")[2] for name, _ in gm.named_parameters()} == {"weight", "conv2d_bias"}
+    assert torch.equal(pege_fx.convert(gm)(x), gm(x))
+
+
 def test_other_tensors_for_one_call_are_folded_and_leave_no_trace() -> None:
     model = Own().double().eval()
     gm, x = prepared(model, IMAGE.double()), IMAGE.double()
