@@ -65,6 +65,8 @@ class _Memory:
         self._sharing: dict[Node, set[Node]] = {}
         self._later: dict[Node, Node] = {}
         self._stale: dict[Node, Node] = {}
+        self._place = {node: place for place, node in enumerate(gm.graph.nodes)}
+        self._last_read = {source: self._place[node] for node in gm.graph.nodes for source in node.all_input_nodes}
 
     def latest(self, node: Node) -> Node:
         """Return the node that has the present value of ``node``'s tensor."""
@@ -74,8 +76,8 @@ class _Memory:
             name = f"{node.name}_written"
             made = call_function(self.gm.graph, written, (node,), {}, after(write), name)
             made.meta.update({key: node.meta[key] for key in ("rank", "shape", "dtype", "nn_module_stack") if key in node.meta})
-            self._later[node] = made
             self._join(made, [node])
+            self._replace(node, made)
             return made
         return node
 
@@ -85,11 +87,11 @@ class _Memory:
             for source in node.meta.get("writes", ()):
                 self._write(source, node)
         elif changes_its_input(self.gm, node) and isinstance(changed := first_argument(node), Node):
-            self._join(node, [changed])
             self._write(changed, node)
+            self._join(node, [changed])
             if not is_assignment(node):
                 self._stale.pop(changed, None)
-                self._later[changed] = node
+                self._replace(changed, node)
         self._stale.pop(node, None)
 
     def _join(self, node: Node, sources: list[Node]) -> None:
@@ -102,9 +104,15 @@ class _Memory:
                     self._sharing[member] = together
 
     def _write(self, changed: Node, write: Node) -> None:
-        for member in self._sharing[changed]:
-            if member not in self._later:
-                self._stale[member] = write
+        members = self._sharing[changed]
+        members -= {member for member in members if self._last_read.get(member, -1) < self._place[write]}
+        for member in members:
+            self._stale[member] = write
+
+    def _replace(self, node: Node, later: Node) -> None:
+        self._later[node] = later
+        self._last_read[later] = max(self._last_read.get(later, -1), self._last_read[node])
+        self._sharing[node].discard(node)
 
 
 def _may_share(gm: GraphModule, node: Node) -> list[Node]:
