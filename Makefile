@@ -1,4 +1,4 @@
-# One front door: `make demo`, `make test`, `make lint`, `make bench`. Each sets up what it needs.
+# One front door: `make demo`, `make test`, `make lint`, `make docs`, `make bench`. Each sets up what it needs.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +8,7 @@ WORKERS ?= 2
 # One thread a worker: two cores shared by two workers go faster than four threads that fight.
 TEST := OMP_NUM_THREADS=1 PYTHONWARNINGS=default
 
-.PHONY: demo test test-oldest lint format bench coverage clean
+.PHONY: demo test test-oldest lint format docs bench coverage clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py --output runs/quickstart
@@ -23,10 +23,17 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/pre-commit validate-config
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 format: $(VENV)/.installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The site, in build/site; every warning is an error.
+docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/run.py

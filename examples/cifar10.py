@@ -46,7 +46,7 @@ except ImportError:
     SummaryWriter = None
 
 import pege_fx
-from pege_fx import Constant, Exponential, LogReplacement, PEGEScheduler, QuantPolicy
+from pege_fx import Constant, LogReplacement, PEGEScheduler, QuantPolicy
 
 SIDE, PAD = 32, 4
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -280,16 +280,35 @@ def load(path: Path) -> Any:
 # --- training ------------------------------------------------------------------------------------------------
 
 
+SHAPES: dict[str, Callable[..., pege_fx.Curve]] = {
+    "linear": pege_fx.Linear,
+    "cosine": pege_fx.Cosine,
+    "exponential": pege_fx.Exponential,
+    "log": pege_fx.Logarithmic,
+    "step": pege_fx.Step,
+}
+
+
+def replacement(args: argparse.Namespace, total: int) -> pege_fx.Curve:
+    start, end = args.replacement_start, max(args.replacement_end * total, 2)
+    if start == 1:
+        return Constant(1.0)
+    if args.replacement_curve == "log":
+        return LogReplacement.reaching_one_at(end, start)
+    if args.replacement_curve == "ramp":
+        return pege_fx.RampReplacement(steps=end, start=start)
+    return SHAPES[args.replacement_curve](start, 1.0, end)
+
+
 def schedule(args: argparse.Namespace, total: int) -> dict[str, Any]:
     """Return the arguments of the PEGEScheduler; position and length are counted in training steps."""
 
     def strength(first: float, last: float) -> pege_fx.Curve:
-        return Constant(first) if first == last else Exponential(first, last, total)
+        return Constant(first) if first == last else SHAPES[args.lambda_curve](first, last, total)
 
-    start, end = args.replacement_start, max(args.replacement_end * total, 2)
     return {
         "total_steps": total,
-        "replacement": Constant(1.0) if start == 1 else LogReplacement.reaching_one_at(end, start),
+        "replacement": replacement(args, total),
         "weight_lambda": strength(*args.weight_lambda),
         "activation_lambda": strength(*args.activation_lambda),
         "refresh": args.refresh,
@@ -569,8 +588,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, nargs="+", default=[0], help="one or several, run one after the other")
     add("--replacement-start", type=float, help="p at first; default: 0.2 for pege, 1 (all quantized) for ste and ewgs")
     add("--replacement-end", type=float, default=0.5, help="part of the training after which p is 1")
+    add("--replacement-curve", default="log", choices=("log", "ramp", "linear", "cosine", "exponential", "step"))
     add("--weight-lambda", type=float, nargs=2, default=[1e-8, 1e-6], metavar=("A", "B"), help="λ grows from A to B")
     add("--activation-lambda", type=float, nargs=2, default=[1e-9, 1e-8], metavar=("A", "B"))
+    add("--lambda-curve", default="exponential", choices=tuple(SHAPES))
     add("--distill", type=float, default=0.0, metavar="SHARE", help="of the loss: to be like the float model, 0 to 1")
     add("--ewgs-every", type=int, default=10, help="epochs from one estimate of EWGS' δ to the next")
     add("--ewgs-draws", type=int, default=10, help="Hutchinson's random vectors for each of its 3 batches")

@@ -2,6 +2,7 @@ r"""Run a table of experiments with examples/cifar10.py, and write what they fou
 
     python examples/experiments.py examples/experiments.toml --data-dir cifar10-jpeg.tar.xz
     python examples/experiments.py examples/experiments.toml --report-only          # the page again, from the stored runs
+    python examples/experiments.py examples/experiments.toml --profile cpu --data-dir cifar10-jpeg.tar.xz    # small
 
 The table is TOML: ``[defaults]`` and each ``[[run]]`` hold options of cifar10.py by their names; a run also has a ``name``, and
 a ``group``: the runs of a group make one table, and each is compared with the group's first. Every finished run is stored as
@@ -14,6 +15,7 @@ import json
 import sys
 import tomllib
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -35,15 +37,21 @@ class UserError(Exception):
 # --- the table -----------------------------------------------------------------------------------------------
 
 
-def read_table(path: Path) -> list[dict[str, Any]]:
-    """Return the runs with the defaults filled in."""
+def read_table(path: Path, profile: str | None = None) -> list[dict[str, Any]]:
+    """Return the runs with the defaults filled in, and over those what the profile says."""
     try:
         table = tomllib.loads(path.read_text())
     except OSError as error:
         raise UserError(f"can not read the table {path}: {error}.") from error
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path} is not TOML: {error}.") from error
-    runs = [table.get("defaults", {}) | run for run in table.get("run", [])]
+    profiles = table.get("profiles", {})
+    if profile is not None and profile not in profiles:
+        raise UserError(f"{path} has no [profiles.{profile}]; it has: {', '.join(profiles) or 'none'}.")
+    other = dict(profiles[profile]) if profile else {}
+    skip = other.pop("skip", [])
+    runs = [table.get("defaults", {}) | other | run for run in table.get("run", [])]
+    runs = [run for run in runs if not any(fnmatch(str(run.get("name")), pattern) for pattern in skip)]
     if not runs:
         raise UserError(f"{path} has no [[run]]: add one with a name, a group, and options of cifar10.py.")
     for number, run in enumerate(runs):
@@ -89,12 +97,22 @@ def stored(folder: Path, run: dict[str, Any], seed: int) -> dict[str, Any] | Non
     return found
 
 
+def made_under_another_name(folder: Path, run: dict[str, Any], seed: int) -> dict[str, Any] | None:
+    """The result of a run with the same options: groups show the same run from different sides."""
+    for path in sorted(folder.glob(f"*-seed{seed}.json")):
+        found: dict[str, Any] = json.loads(path.read_text())
+        if found["options"] == options(run):
+            return found
+    return None
+
+
 def execute(run: dict[str, Any], seed: int, args: argparse.Namespace) -> None:
     """Train one run with one seed, from the float model that all runs of this network and seed share, and store it."""
+    if found := made_under_another_name(args.results, run, seed):
+        cifar10.save(found, args.results / f"{run['name']}-seed{seed}.json")
+        return
     settings = options(run)
-    shared = {
-        name: settings[name] for name in ("model", "float_epochs", "float_lr", "batch_size", "subset") if name in settings
-    }
+    shared = {name: settings[name] for name in SHARED if name in settings}
     label = "-".join(["float", *(str(value) for value in shared.values())])
     common = [*args.rest, *(["--data-dir", args.data_dir] if args.data_dir else []), "--cache", str(args.work / "cache")]
     common += ["--seed", str(seed)]
@@ -191,7 +209,8 @@ def write_report(runs: list[dict[str, Any]], args: argparse.Namespace) -> None:
     lines = [
         "# Results",
         "",
-        f"Made by `examples/experiments.py {args.table.name}` from the stored runs; do not edit. Mean ± standard",
+        f"Made by `examples/experiments.py {args.table.name}{f' --profile {args.profile}' if args.profile else ''}`",
+        "from the stored runs; do not edit. Mean ± standard",
         "deviation over seeds; differences are paired by seed, with the 95 % interval and p of the t-test.",
         "",
     ]
@@ -212,16 +231,22 @@ def main(argv: list[str] | None = None) -> None:
     add("--data-dir", help="as for cifar10.py")
     add("--work", type=Path, default=Path("runs/experiments"), help="folder of checkpoints, to go on from")
     add("--results", type=Path, default=Path("benchmarks/results/cifar10"), help="folder of stored runs, one JSON per seed")
+    add(
+        "--profile",
+        help="a section [profiles.NAME] of the table: another size of all runs; results go into a folder of that name",
+    )
     add("--report", type=Path, default=Path("docs/results.md"))
     add("--report-only", action="store_true")
     args, args.rest = parser.parse_known_args(argv)
+    if args.profile:
+        args.work, args.results = args.work / args.profile, args.results / args.profile
     try:
-        runs = read_table(args.table)
-        for run in runs:
-            for seed in [] if args.report_only else seeds(run):
-                if stored(args.results, run, seed) is None:
-                    execute(run, seed, args)
-                    write_report(runs, args)
+        runs = read_table(args.table, args.profile)
+        todo = [] if args.report_only else [(seed, run) for run in runs for seed in seeds(run)]
+        for seed, run in sorted(todo, key=lambda item: item[0]):  # a first look at all of them, then the next seed
+            if stored(args.results, run, seed) is None:
+                execute(run, seed, args)
+                write_report(runs, args)
         write_report(runs, args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,12 +1,14 @@
-"""Graph passes: capture, normal form, BatchNorm folding, sign analysis, plan, insertion, verification, lowering."""
+"""Graph passes: capture, writes, normal form, BatchNorm folding, sign analysis, plan, insertion, verification, lowering."""
 
 from pege_fx.passes.branches import drop_training_branches
 from pege_fx.passes.capture import capture
-from pege_fx.passes.fold_bn import FoldBatchNorm
+from pege_fx.passes.effects import name_writes
+from pege_fx.passes.fold_bn import FoldBatchNorm, FoldLeadingNorms
 from pege_fx.passes.inline import inline_modules
 from pege_fx.passes.insert import InsertFakeQuants
 from pege_fx.passes.lower import (
     drop_unused,
+    follow_norms,
     lower_activations,
     lower_biases,
     lower_folds,
@@ -23,6 +25,7 @@ from pege_fx.passes.verify import verify
 
 __all__ = [
     "FoldBatchNorm",
+    "FoldLeadingNorms",
     "InsertFakeQuants",
     "MakePlan",
     "Pass",
@@ -31,12 +34,14 @@ __all__ = [
     "capture",
     "drop_training_branches",
     "drop_unused",
+    "follow_norms",
     "infer_ranks",
     "inline_modules",
     "lower_activations",
     "lower_biases",
     "lower_folds",
     "lower_weights",
+    "name_writes",
     "normalize",
     "pack_weights",
     "run",

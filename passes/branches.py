@@ -1,7 +1,5 @@
 """``if self.training``: a graph for each mode, merged into one that follows ``train()`` and ``eval()``."""
 
-import operator
-from collections.abc import Iterator
 from difflib import SequenceMatcher
 from typing import Any
 
@@ -18,27 +16,13 @@ from pege_fx.passes.graph import (
     changes_its_input,
     first_argument,
     map_nodes,
-    operator_of,
     owner,
     remove_dead_nodes,
     set_arguments,
 )
+from pege_fx.passes.values import RANDOM, makers
 
-_RANDOM = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.RReLU)
-_MAY_RETURN_INPUT = (*_RANDOM, nn.Identity, nn.Flatten, nn.Unflatten, nn.Sequential)
-_MAKING: set[Any] = {
-    operator.add,
-    operator.sub,
-    operator.mul,
-    operator.truediv,
-    torch.add,
-    torch.mul,
-    torch.rand_like,
-    torch.randn_like,
-}
-_MAKING |= {"new_empty", "new_zeros", "new_ones", "new_full", "clone"}
 _KEEPING_STATISTICS: set[Any] = {F.batch_norm, F.instance_norm, torch.batch_norm, torch.instance_norm}
-_VIEWING: set[Any] = {"view", "reshape", "flatten", torch.flatten, torch.reshape, operator.getitem}
 
 
 class MergeError(Exception):
@@ -101,23 +85,9 @@ def _join(graph: Graph, mode: Node, node: Node, other: Node, union: dict[Node, N
     set_arguments(node, pick(args, other_args), pick(kwargs, other_kwargs))
 
 
-def _makers(root: nn.Module, value: Any) -> Iterator[tuple[Node, bool]]:
-    """Walk from a tensor to where its memory comes from; the flag says whether a node makes it anew."""
-    while isinstance(value, Node):
-        in_place = changes_its_input(root, value)
-        if value.op == "call_module" and not in_place:
-            anew = not isinstance(root.get_submodule(str(value.target)), _MAY_RETURN_INPUT)
-        else:
-            anew = operator_of(value) is not None or value.target in _MAKING
-        yield value, anew
-        if anew or not (value.op == "call_module" or in_place or value.target in _VIEWING):
-            return
-        value = first_argument(value)
-
-
 def _is_made_by(root: nn.Module, value: Any, nodes: list[Node]) -> bool:
     """Whether the nodes make this tensor, so that nobody else sees what happens to it."""
-    walked = list(_makers(root, value))
+    walked = list(makers(root, value))
     return bool(walked) and walked[-1][1] and all(node in nodes for node, _ in walked)
 
 
@@ -126,27 +96,28 @@ def _check_state(root: nn.Module, node: Node) -> None:
     if node.op != "call_module":
         return
     for module in root.get_submodule(str(node.target)).modules():
-        if isinstance(module, _RANDOM) or any(True for _ in module.buffers(recurse=False)):
+        if isinstance(module, RANDOM) or any(True for _ in module.buffers(recurse=False)):
             raise MergeError(f"{node.target}, which evaluation alone calls, has a state or draws random numbers")
 
 
 def drop_training_branches(gm: GraphModule) -> None:
     """Fix the mode to evaluation: every selection becomes its side of evaluation, what only training needs goes."""
     modes = [node for node, _ in calls(gm, TrainingMode)]
+    read = [node for node in gm.graph.nodes if node.users]
     for node in [user for mode in modes for user in mode.users]:
         args, kwargs = (map_nodes(part, lambda n: False if n in modes else n) for part in arguments(node))
         set_arguments(node, args, kwargs)
         if node.target is select_by_mode:
             node.replace_all_uses_with(args[2])
-    remove_dead_nodes(gm)
+    remove_dead_nodes(gm, read)
     while unread := [node for node in gm.graph.nodes if _changes_for_nobody(gm, node)]:
         gm.graph.erase_node(unread[-1])
-        remove_dead_nodes(gm)
+        remove_dead_nodes(gm, read)
 
 
 def _changes_for_nobody(gm: GraphModule, node: Node) -> bool:
     """Whether a node works in place on a tensor that nobody reads."""
     if node.users or not changes_its_input(gm, node):
         return False
-    walked = list(_makers(gm, first_argument(node)))
+    walked = list(makers(gm, first_argument(node)))
     return bool(walked) and walked[-1][1] and all(len(source.users) == 1 for source, _ in walked)

@@ -1,36 +1,45 @@
 """BatchNorm folding: every fold is proved safe first, or refused with a reason on the node."""
 
+import dataclasses
+from collections import Counter
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from pege_fx.batch_norm import FOLDED, BatchNorm, BiasFold, Fold, WeightFold
+from pege_fx.batch_norm import BiasFold, BiasFoldBehind, Fold, WeightFold
 from pege_fx.errors import FoldError
 from pege_fx.passes.graph import (
-    attribute,
+    become_call,
     call_module,
-    call_sites,
-    calls,
-    channels_of,
     copy_origin,
-    first_argument,
     free_path,
+    get_attr,
     operand,
-    operator_of,
     parent_and_name,
-    rank_of,
     replace,
+    set_arguments,
     set_operand,
     set_parameter,
-    tensor_of,
+    uses,
 )
-from pege_fx.spec import Channels
+from pege_fx.passes.norms import (
+    TENSORS,
+    Pair,
+    before,
+    behind,
+    channels_beside,
+    is_foldable,
+    norm_of,
+    norms_of,
+    the_tensor,
+    why_not,
+)
+from pege_fx.plan import Plan
 
 MODES = ("train", "freeze", "keep")
-_RANKS = {nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}
 
 
 @dataclass(frozen=True)
@@ -38,7 +47,8 @@ class FoldBatchNorm:
     """Fold every BatchNorm into the layer that feeds it and nothing else: w' = k w, b' = k (b - mean) + beta.
 
     k = gamma / sqrt(var + eps). ``mode``: "train" keeps batch statistics live in training and folds in evaluation;
-    "freeze" merges the running statistics into weight and bias at once; "keep" leaves every BatchNorm alone.
+    "freeze" merges the running statistics into weight and bias at once; "keep" leaves every BatchNorm alone. Identities and
+    dropouts between the two do not count where they do nothing. What no layer feeds, "freeze" merges into the layer behind.
 
     The verdict is in ``meta["batch_norm"]`` of the layer and of the BatchNorm: "folded bn1", or why not.
     """
@@ -50,97 +60,129 @@ class FoldBatchNorm:
             raise FoldError(f'batch_norm={self.mode!r}: give "train", "freeze" or "keep".')
 
     def __call__(self, gm: GraphModule) -> None:
-        sites = call_sites(gm)
-        for node, bn in calls(gm, BatchNorm):
-            layer = first_argument(node)
-            reason = 'batch_norm="keep"' if self.mode == "keep" else why_not(gm, node, bn, sites[bn])
-            verdict = f"{node.target} stays: {reason}" if reason else f"folded {node.target}"
-            node.meta["batch_norm"] = verdict
-            if isinstance(layer, Node):
-                layer.meta["batch_norm"] = verdict
+        nodes = norms_of(gm)
+        used = uses(gm.meta.get("family", [gm])) if nodes else Counter()
+        for node in nodes:
+            norm = norm_of(gm, node)
+            found = before(gm, norm)
+            reason = 'batch_norm="keep"' if self.mode == "keep" else why_not(gm, found, used, merges=self.mode == "freeze")
+            _note(found, reason)
+            if reason and self.mode == "freeze":
+                found, first = behind(gm, norm), reason
+                reason = why_not(gm, found, used, merges=True)
+                _note(found, _both(first, found, reason))
             if reason:
                 continue
             if self.mode == "freeze":
-                _merge(gm, layer, node, bn)
+                _merge(gm, found)
             else:
-                _fold_live(gm, layer, node, bn)
+                _fold_live(gm, found)
 
 
-def why_not(gm: GraphModule, node: Node, bn: BatchNorm, sites: int) -> str:
-    """Return why a BatchNorm, called at ``sites`` places, can not be folded; "" if it is proved that it can."""
-    layer = first_argument(node)
-    described = operator_of(layer) if isinstance(layer, Node) else None
-    if type(bn) not in FOLDED:
-        return f"{type(bn).__name__} may compute something else than BatchNorm"
-    if described is None or "weight" not in described.weights or "bias" not in described.parameters:
-        return f"its input {layer} is not a convolution or linear layer"
-    if bn.running_mean is None or bn.running_var is None:
-        return "it keeps no running statistics"
-    if sites > 1:
-        return f"it is called {sites} times"
-    if len(layer.users) > 1:
-        return f"the output of {layer} has {len(layer.users)} users"
-    for name in ("weight", "bias"):
-        source = operand(layer, name)
-        if source is None:
-            continue
-        if tensor_of(gm, source) is None or not isinstance(attribute(gm, source), nn.Parameter):
-            return f"the {name} of {layer} is computed, not a parameter"
-        if len(source.users) > 1:
-            return f"{source.target} is read at {len(source.users)} places"
-    count = _channels(gm, layer).count
-    if count != bn.num_features:
-        return f"it has {bn.num_features} channels where {layer} has {count}"
-    return _why_not_by_rank(described.name, node, bn)
+@dataclass(frozen=True)
+class FoldLeadingNorms:
+    """Fold a BatchNorm that no layer feeds into the float layer that reads it and nothing else, in evaluation.
+
+    w' = w k by input channels, b' = b + w (beta - k mean). A fake-quant on the layer's input stands between the two, and
+    scales per output channel can not hold k: so both edges have to be float, and the plan says whether they are.
+    """
+
+    mode: Literal["train", "freeze", "keep"] = "train"
+
+    def __call__(self, gm: GraphModule) -> None:
+        if self.mode != "train" or not (nodes := norms_of(gm)):
+            return
+        plan: Plan = gm.meta["plan"]
+        used = uses(gm.meta.get("family", [gm]))
+        formats = {op.node: op.format for op in plan.operations if any(edge.spec for edge in (*op.weights, *op.inputs))}
+        for node in nodes:
+            norm = norm_of(gm, node)
+            found = behind(gm, norm)
+            reason = why_not(gm, found, used, merges=False)
+            if not reason and found.layer.name in formats:
+                reason = f"{found.layer} is quantized, {formats[found.layer.name]}"
+            refused = str(norm.node.meta.get("batch_norm", "")).removeprefix(f"{norm.name} stays: ")
+            _note(found, _both(refused, found, reason))
+            if not reason:
+                _fold_live(gm, found)
+        verdicts = {node.name: node.meta.get("batch_norm", "") for node in gm.graph.nodes}
+        decided = (dataclasses.replace(op, batch_norm=verdicts[op.node]) for op in plan.operations)
+        gm.meta["plan"] = dataclasses.replace(plan, operations=tuple(decided))
 
 
-def _why_not_by_rank(layer_name: str, node: Node, bn: BatchNorm) -> str:
-    """BatchNorm works on dimension 1: behind a linear layer that is the features' only where the input has two."""
-    if type(bn) in _RANKS and layer_name != "linear":
-        return ""  # it accepts batched input alone
-    needed = 2 if layer_name == "linear" else 2 + int(layer_name[-2])
-    rank = rank_of(node)
-    if rank is None:
-        return "the number of dimensions of its input is not known: give example_inputs"
-    return "" if rank == needed else f"its input has {rank} dimensions, the channels are not in dimension 1"
+def _note(found: Pair, reason: str) -> None:
+    """Write the verdict on the BatchNorm, and on the layer: why one in front of it stays matters least there."""
+    norm, layer = found.norm, found.layer
+    verdict = f"{norm.name} stays: {reason}" if reason else f"folded {norm.name}"
+    norm.node.meta["batch_norm"] = verdict
+    if not is_foldable(layer):
+        return
+    said = layer.meta.get("batch_norm", "")
+    if not (said and reason and found.leads):
+        layer.meta["batch_norm"] = f"{said}; {verdict}" if said.startswith("folded") else verdict
 
 
-def _channels(gm: GraphModule, layer: Node) -> Channels:
-    channels = channels_of(layer, "weight", _tensor(gm, operand(layer, "weight")))
-    assert channels is not None
-    return channels
+def _both(reason: str, other: Pair, reason_behind: str) -> str:
+    """The reasons on both sides, where there is a layer behind; "" if it takes the BatchNorm."""
+    if not reason_behind:
+        return ""
+    return f"{reason}; {reason_behind}" if is_foldable(other.layer) else reason
 
 
-def _tensor(gm: GraphModule, node: Node) -> torch.Tensor:
-    value = tensor_of(gm, node)
-    assert value is not None
-    return value
-
-
-def _fold_live(gm: GraphModule, layer: Node, node: Node, bn: BatchNorm) -> None:
-    weight = operand(layer, "weight")
-    bn.__class__ = FOLDED[type(bn)]  # type: ignore[assignment]
-    fold = Fold(bn, _channels(gm, layer))
-    for name, source, module in (("weight", weight, WeightFold(fold)), ("bias", operand(layer, "bias"), BiasFold(fold))):
+def _fold_live(gm: GraphModule, found: Pair) -> None:
+    layer, fold = found.layer, Fold(found.norm.bn, channels_beside(gm, found), found.drops)
+    weight, bias = operand(layer, "weight"), operand(layer, "bias")
+    norm = _read(gm, found)
+    made: tuple[tuple[str, Any, nn.Module, tuple[Node | None, ...]], ...] = (
+        ("bias", bias, BiasFoldBehind(fold), (weight, *norm)) if found.leads else ("bias", bias, BiasFold(fold), norm),
+        ("weight", weight, WeightFold(fold), ()),
+    )
+    for name, source, module, more in made:
         path = free_path(gm, f"{layer.meta['path']}.{name}_fold" if "path" in layer.meta else f"{layer.name}_{name}_fold")
         gm.add_submodule(path, module)
-        folded = call_module(gm.graph, path, source, before=layer)
+        folded = call_module(gm.graph, path, source, layer, more=more)
         copy_origin(layer, folded)
         set_operand(layer, name, folded)
 
 
-def _merge(gm: GraphModule, layer: Node, node: Node, bn: BatchNorm) -> None:
+def _read(gm: GraphModule, found: Pair) -> tuple[Node | None, ...]:
+    """Read before the layer what the fold follows: the BatchNorm's module, or the tensors of its function."""
+    norm = found.norm
+    if not norm.is_function:
+        set_arguments(norm.node, (norm.arguments["input"],), {})
+        return (get_attr(gm.graph, norm.name, found.layer),)
+    sources = [norm.arguments.get(tensor) for tensor in TENSORS]
+    become_call(gm, norm.node, norm.name, norm.bn, (norm.arguments["input"],))
+    read = tuple(None if source is None else get_attr(gm.graph, str(source.target), found.layer) for source in sources)
+    _erase(gm, [*sources, norm.arguments.get("training")])
+    return read
+
+
+def _erase(gm: GraphModule, nodes: list[Any]) -> None:
+    for node in nodes:
+        if isinstance(node, Node) and not node.users:
+            gm.graph.erase_node(node)
+
+
+def _merge(gm: GraphModule, found: Pair) -> None:
+    layer, norm = found.layer, found.norm
     weight, bias = operand(layer, "weight"), operand(layer, "bias")
-    value = _tensor(gm, weight)
-    fold = Fold(bn, _channels(gm, layer))
+    value, before = the_tensor(gm, weight), None if bias is None else the_tensor(gm, bias)
+    fold = Fold(norm.bn, channels_beside(gm, found))
     with torch.no_grad():
-        merged_bias = fold.bias(None if bias is None else _tensor(gm, bias)).to(value.dtype)
+        merged_bias = fold.bias_behind(before, value) if found.leads else fold.bias(before)
         set_parameter(gm, str(weight.target), nn.Parameter(fold.weight(value), value.requires_grad))
     parent, _ = parent_and_name(str(weight.target))
     path = str(bias.target) if bias is not None else (f"{parent}.bias" if parent else free_path(gm, f"{layer.name}_bias"))
-    set_parameter(gm, path, nn.Parameter(merged_bias, value.requires_grad))
+    set_parameter(gm, path, nn.Parameter(merged_bias.to(value.dtype), value.requires_grad))
     if bias is None:
-        with gm.graph.inserting_before(layer):
-            set_operand(layer, "bias", gm.graph.create_node("get_attr", path))
-    replace(gm, node, layer)
-    gm.delete_submodule(str(node.target))
+        set_operand(layer, "bias", get_attr(gm.graph, path, layer))
+    replace(gm, norm.node, norm.arguments["input"])
+    if not norm.is_function:
+        gm.delete_submodule(norm.name)
+        return
+    sources = [source for tensor in TENSORS if (source := norm.arguments.get(tensor)) is not None]
+    _erase(gm, [*sources, norm.arguments.get("training")])
+    for source in sources:
+        parent, name = parent_and_name(str(source.target))
+        delattr(gm.get_submodule(parent), name)

@@ -1,11 +1,13 @@
 """Reading and writing fx graphs: the only file that looks at ``node.args``, with helpers of exact types."""
 
+import dataclasses
+import functools
 import inspect
 import operator
 import sys
 import types
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -13,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.fx.node import map_arg
 
-from pege_fx.batch_norm import BiasFold, Fold, WeightFold
+from pege_fx.batch_norm import BiasFold, BiasFoldBehind, Fold, WeightFold
+from pege_fx.mode import PythonForward, TrainingMode
 from pege_fx.recurrent import recurrent
 from pege_fx.spec import Channels
 
@@ -27,7 +31,8 @@ class Operator:
     """A function with edges that can be quantized.
 
     ``parameters`` are its leading parameters by name; ``weights`` and ``inputs`` say which of them, or of its keywords,
-    are edges. The builtin functions have no signature to ask, so the table below is their signature.
+    are edges. The builtin functions have no signature to ask, so the table below is their signature. With ``on_request``, only
+    a rule that names the function quantizes it; all its tensors are inputs then, parameters too.
     """
 
     name: str
@@ -35,6 +40,7 @@ class Operator:
     inputs: tuple[str, ...]
     weights: tuple[str, ...] = ()
     transposed: bool = False
+    on_request: bool = False
 
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -59,6 +65,7 @@ MM = Operator("mm", ("input", "mat2"), ("input", "mat2"))
 BMM = Operator("bmm", ("input", "mat2"), ("input", "mat2"))
 ADDMM = Operator("addmm", ("input", "mat1", "mat2"), ("mat1", "mat2"))
 BADDBMM = Operator("baddbmm", ("input", "batch1", "batch2"), ("batch1", "batch2"))
+GROUPED_MM = Operator("grouped_mm", ("mat_a", "mat_b"), ("mat_a", "mat_b"))
 EINSUM = Operator("einsum", ("equation", "a", "b", "c", "d"), ("a", "b", "c", "d"))
 ATTENTION = Operator("scaled_dot_product_attention", ("query", "key", "value", "attn_mask"), ("query", "key", "value"))
 
@@ -79,6 +86,7 @@ FUNCTIONS: dict[Any, Operator] = {
     torch.bmm: BMM,
     torch.addmm: ADDMM,
     torch.baddbmm: BADDBMM,
+    F.grouped_mm: GROUPED_MM,
     torch.einsum: EINSUM,
     F.scaled_dot_product_attention: ATTENTION,
 }
@@ -90,6 +98,52 @@ METHODS: dict[str, Operator] = {
     "addmm": ADDMM,
     "baddbmm": BADDBMM,
 }
+
+
+def _elementwise(name: str) -> Operator:
+    return Operator(name, ("input", "other"), ("input", "other"), on_request=True)
+
+
+def _of_list(name: str) -> Operator:
+    return Operator(name, ("tensors", "dim"), ("tensors",), on_request=True)
+
+
+ADD, SUB, MUL, CAT, STACK = (_elementwise("add"), _elementwise("sub"), _elementwise("mul"), _of_list("cat"), _of_list("stack"))
+JOINING_FUNCTIONS: dict[Any, Operator] = {
+    **dict.fromkeys((operator.add, operator.iadd, torch.add), ADD),
+    **dict.fromkeys((operator.sub, operator.isub, torch.sub, torch.subtract), SUB),
+    **dict.fromkeys((operator.mul, operator.imul, torch.mul, torch.multiply), MUL),
+    **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), CAT),
+    torch.stack: STACK,
+}
+JOINING_METHODS: dict[str, Operator] = {
+    **dict.fromkeys(("add", "add_"), ADD),
+    **dict.fromkeys(("sub", "sub_", "subtract", "subtract_"), SUB),
+    **dict.fromkeys(("mul", "mul_", "multiply", "multiply_"), MUL),
+}
+
+
+def joining_of(node: Node) -> Operator | None:
+    """Return the entry of a node that joins tensors, element by element or side by side; None for any other.
+
+    The operands of a list are its items, as ``"tensors[0]"``; a list that another node makes has none.
+    """
+    table: Mapping[Any, Operator] = JOINING_METHODS if node.op == "call_method" else JOINING_FUNCTIONS
+    found = table.get(node.target)
+    if found is None or "out" in node.kwargs:
+        return None
+    if found.inputs != ("tensors",):
+        return found
+    tensors = node.args[0] if node.args else node.kwargs.get("tensors")
+    count = len(tensors) if isinstance(tensors, (list, tuple)) else 0
+    return dataclasses.replace(found, inputs=tuple(f"tensors[{i}]" for i in range(count)))
+
+
+@functools.cache
+def aliases_of(name: str) -> frozenset[str]:
+    """Return the names of the functions and methods that are the operation of this name."""
+    functions = [f.__name__ for f, found in (FUNCTIONS | JOINING_FUNCTIONS).items() if found.name == name]
+    return frozenset(functions + [method for method, found in (METHODS | JOINING_METHODS).items() if found.name == name])
 
 
 def operator_of(node: Node) -> Operator | None:
@@ -106,12 +160,25 @@ def _recurrent(node: Node) -> Operator:
     return Operator(str(node.kwargs["kind"]), ("input", "hx"), ("input",), weights)
 
 
+def entry_of(node: Node) -> Operator:
+    """Return the table's entry of an operator's node, also of one that joins."""
+    found = operator_of(node) or joining_of(node)
+    assert found is not None, f"{node} is no operator"
+    return found
+
+
 def operand(node: Node, name: str) -> Any:
     """Return the argument that an operator's node passes for a parameter, or None if it passes none."""
-    described = operator_of(node)
-    assert described is not None, f"{node} is no operator"
-    position = _position(described, name)
-    return node.args[position] if position < len(node.args) else node.kwargs.get(name)
+    name, index = _item(name)
+    position = _position(entry_of(node), name)
+    value: Any = node.args[position] if position < len(node.args) else node.kwargs.get(name)
+    return value if index is None else value[index]
+
+
+def _item(name: str) -> tuple[str, int | None]:
+    """Split ``"tensors[1]"`` into the parameter and the place in its list."""
+    name, bracket, index = name.rstrip("]").partition("[")
+    return name, int(index) if bracket else None
 
 
 def _position(described: Operator, name: str) -> int:
@@ -121,13 +188,16 @@ def _position(described: Operator, name: str) -> int:
 
 def set_operand(node: Node, name: str, value: Node | None) -> None:
     """Pass ``value`` for a parameter of an operator's node."""
-    described = operator_of(node)
-    assert described is not None, f"{node} is no operator"
-    position = _position(described, name)
+    name, index = _item(name)
+    given: Any = value
+    if index is not None:
+        items = operand(node, name)
+        given = [*items[:index], value, *items[index + 1 :]]
+    position = _position(entry_of(node), name)
     if position < len(node.args):
-        node.update_arg(position, value)
+        node.update_arg(position, given)
     else:
-        node.update_kwarg(name, value)
+        node.update_kwarg(name, given)
 
 
 def first_argument(node: Node) -> Any:
@@ -152,9 +222,9 @@ def map_nodes(value: Any, function: Callable[[Node], Any]) -> Any:
 
 def plain(value: Any) -> Any:
     """Return arguments with ordinary lists and dicts in the place of a node's immutable ones: a function may change them."""
-    if isinstance(value, list):
+    if isinstance(value, immutable_list):
         return [plain(item) for item in value]
-    if isinstance(value, dict):
+    if isinstance(value, immutable_dict):
         return {key: plain(item) for key, item in value.items()}
     return tuple(map(plain, value)) if type(value) is tuple else value
 
@@ -167,10 +237,30 @@ def become(node: Node, function: Callable[..., Any], args: tuple[Any, ...], kwar
     set_arguments(node, args, kwargs)
 
 
+def become_call(gm: GraphModule, node: Node, path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Turn a function's call into that of a new module, in place, so that it keeps its name and users."""
+    path = free_path(gm, path)
+    gm.add_submodule(path, module)
+    node.op, node.target = "call_module", path
+    set_arguments(node, args, {})
+
+
 def channels_of(node: Node, name: str, weight: Tensor) -> Channels | None:
-    """Return where an operand of an operator keeps its output channels; None: no axis of it is one."""
+    """Return where an operand of an operator keeps its output channels; None: no axis of it is one.
+
+    Of a weight that is transposed on the way, the axis is that of the weight. Experts' matrices have one channel each.
+    """
     described = operator_of(node)
     assert described is not None, f"{node} is no operator"
+    if described is GROUPED_MM and weight.ndim == 3:
+        return Channels(weight.shape[0])
+    if weight.ndim == 2 and _is_turned(operand(node, name)):
+        found = _channels_of(node, described, name, weight.mT)
+        return None if found is None else dataclasses.replace(found, axis=1 - found.axis)
+    return _channels_of(node, described, name, weight)
+
+
+def _channels_of(node: Node, described: Operator, name: str, weight: Tensor) -> Channels | None:
     if name in described.weights:
         if not described.transposed:
             return Channels(weight.shape[0])
@@ -180,6 +270,22 @@ def channels_of(node: Node, name: str, weight: Tensor) -> Channels | None:
         return None
     is_left = name == described.inputs[0]  # rows of the left factor, columns of the right one
     return Channels(weight.shape[0]) if is_left else Channels(weight.shape[1], axis=1)
+
+
+def input_channels_of(node: Node, weight: Tensor) -> Channels:
+    """Return where the weight of a convolution (not a transposed one) or of a linear layer keeps its input channels."""
+    groups = operand(node, "groups") if operator_of(node) is not LINEAR else None
+    return Channels(weight.shape[1] * (groups or 1), axis=1, groups=groups or 1)
+
+
+def pads(node: Node, weight: Tensor) -> bool:
+    """Tell whether a convolution or linear layer adds anything to its input."""
+    padding = operand(node, "padding") if operator_of(node) is not LINEAR else None
+    if padding == "same":
+        return any(size > 1 for size in weight.shape[2:])
+    return padding not in (None, "valid") and any(
+        side != 0 for side in (padding if isinstance(padding, (tuple, list)) else (padding,))
+    )
 
 
 # --- modules and attributes ----------------------------------------------------------------------------------
@@ -203,6 +309,25 @@ def calls(gm: GraphModule, cls: type[M]) -> Iterator[tuple[Node, M]]:
 def call_sites(gm: GraphModule) -> Counter[nn.Module]:
     """Count the nodes that call each module, under whichever of its names."""
     return Counter(module for _, module in calls(gm, nn.Module))
+
+
+def uses(graphs: Iterable[GraphModule]) -> Counter[int]:
+    """Count the nodes that call or read each module and tensor (by ``id``), alone or as a part of a module."""
+    counts: Counter[int] = Counter()
+    for gm in graphs:
+        for node in gm.graph.nodes:
+            if node.op in ("call_module", "get_attr"):
+                counts.update(_parts(attribute_of(gm, node)))
+    return counts
+
+
+def _parts(value: Any) -> set[int]:
+    """What a node uses: a graph inside a module speaks for itself."""
+    found = {id(value)}
+    if isinstance(value, nn.Module) and not isinstance(value, GraphModule):
+        found.update(id(tensor) for tensor in (*value.parameters(recurse=False), *value.buffers(recurse=False)))
+        found.update(*map(_parts, value.children()))
+    return found
 
 
 def attribute(gm: GraphModule, node: Any) -> Any:
@@ -240,6 +365,16 @@ def is_leaf_function(node: Node) -> bool:
     return node.op == "call_function" and type(node.target) is types.FunctionType and not library
 
 
+def is_unknown_code(root: nn.Module, node: Node) -> bool:
+    """Tell whether a node calls code that the graph does not look into: it may write to its inputs, or have other effects."""
+    if node.op == "call_method":
+        return not hasattr(Tensor, str(node.target))  # of an object such as a cache
+    if node.op != "call_module":
+        return is_leaf_function(node)
+    own = type(root.get_submodule(str(node.target)))
+    return not own.__module__.startswith(("torch.nn.", "pege_fx.")) or own is PythonForward
+
+
 def hides_weights(root: nn.Module, node: Node) -> bool:
     """Tell whether a node is such a function and gets a weight."""
     if not is_leaf_function(node):
@@ -253,12 +388,66 @@ def is_matrix(value: Any) -> bool:
     return isinstance(value, nn.Parameter) and value.ndim > 1
 
 
+_TRANSPOSING: set[Any] = {torch.transpose, torch.swapaxes, torch.t, "transpose", "swapaxes", "t"}
+
+
+def is_transpose(node: Any) -> bool:
+    """Tell whether a node exchanges two dimensions of a tensor."""
+    return isinstance(node, Node) and (node.target in _TRANSPOSING or attribute_name(node) in ("T", "mT"))
+
+
+def behind_transposes(node: Any) -> Any:
+    """Return what a node is a transpose of, or the node itself."""
+    while is_transpose(node):
+        node = node.args[0] if node.args else None
+    return node
+
+
+def _is_turned(node: Any) -> bool:
+    """Whether transposes of a matrix exchange its dimensions in the end."""
+    count = 0
+    while is_transpose(node):
+        node, count = node.args[0] if node.args else None, count + 1
+    return count % 2 == 1
+
+
+def remove_unread_transposes(node: Node) -> None:
+    """Erase a node and the transposes before it, as far as nobody reads them."""
+    while is_transpose(node) and not node.users:
+        unread, node = node, node.args[0]  # type: ignore[assignment]
+        node.graph.erase_node(unread)
+
+
+def _exchanges_rows_and_columns(node: Node, value: Tensor) -> bool:
+    """Whether transposes of a parameter exchange its last two dimensions and no others: then it is a weight all the same."""
+    if not is_matrix(value) or value.ndim > 3:
+        return False
+    while is_transpose(node):
+        if attribute_name(node) != "mT" and value.ndim == 3:
+            dims = [dim % 3 if isinstance(dim, int) else -1 for dim in node.args[1:]]
+            if sorted(dims) != [1, 2]:
+                return False
+        node = node.args[0]  # type: ignore[assignment]
+    return True
+
+
+def transposed_again(node: Node, source: Node, placed: Node, before: Node) -> Node:
+    """Return ``placed`` with the transposes that lead from ``source`` to ``node``; of their own, if there are any."""
+    if node is source:
+        return placed
+    inner = transposed_again(node.args[0], source, placed, before)  # type: ignore[arg-type]
+    graph = node.graph
+    with graph.inserting_before(before):
+        return graph.node_copy(node, lambda argument: inner if argument is node.args[0] else argument)
+
+
 def is_weight(gm: GraphModule, node: Node, name: str, source: Any) -> bool:
     """Tell whether an operand reads a weight: what the operator calls so, or a parameter that is a factor of a product."""
-    described = operator_of(node)
-    assert described is not None, f"{node} is no operator"
-    value = tensor_of(gm, source)
-    if value is None:
+    described = entry_of(node)
+    value = tensor_of(gm, behind_transposes(source))
+    if value is None or described.on_request:
+        return False
+    if is_transpose(source) and not _exchanges_rows_and_columns(source, value):
         return False
     return name in described.weights or is_matrix(value)
 
@@ -323,6 +512,16 @@ def unfolded(gm: GraphModule, node: Any) -> Any:
     """Return what a weight or bias reads before its BatchNorm is folded in."""
     fold = module_of(gm, node, nn.Module)
     return first_argument(node) if isinstance(fold, (WeightFold, BiasFold)) else node
+
+
+def result_of(gm: GraphModule, node: Node) -> Node:
+    """Return the node that has an operation's result: the BatchNorm behind it that is folded into it, or itself."""
+    folded = module_of(gm, operand(node, "bias"), BiasFold)
+    if folded is None or isinstance(folded, BiasFoldBehind):
+        return node
+    while module_of(gm, node, nn.Module) is not folded.fold.bn:
+        (node,) = node.users
+    return node
 
 
 def folded_weights(gm: GraphModule) -> dict[Node, Fold]:
@@ -401,10 +600,12 @@ def get_attr(graph: Graph, path: str, before: Node, name: str | None = None) -> 
         return graph.create_node("get_attr", path, name=name)
 
 
-def call_module(graph: Graph, path: str, argument: Node | None, before: Node, name: str | None = None) -> Node:
-    """Insert a ``call_module`` node with one argument."""
+def call_module(
+    graph: Graph, path: str, argument: Node | None, before: Node, name: str | None = None, more: tuple[Any, ...] = ()
+) -> Node:
+    """Insert a ``call_module`` node with one argument, or with ``more`` behind it."""
     with graph.inserting_before(before):
-        return graph.create_node("call_module", path, (argument,), name=name)
+        return graph.create_node("call_module", path, (argument, *more), name=name)
 
 
 def call_module_like(
@@ -454,13 +655,53 @@ def replace(gm: GraphModule, old: Node, new: Node) -> None:
     gm.graph.erase_node(old)
 
 
+_OUT_OF_PLACE: dict[Any, Any] = {operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul}
+
+
 def make_out_of_place(gm: GraphModule, node: Node) -> None:
-    """Let a node that would overwrite its input (``inplace=True``) leave it alone."""
+    """Let a node that would overwrite its input (``inplace=True``, ``+=``, ``add_``) leave it alone."""
+    if node.target in _OUT_OF_PLACE:
+        node.target = _OUT_OF_PLACE[node.target]
+    elif node.op == "call_method" and node.target in JOINING_METHODS:
+        node.target = str(node.target).removesuffix("_")
     module = module_of(gm, node, nn.Module)
     if module is not None and getattr(module, "inplace", False):
         module.inplace = False  # type: ignore[assignment]
     elif node.kwargs.get("inplace"):
         node.update_kwarg("inplace", False)
+
+
+# --- what training drops -------------------------------------------------------------------------------------
+
+_DROPS: set[Any] = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout}
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
+def dropout_of(node: Node) -> tuple[Any, Any] | None:
+    """Return a functional dropout's probability and what its ``training`` reads (True, False or a node), else None."""
+    if node.op != "call_function" or node.target not in _DROPS:
+        return None
+    named = dict(zip(("input", "p", "training"), node.args, strict=False)) | node.kwargs
+    return named.get("p", 0.5), named.get("training", named.get("train", True))
+
+
+def only_drops(gm: GraphModule, node: Node) -> tuple[nn.Module, ...] | None:
+    """Return the modules in whose training mode a node drops something; in evaluation it is the identity. None: it is not.
+
+    An identity drops nothing in any mode, nor does a dropout of nothing.
+    """
+    module = module_of(gm, node, nn.Module)
+    if module is not None:
+        if not is_torch_module(module) or not isinstance(module, (nn.Identity, *_DROPOUTS)):
+            return None
+        return (module,) if getattr(module, "p", 0) != 0 else ()
+    if (dropout := dropout_of(node)) is None:
+        return None
+    probability, training = dropout
+    if probability == 0 or training is False:
+        return ()
+    mode = module_of(gm, training, TrainingMode)
+    return None if mode is None else (mode,)
 
 
 # --- effects -------------------------------------------------------------------------------------------------
@@ -473,6 +714,23 @@ _IN_PLACE_OPERATORS = {getattr(operator, name) for name in dir(operator) if name
     operator.is_not,
     operator.itemgetter,
 }
+
+
+def attribute_name(node: Node) -> str | None:
+    """Return the name of the attribute that a node reads of a value (``x.shape``), or None."""
+    return str(node.args[1]) if node.target is getattr else None
+
+
+_READING_SIZES: set[Any] = {
+    "shape", "ndim", "dtype", "device", "layout", "is_cuda", "requires_grad", "size", "dim", "numel", "nelement", "stride",
+    "ndimension", "is_contiguous", "is_floating_point", "is_complex", "get_device", "element_size", "itemsize", "names",
+    "is_sparse", "is_nested", "is_quantized", "storage_offset", torch.numel, torch.is_floating_point, torch.is_complex, len,
+}  # fmt: skip
+
+
+def reads_size(node: Node) -> bool:
+    """Tell whether a node asks a tensor for its shape, type or place, and not for what it holds."""
+    return (attribute_name(node) or node.target) in _READING_SIZES
 
 
 def is_assignment(node: Node) -> bool:
@@ -493,12 +751,36 @@ def changes_its_input(root: nn.Module, node: Node) -> bool:
     return ends_in_place or by_operator or bool(node.kwargs.get("inplace")) or node.kwargs.get("out") is not None
 
 
-def remove_dead_nodes(gm: GraphModule) -> None:
-    """Erase nodes whose result nobody uses, except those that work in place."""
-    gm.graph.eliminate_dead_code(lambda node: bool(node.users) or node.is_impure() or changes_its_input(gm, node))
+def works_in_place_between(gm: GraphModule, first: Node, last: Node) -> bool:
+    """Tell whether any node behind ``first`` and before ``last`` changes its input."""
+    node = first.next
+    while node is not last:
+        if changes_its_input(gm, node):
+            return True
+        node = node.next
+    return False
+
+
+def remove_dead_nodes(gm: GraphModule, unread: Collection[Node] = ()) -> None:
+    """Erase nodes whose result nobody uses, except those that work in place, or call code that the graph does not look into.
+
+    ``unread``: nodes that call such code to no effect but their result; they go as others do.
+    """
+
+    def matters(node: Node) -> bool:
+        if node.users or node.is_impure() or changes_its_input(gm, node):
+            return True
+        return is_unknown_code(gm, node) and node not in unread
+
+    gm.graph.eliminate_dead_code(matters)
 
 
 # --- calls written out ---------------------------------------------------------------------------------------
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Tell whether a module's call does more than its forward."""
+    return any(vars(module).get(name) for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"))
 
 
 def is_torch_module(module: nn.Module) -> bool:

@@ -1,8 +1,5 @@
 """Inlining: what is left of torch's modules in a converted graph becomes functions, and what evaluation skips goes."""
 
-from typing import Any
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node, Tracer
@@ -13,6 +10,7 @@ from pege_fx.mode import TrainingMode
 from pege_fx.passes.graph import (
     arguments,
     calls,
+    dropout_of,
     first_argument,
     is_torch_module,
     join,
@@ -21,8 +19,6 @@ from pege_fx.passes.graph import (
     replace_by_constant,
     write_out,
 )
-
-_DROPS: set[Any] = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout}
 
 
 def inline_modules(gm: GraphModule) -> None:
@@ -63,19 +59,19 @@ class _Evaluated(nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         bn = self.module
         by_batch = bn.running_mean is None
-        return F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, by_batch, 0.0, bn.eps)
+        return F.batch_norm(input, bn.running_mean, bn.running_var, bn.weight, bn.bias, by_batch, 0.0, bn.eps)
 
 
 def _does_nothing(node: Node) -> bool:
     """Tell whether a node only drops something in training: dropout, stochastic depth."""
     if node.op != "call_function":
         return False
+    if (dropout := dropout_of(node)) is not None:
+        return dropout[1] is False
     args, kwargs = arguments(node)
-    if node.target in _DROPS:
-        return kwargs.get("training", args[2] if len(args) > 2 else True) is False
     if getattr(node.target, "__name__", "") == "stochastic_depth":
         return kwargs.get("training", args[3] if len(args) > 3 else True) is False
     return False

@@ -1,6 +1,7 @@
-"""Insertion: the plan carried out, one fake-quant for each weight and each (producer, format)."""
+"""Insertion: the plan carried out: a fake-quant for each weight, each (producer, format), each set of inputs on one scale."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -9,6 +10,7 @@ from pege_fx.batch_norm import Fold
 from pege_fx.fake_quant import FakeQuant, ScheduleState, Site
 from pege_fx.passes.graph import (
     after,
+    behind_transposes,
     call_module,
     channels_of,
     copy_origin,
@@ -17,12 +19,16 @@ from pege_fx.passes.graph import (
     free_path,
     is_weight,
     join,
+    joining_of,
     make_out_of_place,
     operand,
+    remove_unread_transposes,
+    result_of,
     scope,
     set_operand,
     short_name,
     tensor_of,
+    transposed_again,
 )
 from pege_fx.plan import Edge, Operation, Plan
 from pege_fx.spec import QuantSpec
@@ -39,8 +45,10 @@ class InsertFakeQuants:
         work = _Insertion(gm, self.seed, gm.meta.setdefault("groups", {}))
         nodes = {node.name: node for node in gm.graph.nodes}
         for operation in plan.operations:
+            if shared := [edge for edge in operation.edges if edge.shared_with]:
+                work.place_together(nodes[operation.node], shared)
             for edge in operation.edges:
-                if edge.spec is not None:
+                if edge.spec is not None and not edge.shared_with:
                     work.place(nodes[operation.node], operation, edge, edge.spec)
         work.remove_spare_folds()
 
@@ -56,6 +64,7 @@ class _Insertion:
     seed: int
     groups: dict[str, ScheduleState]
     placed: dict[tuple[Node, QuantSpec, str], Node] = field(default_factory=dict)
+    together: dict[tuple[frozenset[Node], QuantSpec, str], dict[Node, Node]] = field(default_factory=dict)
     folds: dict[Node, Fold] = field(default_factory=dict)
     device: torch.device | None = None
 
@@ -71,6 +80,9 @@ class _Insertion:
         fold = self.folds.get(source)
         origin = first_argument(source) if fold is not None else source
         weight = is_weight(self.gm, node, edge.operand, origin)
+        read = source
+        if weight and fold is None:
+            source = origin = behind_transposes(source)
         key = (source, spec, edge.group)
         if key not in self.placed:
             assert isinstance(origin, Node)
@@ -78,20 +90,50 @@ class _Insertion:
             path = free_path(self.gm, path)
             module = self._weight(node, origin, path, edge, spec, fold) if weight else self._activation(path, edge, spec)
             self.placed[key] = self._insert(module, path, origin, before=node)
-        set_operand(node, edge.operand, self.placed[key])
+        self._read(node, edge, transposed_again(read, source, self.placed[key], before=node))
+        if read is not source:
+            remove_unread_transposes(read)
+
+    def place_together(self, node: Node, edges: list[Edge]) -> None:
+        """Place one fake-quant for several inputs of a node, right before it, where all of them are there to be seen."""
+        first = edges[0]
+        sources: list[Node] = list(dict.fromkeys(operand(node, edge.operand) for edge in edges))
+        assert first.spec is not None
+        key = (frozenset(sources), first.spec, first.group)
+        if key not in self.together:
+            path = free_path(self.gm, join(scope(node), f"{short_name(node)}_inputs_fq"))
+            module = self._activation(path, first, first.spec, tuple(source.name for source in sources))
+            self._add(path, module)
+            more = [(0, *sources[1:]), *((number,) for number in range(1, len(sources)))]
+            placed = [self._call(module, path, source, node, rest) for source, rest in zip(sources, more, strict=True)]
+            self.together[key] = dict(zip(sources, placed, strict=True))
+        for edge in edges:
+            self._read(node, edge, self.together[key][operand(node, edge.operand)])
+
+    def _read(self, node: Node, edge: Edge, placed: Node) -> None:
+        set_operand(node, edge.operand, placed)
+        if joining_of(node) is not None:
+            make_out_of_place(self.gm, node)  # the original is still there for others
 
     def _place_output(self, node: Node, edge: Edge, spec: QuantSpec) -> None:
         path = free_path(self.gm, join(scope(node), f"{short_name(node)}_fq"))
-        readers = list(node.users)
-        placed = self._insert(self._activation(path, edge, spec), path, node, before=after(node))
+        result = result_of(self.gm, node)
+        readers = list(result.users)
+        placed = self._insert(self._activation(path, edge, spec), path, result, before=after(result))
         for reader in readers:
-            reader.replace_input_with(node, placed)
+            reader.replace_input_with(result, placed)
             make_out_of_place(self.gm, reader)
 
     def _insert(self, module: FakeQuant, path: str, source: Node, before: Node) -> Node:
+        self._add(path, module)
+        return self._call(module, path, source, before)
+
+    def _add(self, path: str, module: FakeQuant) -> None:
         module.training = module.method.training = self.gm.training
         self.gm.add_submodule(path, module)
-        placed = call_module(self.gm.graph, path, source, before, f"{source.name}_fq")
+
+    def _call(self, module: FakeQuant, path: str, source: Node, before: Node, more: tuple[Any, ...] = ()) -> Node:
+        placed = call_module(self.gm.graph, path, source, before, f"{source.name}_fq", more)
         copy_origin(source, placed)
         placed.meta["site"] = module.site
         return placed
@@ -104,8 +146,8 @@ class _Insertion:
         made = FakeQuant(site, self._group(edge), seed=self.seed, weight=weight, channels=channels, fold=fold)
         return _on(weight.device, made)
 
-    def _activation(self, path: str, edge: Edge, spec: QuantSpec) -> FakeQuant:
-        site = Site(name=self._name(path), kind="activation", spec=spec, rule=edge.rule, group=edge.group)
+    def _activation(self, path: str, edge: Edge, spec: QuantSpec, inputs: tuple[str, ...] = ()) -> FakeQuant:
+        site = Site(name=self._name(path), kind="activation", spec=spec, rule=edge.rule, group=edge.group, inputs=inputs)
         return _on(self.device, FakeQuant(site, self._group(edge), seed=self.seed))
 
     def _name(self, path: str) -> str:

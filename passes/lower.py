@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from pege_fx.batch_norm import FOLDED, BatchNorm, BiasFold, WeightFold
+from pege_fx.batch_norm import BiasFold, Folded, WeightFold
 from pege_fx.fake_quant import FakeQuant
 from pege_fx.functional import dequantize, quantize
 from pege_fx.mode import PythonForward
@@ -52,31 +52,39 @@ def lower_weights(gm: GraphModule) -> None:
         _finish(gm, node, read, grid, fq.site.spec.bits, weight.dtype)
 
 
+def follow_norms(gm: GraphModule) -> None:
+    """Let every fold look at the BatchNorm that the graph calls now, as its next forward would."""
+    for node, module in calls(gm, BiasFold):
+        module(*_values(gm, node))
+
+
 @torch.no_grad()
 def lower_folds(gm: GraphModule) -> None:
     """Store weights and biases with their BatchNorm folded in, and drop the BatchNorms."""
-    for kind in (WeightFold, BiasFold):
-        for node, module in calls(gm, kind):
-            source = first_argument(node)
-            value = module(None if source is None else tensor_of(gm, source))
-            path = free_path(gm, f"{node.target}ed")
-            register_buffer(gm, path, value.clone())
-            replace(gm, node, get_attr(gm.graph, path, before=node))
-    for node, module in calls(gm, BatchNorm):
-        if type(module) in FOLDED.values():
+    folds = [(node, module(*_values(gm, node))) for kind in (WeightFold, BiasFold) for node, module in calls(gm, kind)]
+    for node, value in folds:
+        path = free_path(gm, f"{node.target}ed")
+        register_buffer(gm, path, value.clone())
+        replace(gm, node, get_attr(gm.graph, path, before=node))
+    for node, module in calls(gm, nn.Module):
+        if isinstance(module, Folded):
             replace(gm, node, first_argument(node))
+
+
+def _values(gm: GraphModule, node: Node) -> list[Any]:
+    """What a fold gets: what its operands name."""
+    return [None if source is None else attribute_of(gm, source) for source in arguments(node)[0]]
 
 
 @torch.no_grad()
 def lower_activations(gm: GraphModule) -> None:
     """Write every quantized activation as quantize -> dequantize."""
     dtype = next((p.dtype for p in (*gm.parameters(), *gm.buffers()) if p.is_floating_point()), torch.float32)
+    grids: dict[FakeQuant, tuple[list[Node | None], list[Node | None]]] = {}
     for node, fq in calls(gm, FakeQuant):
-        spec, path = fq.site.spec, str(node.target)
-        encoding = fq.method.encoding()
-        inputs = [_constant(gm, f"{path}_{name}", value, dtype, node) for name, value in encoding._asdict().items()]
-        while inputs[-1] is None:
-            inputs.pop()
+        if fq not in grids:  # inputs that share one scale read the same constants
+            grids[fq] = _grids(gm, fq, node, dtype)
+        (inputs, outputs), spec = grids[fq], fq.site.spec
         settings: dict[str, Any] = {"bits": spec.bits, "signed": spec.signed}
         if spec.narrow:
             settings["narrow"] = True
@@ -84,11 +92,18 @@ def lower_activations(gm: GraphModule) -> None:
             gm.graph, quantize, (first_argument(node), *inputs), settings, node, node.name.replace("_fq", "_q")
         )
         copy_origin(node, codes)
-        decoding = fq.decoding()
-        if _same(decoding, Decoding(encoding.scale, encoding.zero_point)):
-            _finish(gm, node, codes, inputs[:2], spec.bits, dtype)
-        else:
-            _finish(gm, node, codes, _constants(gm, f"{path}_output", decoding, dtype, node), spec.bits, dtype)
+        _finish(gm, node, codes, outputs, spec.bits, dtype)
+
+
+def _grids(gm: GraphModule, fq: FakeQuant, node: Node, dtype: torch.dtype) -> tuple[list[Node | None], list[Node | None]]:
+    """Write an activation's constants: those that make its codes, and those that say what they stand for."""
+    path, encoding, decoding = str(node.target), fq.method.encoding(), fq.decoding()
+    inputs = [_constant(gm, f"{path}_{name}", value, dtype, node) for name, value in encoding._asdict().items()]
+    while inputs[-1] is None:
+        inputs.pop()
+    if _same(decoding, Decoding(encoding.scale, encoding.zero_point)):
+        return inputs, inputs[:2]
+    return inputs, _constants(gm, f"{path}_output", decoding, dtype, node)
 
 
 @torch.no_grad()
@@ -156,11 +171,13 @@ def drop_unused(gm: GraphModule) -> None:
         for name, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             if id(value) not in used.tensors and not used.may_be_read(module, name):
                 delattr(module, name)
-    for graph in graphs:
-        graph.delete_all_unused_submodules()
     for path, module in reversed(list(gm.named_modules(remove_duplicate=False))):
-        if path and module not in used.modules:
+        if not path or module in used.modules:
+            continue
+        if module.state_dict(keep_vars=True) or any(True for _ in module.children()):
             _make_plain(gm, path, module)
+        else:
+            _delete(gm, path)
 
 
 class _Used:
@@ -187,10 +204,10 @@ class _Used:
 
     def _add_module(self, module: nn.Module) -> None:
         """A module that a graph calls, or that its root's Python code has: all of it, but a graph inside speaks for itself."""
+        self.modules.add(module)
         if isinstance(module, GraphModule):
             self.below_python.add(module)
             return
-        self.modules.add(module)
         self.python += source_of(module)
         self.tensors |= {id(value) for value in [*module.parameters(recurse=False), *module.buffers(recurse=False)]}
         for child in module.children():
@@ -199,6 +216,13 @@ class _Used:
     def may_be_read(self, module: nn.Module, name: str) -> bool:
         """Whether Python code may ask a graph below it for a parameter, as in ``self.layer.weight.dtype``."""
         return module in self.below_python and f".{name}" in self.python
+
+
+def _delete(gm: GraphModule, path: str) -> None:
+    parent, _, name = path.rpartition(".")
+    holder = gm.get_submodule(parent)
+    if name in dict(holder.named_children()):  # a shared parent has several paths
+        delattr(holder, name)
 
 
 def _make_plain(gm: GraphModule, path: str, module: nn.Module) -> None:

@@ -13,10 +13,8 @@ from pege_fx.passes.graph import (
     become,
     call_function,
     calls,
-    changes_its_input,
-    first_argument,
     get_attr,
-    is_assignment,
+    has_hooks,
     join,
     operator_of,
     owner,
@@ -35,7 +33,6 @@ def normalize(gm: GraphModule) -> None:
 
     The node keeps its name. What stays a module says why in ``meta["not_normalized"]``. Tied weights are read once.
     """
-    _name_in_place_results(gm)
     readers = _Readers(gm)
     for node, module in calls(gm, nn.Module):
         builder = _BUILDERS.get(type(module))
@@ -44,7 +41,7 @@ def normalize(gm: GraphModule) -> None:
         args, kwargs = arguments(node)
         if not isinstance(module, nn.Bilinear | nn.EmbeddingBag) and (kwargs or len(args) != 1):
             node.meta["not_normalized"] = f"{node.target} is called with more than its input"
-        elif any(name in vars(module) for name in ("forward", "_conv_forward")) or _has_hooks(module):
+        elif any(name in vars(module) for name in ("forward", "_conv_forward")) or has_hooks(module):
             node.meta["not_normalized"] = f"{node.target} has hooks or a forward of its own"
         elif set(module.state_dict(keep_vars=True)) - {"weight", "bias"}:
             node.meta["not_normalized"] = f"{node.target} computes its weight from other parameters"
@@ -60,22 +57,6 @@ def normalize(gm: GraphModule) -> None:
             leading = list(itertools.takewhile(named.__contains__, described.parameters[:4]))
             set_arguments(node, tuple(map(named.pop, leading)), named)
     remove_dead_nodes(gm)
-
-
-def _name_in_place_results(gm: GraphModule) -> None:
-    """Let what reads a tensor after an in-place operation read that operation's result: the same tensor, now in order."""
-    order = {node: position for position, node in enumerate(gm.graph.nodes)}
-    for node in order:
-        changed = first_argument(node)
-        if not isinstance(changed, Node) or is_assignment(node) or not changes_its_input(gm, node):
-            continue
-        for user in list(changed.users):
-            if order[user] > order[node]:
-                user.replace_input_with(changed, node)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return any(vars(module).get(name) for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"))
 
 
 class _Readers:

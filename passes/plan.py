@@ -10,15 +10,21 @@ from torch.fx import GraphModule, Node
 from torch.nn.utils.parametrize import ParametrizationList
 
 from pege_fx.batch_norm import BatchNorm
-from pege_fx.errors import PegeWarning
+from pege_fx.errors import PegeWarning, PolicyError
 from pege_fx.passes.costs import multiply_accumulates
 from pege_fx.passes.graph import (
     Operator,
+    aliases_of,
+    behind_transposes,
+    changes_its_input,
     channels_of,
+    entry_of,
+    first_argument,
     function_name,
     hides_weights,
     is_weight,
     join,
+    joining_of,
     module_of,
     operand,
     operator_of,
@@ -27,8 +33,9 @@ from pege_fx.passes.graph import (
     tensor_of,
     unfolded,
 )
+from pege_fx.passes.values import is_seen_elsewhere, tensors_of
 from pege_fx.plan import FLOAT_BY_POLICY, Edge, Operation, Plan
-from pege_fx.policy import Choice, Op, QuantPolicy, class_names
+from pege_fx.policy import NO_RULE, Choice, Op, QuantPolicy, class_names
 from pege_fx.spec import Kind, QuantSpec
 
 
@@ -45,17 +52,26 @@ class MakePlan:
         family = gm.meta.get("family", [gm])
         if family[0] is gm:
             described = describe(family)
-            if described:
+            if not all(op.on_request for op in described.values()):
                 self.policy.check_all_decide(described.values())
             for node, op in described.items():
                 node.meta["op"] = op
         operations = []
+        tensors = tensors_of(gm) if self._joins(gm) else set()
         for node in gm.graph.nodes:
-            if (op := node.meta.get("op")) is not None:
+            if (op := node.meta.get("op")) is not None and op.on_request:
+                if node in tensors and self.policy.is_about(op):
+                    operations.append(_joining(gm, node, op, self.policy.choose(op), tensors))
+            elif op is not None:
                 operations.append(_operation(gm, node, op, self.policy.choose(op)))
             elif (skipped := _not_an_operator(gm, node)) is not None:
                 operations.append(skipped)
         gm.meta["plan"] = Plan(type(gm).__name__, self.policy, tuple(operations))
+
+    def _joins(self, gm: GraphModule) -> bool:
+        """Whether a rule is about an addition, a concatenation or the like."""
+        found = (node.meta.get("op") for node in gm.graph.nodes)
+        return any(op is not None and op.on_request and self.policy.is_about(op) for op in found)
 
 
 def warn_if_nothing(plan: Plan) -> None:
@@ -69,8 +85,10 @@ def warn_if_nothing(plan: Plan) -> None:
 
 def describe(family: list[GraphModule]) -> dict[Node, Op]:
     """Return what a rule can see of each operation, in the order of the graphs."""
-    found = [(gm, node, op) for gm in family for node in gm.graph.nodes if (op := operator_of(node)) is not None]
-    roles = _roles(family, [(gm, node) for gm, node, op in found if op.weights] or [(gm, node) for gm, node, _ in found])
+    entries = [(gm, node, operator_of(node) or joining_of(node)) for gm in family for node in gm.graph.nodes]
+    found = [(gm, node, op) for gm, node, op in entries if op is not None]
+    weighted = [(gm, node) for gm, node, op in found if op.weights]
+    roles = _roles(family, weighted or [(gm, node) for gm, node, op in found if not op.on_request])
     _share_roles(found, roles)
     used: Counter[str] = Counter()
     ops = {}
@@ -83,7 +101,9 @@ def describe(family: list[GraphModule]) -> dict[Node, Op]:
         used[path] += 1
         if used[path] > 1 and "path" not in node.meta:
             path = f"{path}_{used[path] - 1}"
-        ops[node] = Op(path, described.name, node.meta.get("module_classes", frozenset()), frozenset(roles.get(node, ())))
+        classes = node.meta.get("module_classes", frozenset())
+        aliases, on_request = aliases_of(described.name), described.on_request
+        ops[node] = Op(path, described.name, classes, frozenset(roles.get(node, ())), aliases, on_request)
     return ops
 
 
@@ -134,15 +154,14 @@ def _share_roles(found: list[tuple[GraphModule, Node, Operator]], roles: dict[No
 
 
 def _parameter(gm: GraphModule, node: object) -> tuple[str, Tensor] | None:
-    """Return path and tensor of a weight or bias, looking through its fold."""
-    node = unfolded(gm, node)
+    """Return path and tensor of a weight or bias, looking through its fold, or through transposes."""
+    node = behind_transposes(unfolded(gm, node))
     value = tensor_of(gm, node)
     return (str(node.target), value) if value is not None and isinstance(node, Node) else None
 
 
 def _operation(gm: GraphModule, node: Node, op: Op, choice: Choice) -> Operation:
-    described = operator_of(node)
-    assert described is not None
+    described = entry_of(node)
     edges = []
     for name in (*described.weights, *described.inputs):
         source = operand(node, name)
@@ -150,6 +169,8 @@ def _operation(gm: GraphModule, node: Node, op: Op, choice: Choice) -> Operation
             edges.append(_weight_edge(gm, node, name, choice))
         elif source is not None:
             edges.append(_activation_edge(source, name, "input", choice))
+    if choice.shared_scale:
+        edges = _with_one_scale(node, op, edges, choice)
     if choice.specs["output"] is not None:
         edges.append(_activation_edge(node, "output", "output", choice))
     parameters = sum(value.numel() for _, value in filter(None, (_parameter(gm, n) for n in node.all_input_nodes)))
@@ -157,10 +178,57 @@ def _operation(gm: GraphModule, node: Node, op: Op, choice: Choice) -> Operation
     return Operation(node.name, op.path, op.function, tuple(edges), verdict, parameters, macs=macs)
 
 
+def _joining(gm: GraphModule, node: Node, op: Op, choice: Choice, tensors: set[Node]) -> Operation:
+    """Plan a node that joins tensors: each of them is an input; numbers beside them are none."""
+    described = entry_of(node)
+    sources = {name: source for name in described.inputs if (source := operand(node, name)) in tensors}
+    edges = [_activation_edge(source, name, "input", choice) for name, source in sources.items()]
+    if any(edge.spec for edge in edges) and (reason := _kept_in_place(gm, node, sources)):
+        edges = [dataclasses.replace(edge, spec=None, reason=reason) for edge in edges]
+    if choice.shared_scale:
+        edges = _with_one_scale(node, op, edges, choice)
+    if choice.specs["output"] is not None:
+        edges.append(_activation_edge(node, "output", "output", choice))
+    parameters = sum(value.numel() for value in (tensor_of(gm, source) for source in sources.values()) if value is not None)
+    reason = "" if edges else "its tensors come as one list, which another operation makes"
+    return Operation(node.name, op.path, op.function, tuple(edges), "", parameters, reason, macs=0)
+
+
+def _kept_in_place(gm: GraphModule, node: Node, sources: dict[str, Node]) -> str:
+    """Why a node's inputs can not be replaced by quantized ones, where memory is written to; "" if they can."""
+    if changes_its_input(gm, node) and is_seen_elsewhere(gm, node):
+        return f"{node.name} works in place, on memory that something else may read: write it out of place"
+    for source in sources.values():
+        for reader in source.users:
+            if reader is not node and first_argument(reader) is source and changes_its_input(gm, reader):
+                return f"{reader.name} changes {source.name} in place"
+    return ""
+
+
+def _with_one_scale(node: Node, op: Op, edges: list[Edge], choice: Choice) -> list[Edge]:
+    """Give the quantized inputs one format (signed if one of them may be negative), and say that they share its scale."""
+    if not op.on_request and len(entry_of(node).inputs) < 2:
+        raise PolicyError(
+            f"{choice.shared_scale} asks for one scale for all inputs of {op.path} ({op.function}), which has one.\n"
+            '  name what has several: Rule(function="add", input=..., shared_scale=True).'
+        )
+    if choice.rules["input"] == NO_RULE:
+        raise PolicyError(f"{choice.shared_scale}: no rule gives the inputs of {op.path} a format; set input, too.")
+    members = [edge for edge in edges if edge.spec is not None and not edge.is_weight]
+    if len({edge.source for edge in members}) < 2:
+        return edges
+    spec = next((edge.spec for edge in members if edge.spec is not None and edge.spec.signed), members[0].spec)
+    others = {edge.operand: tuple(member.operand for member in members if member is not edge) for edge in members}
+    return [
+        dataclasses.replace(edge, spec=spec, shared_with=others[edge.operand]) if edge.operand in others else edge
+        for edge in edges
+    ]
+
+
 def _weight_edge(gm: GraphModule, node: Node, name: str, choice: Choice) -> Edge:
     spec, rule = choice.specs["weight"], choice.rules["weight"]
     source = operand(node, name)
-    found = _parameter(gm, source)
+    found = _parameter(gm, source) if is_weight(gm, node, name, unfolded(gm, source)) else None
     if found is None:
         if isinstance(source, Node):  # a weight that another operation computes
             return _activation_edge(source, name, "weight", choice)

@@ -1,7 +1,7 @@
 """Number of dimensions of a node's value: from example inputs, or from what the operation itself demands."""
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from pege_fx.errors import InputError, OtherCallError
-from pege_fx.mode import PYTHON_FORWARD
-from pege_fx.passes.graph import arguments, first_argument, join, module_of, owner, plain, rank_of
+from pege_fx.mode import PYTHON_FORWARD, check_argument, check_class
+from pege_fx.passes.graph import arguments, first_argument, is_unknown_code, join, module_of, owner, plain, rank_of
 
 
 class OtherGraphCallError(Exception):
@@ -19,17 +19,21 @@ class OtherGraphCallError(Exception):
 
 
 class _Recorder(Interpreter):
-    """Runs the graph once and notes shape and dtype of every tensor."""
+    """Runs the graph once and notes shape and dtype of every tensor, and what code outside of the graph writes to."""
 
     def run_node(self, n: Node) -> Any:
+        assert isinstance(self.module, GraphModule)
+        before = _versions(n, self.env) if is_unknown_code(self.module, n) else {}
         try:
-            return _note(n, super().run_node(n))
+            result = _note(n, super().run_node(n))
         except Exception as error:
             if not hasattr(error, "__notes__"):  # the innermost says where
-                assert isinstance(self.module, GraphModule)
                 inner = str(n.target) if n.op == "call_module" and n.target != PYTHON_FORWARD else owner(n)
                 error.add_note(f"in {join(self.module.meta.get('prefix', ''), inner) or 'the model itself'}")
             raise
+        if before:
+            n.meta["writes"] = [source for source, versions in _versions(n, self.env).items() if versions != before[source]]
+        return result
 
     def fetch_args_kwargs_from_env(self, n: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return plain(super().fetch_args_kwargs_from_env(n))  # type: ignore[no-any-return]
@@ -43,6 +47,19 @@ class _Recorder(Interpreter):
         return self.run(initial_env={n: _note(n, bound.arguments[str(n.target).lstrip("*")]) for n in placeholders})
 
 
+def _versions(node: Node, values: Mapping[Node, Any]) -> dict[Node, list[int]]:
+    """How often autograd counted a write to the tensors that come into a node, by source."""
+    return {source: [tensor._version for tensor in _tensors(values[source])] for source in node.all_input_nodes}
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list, dict)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(inner)
+
+
 def _note(node: Node, value: Any) -> Any:
     if isinstance(value, Tensor):
         node.meta["rank"], node.meta["shape"], node.meta["dtype"] = value.ndim, tuple(value.shape), value.dtype
@@ -53,13 +70,19 @@ def record_shapes(gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, A
     """Run the graph on example inputs (evaluation mode, no gradient) and note the shapes in ``meta``.
 
     ``inner`` are graphs that it calls, directly or through Python: theirs are noted at their last call.
+
+    Raises:
+        OtherGraphCallError: if one of them is called in another way than it was traced for, in evaluation or in training.
+        InputError: if the model fails on these inputs.
     """
     modes = {module: module.training for module in gm.modules()}
     recorded = [graph for graph in inner if graph is not gm]
     try:
-        gm.eval()
         for graph in recorded:
             graph.__dict__["forward"] = _Recorder(graph).call
+        if any(node.target in (check_argument, check_class) for graph in recorded for node in graph.graph.nodes):
+            _try_in_training(gm, args, kwargs)
+        gm.eval()
         with torch.no_grad():
             _Recorder(gm).call(*args, **kwargs)
     except OtherCallError as error:
@@ -67,7 +90,8 @@ def record_shapes(gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, A
     except Exception as error:
         given = [*args, *kwargs.values()]
         shapes = [tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in given]
-        where, reason = error.__notes__[0], str(error).split("\n\nWhile executing ")[0]
+        where = getattr(error, "__notes__", ["before any of its modules ran"])[0]
+        reason = str(error).split("\n\nWhile executing ")[0]
         raise InputError(
             f"the model fails on the example inputs {shapes}, {where}: {type(error).__name__}: {reason}"
         ) from error
@@ -76,6 +100,22 @@ def record_shapes(gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, A
             graph.__dict__.pop("forward", None)
         for module, training in modes.items():
             module.training = training
+
+
+def _try_in_training(gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Raise ``OtherCallError`` if training calls a graph inside in another way; other errors are for evaluation to find."""
+    buffers = [(buffer, buffer.clone()) for buffer in gm.buffers()]
+    gm.train()
+    with torch.no_grad(), torch.random.fork_rng(devices=()):
+        try:
+            _Recorder(gm).call(*args, **kwargs)
+        except OtherCallError:
+            raise
+        except Exception:
+            return
+        finally:
+            for buffer, before in buffers:
+                buffer.copy_(before)
 
 
 _BATCHED = {nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}

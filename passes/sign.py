@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from pege_fx.passes.graph import arguments, call_sites, first_argument, is_assignment, module_of
+from pege_fx.passes.graph import arguments, call_sites, first_argument, module_of
 
 # Results that are never negative, whatever comes in.
 _NON_NEGATIVE_FUNCTIONS: set[Any] = {
@@ -54,12 +54,11 @@ def analyse_signs(gm: GraphModule) -> None:
     sites = call_sites(gm)
     for node in gm.graph.nodes:
         inner = module_of(gm, node, GraphModule)
-        written = any(is_assignment(user) for user in node.users)
         if inner is not None:
             known = _through(node, inner, proved) if sites[inner] == 1 else False
         else:
             known = node.meta.get("non_negative", False) or _is_non_negative(gm, node, proved)
-        if known and not written:
+        if known:
             proved.add(node)
             node.meta["non_negative"] = True
 

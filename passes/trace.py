@@ -15,6 +15,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.fx import Graph, Node, Proxy, Tracer
@@ -23,9 +24,10 @@ from torch.fx.proxy import Attribute
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_leaves
 
+from pege_fx.attention import multi_head_attention_forward
 from pege_fx.batch_norm import NORM_THEN, BatchNorm
-from pege_fx.mode import TRAINING_MODE, check_argument, check_keys
-from pege_fx.passes.graph import arguments, is_leaf_function, is_matrix, plain
+from pege_fx.mode import TRAINING_MODE, check_argument, check_class, check_keys
+from pege_fx.passes.graph import arguments, is_leaf_function, is_matrix, plain, reads_size
 
 
 @dataclass(frozen=True)
@@ -98,15 +100,19 @@ class InPlaceProxy(Proxy):
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
 
-def _augmented(function: Callable[..., Any]) -> Callable[[Proxy, Any], Proxy]:
-    def assign(self: Proxy, other: Any) -> Proxy:
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
+def _augmented(in_place: Callable[..., Any], anew: Callable[..., Any]) -> Callable[["InPlaceProxy", Any], Proxy]:
+    def assign(self: InPlaceProxy, other: Any) -> Proxy:
+        # Sizes can not change: under another name the old one stays.
+        function = anew if self.tracer.is_size(self.node) else in_place
+        result: Proxy = self.tracer.create_proxy("call_function", function, (self, other), {})
+        return result
 
     return assign
 
 
-for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul"):
-    setattr(InPlaceProxy, f"__{_name}__", _augmented(getattr(operator, _name)))
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "matmul"):
+    _anew = getattr(operator, f"{_name}_" if _name in ("and", "or") else _name)
+    setattr(InPlaceProxy, f"__i{_name}__", _augmented(getattr(operator, f"i{_name}"), _anew))
 
 
 class ExampleProxy(InPlaceProxy):
@@ -202,11 +208,12 @@ class PegeTracer(Tracer):
         with ExitStack() as patches:
             for forward_globals in _globals_of(root):
                 patches.enter_context(mock.patch.dict(forward_globals, {"isinstance": self._isinstance}))
+            patches.enter_context(mock.patch.object(F, "grouped_mm", self._factory(F.grouped_mm)))
             for name in _FACTORIES:
                 patches.enter_context(mock.patch.object(torch, name, self._factory(getattr(torch, name))))
             graph = super().trace(root, concrete_args)
         for node in graph.nodes:
-            if (getattr(node.target, "__module__", None) or "torch").startswith("torch"):
+            if (getattr(node.target, "__module__", None) or "torch").partition(".")[0] in ("torch", "_operator"):
                 node.meta.pop("is_wrapped", None)  # fx says so of the last node of a wrapped function that was followed
         return graph
 
@@ -338,14 +345,24 @@ class PegeTracer(Tracer):
         return fixed if isinstance(value, dict) else tuple(fixed.values())
 
     def _fix_value(self, argument: Proxy, name: str, value: Any) -> Any:
-        if value is not None and not isinstance(value, (bool, int, str)):
-            return argument
-        self._check(check_argument, argument, name, value)
-        return value
+        if value is None or isinstance(value, (bool, int, str)):
+            self._check(check_argument, argument, name, value)
+            return value
+        if not isinstance(value, (Proxy, Tensor, float, tuple, list, dict, set)):
+            self._check(check_class, argument, name, type(value).__qualname__)
+        return argument
 
     def _check(self, function: Callable[..., None], argument: Proxy, name: str, traced: Any) -> None:
         node = self.create_node("call_function", function, (argument.node, name, traced), {})
         node.meta["is_wrapped"] = True  # one node for a tracer of the generated code as well
+
+    def is_size(self, node: Node) -> bool:
+        """Whether a node is a shape, or a number: as the example says, or made of shapes alone."""
+        if self.evaluate:
+            return isinstance(self._values.get(node), (int, float, tuple))
+        if reads_size(node):
+            return True
+        return node.op == "call_function" and all(map(self.is_size, node.all_input_nodes)) and bool(node.all_input_nodes)
 
     def proxy(self, node: Node) -> Proxy:
         return ExampleProxy(node, self) if self.evaluate else InPlaceProxy(node, self)
@@ -353,7 +370,7 @@ class PegeTracer(Tracer):
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Node:
         self._check_context()
         node = super().create_node(kind, target, args, kwargs, *rest, **more)
-        if self.evaluate and kind != "output" and target not in (TRAINING_MODE, check_argument, check_keys):
+        if self.evaluate and kind != "output" and target not in (TRAINING_MODE, check_argument, check_class, check_keys):
             self._values[node] = self._evaluate(node)
             self._note_origin(node)
         return node
@@ -363,20 +380,24 @@ class PegeTracer(Tracer):
         sources = node.all_input_nodes
         if any(s in self._unsized for s in sources) or _depends_on_data(node, [self._values.get(s) for s in sources]):
             self._unsized.add(node)
-        reads_size = node.target in _READING_SIZES or (node.target is getattr and arguments(node)[0][1] in _READING_SIZES)
+        sized = reads_size(node)
         if node.op == "get_attr" or (sources and all(source in self._static for source in sources)):
             self._static.add(node)
-        if isinstance(self._values[node], nn.Parameter) or (not reads_size and any(s in self._learned for s in sources)):
+        if isinstance(self._values[node], nn.Parameter) or (not sized and any(s in self._learned for s in sources)):
             self._learned.add(node)
         is_constant = node in self._static and node not in self._learned
         is_number = isinstance(self._values[node], (bool, int, float, complex))
         of_tensor = any(isinstance(self._values.get(source), Tensor) for source in sources)
-        if is_number and of_tensor and not (reads_size or is_constant):
+        if is_number and of_tensor and not (sized or is_constant):
             self._values[node] = _UNKNOWN
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
         if getattr(target, "__module__", "") == "einops.einops" and target.__name__ == "einsum":
             return torch.einsum(_letters(args[-1]), *args[:-1])  # a product, with operands to quantize
+        if self.live_training and target is F.multi_head_attention_forward:
+            written_out = multi_head_attention_forward(*args, **kwargs)
+            if written_out is not NotImplemented:
+                return written_out
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
         node = proxy.node
         if self.evaluate and is_leaf_function(node) and any(is_matrix(self._values.get(n)) for n in node.all_input_nodes):
@@ -452,11 +473,6 @@ _CONSTANTS = ("_tensor_constant", "_torchbind_obj", "_tree_spec_constant", "_opa
 _SOME_TENSOR = torch.empty(0)
 NORM_THEN_TYPES = tuple(NORM_THEN.values())
 _STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
-_READING_SIZES: set[Any] = {
-    "shape", "ndim", "dtype", "device", "layout", "is_cuda", "requires_grad", "size", "dim", "numel", "nelement", "stride",
-    "ndimension", "is_contiguous", "is_floating_point", "is_complex", "get_device", "element_size", "itemsize", "names",
-    "is_sparse", "is_nested", "is_quantized", "storage_offset", torch.numel, torch.is_floating_point, torch.is_complex, len,
-}  # fmt: skip
 _SELECTING: set[Any] = {
     "nonzero", "masked_select", "unique", "unique_consecutive", "argwhere", "tolist", torch.nonzero, torch.masked_select,
     torch.unique, torch.unique_consecutive, torch.argwhere, torch.bincount, "bincount", torch.repeat_interleave,

@@ -105,7 +105,7 @@ def load_policy(text: str) -> QuantPolicy:
     if not text.endswith(".json"):
         return QuantPolicy.parse(text)
     try:
-        return QuantPolicy.from_json(Path(text).read_text())
+        return QuantPolicy.from_json(Path(text).read_text(encoding="utf-8"))
     except OSError as error:
         raise pege_fx.PolicyError(f"can not read the policy {text}: {error.strerror}.") from error
 

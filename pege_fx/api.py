@@ -30,16 +30,27 @@ BatchNormMode = Literal["train", "freeze", "keep"]
 def prepare_passes(policy: QuantPolicy | str, *, batch_norm: BatchNormMode = "train", seed: int = 0) -> Pipeline:
     """Return the passes of ``prepare``, a list to print, extend and reorder.
 
+    Args:
+        policy: a ``QuantPolicy``, or a short form as ``"W4A4"``.
+        batch_norm: "train", "freeze" or "keep", as for ``prepare``.
+        seed: of the replacement masks.
+
+    Raises:
+        PolicyError: for a short form that does not read.
+        FoldError: for another ``batch_norm``.
+
     >>> len(prepare_passes("W4A4"))
-    7
+    9
     """
     return Pipeline(
         [
+            graph_passes.name_writes,
             graph_passes.normalize,
             graph_passes.infer_ranks,
             graph_passes.FoldBatchNorm(batch_norm),
             graph_passes.analyse_signs,
             graph_passes.MakePlan(_as_policy(policy)),
+            graph_passes.FoldLeadingNorms(batch_norm),
             graph_passes.InsertFakeQuants(seed),
             graph_passes.verify,
         ]
@@ -47,10 +58,19 @@ def prepare_passes(policy: QuantPolicy | str, *, batch_norm: BatchNormMode = "tr
 
 
 def convert_passes(*, integer_bias: bool = False, packed: bool = False) -> Pipeline:
-    """Return the passes of ``convert``."""
+    """Return the passes of ``convert``.
+
+    Args:
+        integer_bias: hold biases as int32, as for ``convert``.
+        packed: hold weights packed, as for ``convert``.
+
+    >>> [step.__name__ for step in convert_passes()][:2]
+    ['drop_training_branches', 'follow_norms']
+    """
     return Pipeline(
         [
             graph_passes.drop_training_branches,
+            graph_passes.follow_norms,
             graph_passes.lower_weights,
             graph_passes.lower_folds,
             graph_passes.lower_activations,
@@ -186,6 +206,12 @@ def convert(gm: GraphModule, *, integer_bias: bool = False, packed: bool = False
     Raises:
         ModelError: if ``gm`` was not prepared, or no activation was ever calibrated.
         ConvertError: if a forward method does not say how it is deployed.
+
+    >>> import torch
+    >>> x = torch.randn(2, 4)
+    >>> gm = prepare(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), "W4A4", x)
+    >>> torch.equal(convert(gm)(x), gm.eval()(x))
+    True
     """
     plan_of(gm)
     sites = fake_quants(gm)
@@ -224,15 +250,26 @@ def explain(
 ) -> Explanation:
     """Return what ``prepare`` would do, without doing it: each node, the rule that decided, the bits, or why not.
 
+    Args:
+        model: any ``nn.Module`` in float.
+        policy: a ``QuantPolicy``, or a short form as ``"W4A4"``.
+        example_inputs: positional arguments of ``forward``; without them multiply-accumulates are not known.
+        example_kwargs: keyword arguments of ``forward``.
+        batch_norm: "train", "freeze" or "keep", as for ``prepare``.
+        blocks: as for ``prepare``.
+
+    Raises:
+        PegeError: as ``prepare`` does.
+
     >>> print(explain(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), "W4A4")["0"].edge("weight").spec)
     8
     """
     policy = _as_policy(policy)
     passes = prepare_passes(policy, batch_norm=batch_norm)
-    decided = passes.index(next(step for step in passes if isinstance(step, graph_passes.MakePlan)))
+    carried_out = passes.index(next(step for step in passes if isinstance(step, graph_passes.InsertFakeQuants)))
     with _collector_paused():
         captured, _ = _capture(model, example_inputs, example_kwargs, blocks)
-        for step in passes[: decided + 1]:  # nobody runs these graphs: no need to lint and to compile them
+        for step in passes[:carried_out]:  # nobody runs these graphs: no need to lint and to compile them
             for gm in captured.graphs:
                 step(gm)
         graphs = [(gm.meta.get("prefix", ""), gm) for gm in captured.graphs]
@@ -250,11 +287,23 @@ def trace_passes(
     seed: int = 0,
     passes: Iterable[Pass] | None = None,
 ) -> PassTrace:
-    """Return what each pass of ``prepare`` does to the graph, from the one that torch.fx traced; arguments as there.
+    """Return what each pass of ``prepare`` does to the graph, from the one that torch.fx traced.
+
+    Args:
+        model: any ``nn.Module`` in float.
+        policy: a ``QuantPolicy``, or a short form as ``"W4A4"``.
+        example_inputs: positional arguments of ``forward``.
+        example_kwargs: keyword arguments of ``forward``.
+        batch_norm: "train", "freeze" or "keep", as for ``prepare``.
+        seed: of the replacement masks.
+        passes: run instead of ``prepare``'s own.
+
+    Raises:
+        PegeError: as ``prepare`` does.
 
     >>> import torch
     >>> trace = trace_passes(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), "W4A4", torch.randn(2, 4))
-    >>> print(trace["FoldBatchNorm"].of_kind("added")[0])
+    >>> print(trace["FoldBatchNorm"].of_kind("added")[-1])
     + _0_weight_fold = 0.weight_fold(_0_weight): WeightFold()  (between _0_weight and _0)
     """
     pipeline = prepare_passes(policy, batch_norm=batch_norm, seed=seed) if passes is None else passes

@@ -123,11 +123,26 @@ def load(
     ``torch.distributed``, every rank calls it. All is checked before anything is changed. No code in the file is executed.
 
     Args:
+        path: of the checkpoint.
+        model: a prepared one, which is changed in place; or a float one, which is left alone.
+        scheduler: goes on where it was saved.
+        optimizer: goes on where it was saved.
         prepare_options: for a float model: ``example_inputs``, ``batch_norm`` and so on, as they were given to ``prepare``.
 
     Raises:
         CheckpointError: if the file is missing, truncated, corrupt or foreign, or belongs to another model, policy,
             schedule or optimizer.
+
+    >>> import tempfile
+    >>> import pege_fx
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    >>> gm = pege_fx.prepare(model, "W4A4", torch.randn(2, 4))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     pege_fx.save(gm, f"{folder}/state.safetensors")
+    ...     again = load(f"{folder}/state.safetensors", model, example_inputs=(torch.randn(2, 4),))
+    >>> x = torch.randn(2, 4)
+    >>> torch.equal(again.eval()(x), gm.eval()(x))
+    True
     """
     tree = container.read(path, KIND)
     info = _info(tree, path)
@@ -159,8 +174,20 @@ def load(
 def checkpoint_info(path: str | os.PathLike[str]) -> CheckpointInfo:
     """Return what a checkpoint says of itself.
 
+    Args:
+        path: of the checkpoint.
+
     Raises:
         CheckpointError: if it is missing, truncated, corrupt or foreign.
+
+    >>> import tempfile
+    >>> import pege_fx
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    >>> gm = pege_fx.prepare(model, "W4A4", torch.randn(2, 4))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     pege_fx.save(gm, f"{folder}/state.safetensors", extra={"epoch": 3})
+    ...     checkpoint_info(f"{folder}/state.safetensors").extra
+    {'epoch': 3}
     """
     return _info(container.read(path, KIND), path)
 
@@ -303,8 +330,14 @@ def _set_random_state(states: list[dict[str, Any]]) -> None:
 def newest(path: str | os.PathLike[str]) -> Path | None:
     """Return the newest checkpoint that reads well: ``path``, or the one before it; None if there is neither.
 
+    Args:
+        path: as given to ``save``.
+
     Raises:
         CheckpointError: if there are files, but none reads well.
+
+    >>> print(newest("no such file"))
+    None
     """
     found = [file for file in _generations(Path(path)) if file.exists()]
     first: CheckpointError | None = None

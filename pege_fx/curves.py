@@ -28,7 +28,16 @@ def _rate(name: str, value: float, *, below_one: bool = False) -> None:
 
 @dataclass(frozen=True)
 class Curve(ABC):
-    """A value that changes over training. Call it with the position t >= 0."""
+    """A value that changes over training. Call it with the position t >= 0.
+
+    >>> from dataclasses import dataclass
+    >>> @dataclass(frozen=True)
+    ... class Halving(Curve):
+    ...     def __call__(self, t: float) -> float:
+    ...         return 0.5**t
+    >>> Halving()(2)
+    0.25
+    """
 
     @abstractmethod
     def __call__(self, t: float) -> float: ...
@@ -132,7 +141,7 @@ class RampReplacement(Curve):
 
 @dataclass(frozen=True)
 class Constant(Curve):
-    """The same value throughout.
+    """The same ``value`` throughout.
 
     >>> Constant(0.5)(7)
     0.5
@@ -173,7 +182,7 @@ class _Transition(Curve):
 
 @dataclass(frozen=True)
 class Linear(_Transition):
-    """A straight line from ``start`` to ``end``.
+    """A straight line from ``start`` to ``end`` in ``steps``.
 
     >>> Linear(0.0, 1.0, steps=10)(5)
     0.5
@@ -185,7 +194,11 @@ class Linear(_Transition):
 
 @dataclass(frozen=True)
 class Cosine(_Transition):
-    """Half a cosine wave from ``start`` to ``end``: slow, fast, slow."""
+    """Half a cosine wave from ``start`` to ``end`` in ``steps``: slow, fast, slow.
+
+    >>> round(Cosine(0.0, 1.0, steps=4)(1), 3)
+    0.146
+    """
 
     def _between(self, part: float) -> float:
         return self._mixed(0.5 - 0.5 * math.cos(math.pi * part))
@@ -193,7 +206,11 @@ class Cosine(_Transition):
 
 @dataclass(frozen=True)
 class Logarithmic(_Transition):
-    """start + (end - start) * log(1 + t) / log(1 + steps): fast, then slow."""
+    """start + (end - start) * log(1 + t) / log(1 + steps): fast, then slow.
+
+    >>> round(Logarithmic(0.0, 1.0, steps=15)(3), 3)
+    0.5
+    """
 
     def _between(self, part: float) -> float:
         return self._mixed(math.log1p(part * self.steps) / math.log1p(self.steps))
@@ -218,7 +235,11 @@ class Exponential(_Transition):
 
 @dataclass(frozen=True)
 class Step(_Transition):
-    """A staircase of ``count`` equal steps from ``start`` to ``end``."""
+    """A staircase of ``count`` equal steps from ``start`` to ``end`` in ``steps``.
+
+    >>> Step(0.0, 1.0, steps=8, count=4)(3)
+    0.25
+    """
 
     count: int = 4
 

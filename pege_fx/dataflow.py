@@ -11,8 +11,8 @@ from torch.fx import GraphModule, Node
 from pege_fx.batch_norm import BiasFold, WeightFold
 from pege_fx.errors import ModelError, closest
 from pege_fx.fake_quant import FakeQuant
-from pege_fx.mode import PYTHON_FORWARD, TRAINING_MODE, PythonForward, check_argument, check_keys
-from pege_fx.passes.graph import arguments, function_name, has_attribute, join, scope
+from pege_fx.mode import PYTHON_FORWARD, TRAINING_MODE, PythonForward, check_argument, check_class, check_keys
+from pege_fx.passes.graph import arguments, function_name, has_attribute, join, module_of, scope
 from pege_fx.plan import Capture, Operation
 from pege_fx.scheduler import plan_of
 
@@ -42,6 +42,9 @@ def to_networkx(gm: GraphModule) -> nx.DiGraph:
 
     An edge has ``bits`` and ``signed`` (of the fake-quant it leaves, else None) and ``kind``: "data", or "graph" where
     a value enters or leaves a nested graph.
+
+    Args:
+        gm: from ``prepare``.
 
     Raises:
         ModelError: if ``gm`` was not prepared.
@@ -110,7 +113,7 @@ def _facts(prefix: str, gm: GraphModule, node: Node) -> dict[str, Any]:
 
 def _about(node: Node) -> str:
     """What a node is about by itself; "either" for plain Python, which its arguments decide."""
-    if node.target in (check_argument, check_keys, TRAINING_MODE):
+    if node.target in (check_argument, check_class, check_keys, TRAINING_MODE):
         return "sizes"
     gets = function_name(node) == "getattr"
     if (arguments(node)[0][1] if gets else node.target) in _SIZES and (gets or node.op == "call_method"):
@@ -158,7 +161,10 @@ def _site(module: torch.nn.Module | None) -> dict[str, Any]:
 
 def _add_data_edges(graph: nx.DiGraph, prefix: str, gm: GraphModule) -> None:
     for node in gm.graph.nodes:
-        for source in node.all_input_nodes:
+        inputs = node.all_input_nodes
+        if module_of(gm, node, FakeQuant) is not None:
+            inputs = inputs[:1]  # what shares its scale is no input
+        for source in inputs:
             facts = graph.nodes[join(prefix, source.name)]
             graph.add_edge(
                 join(prefix, source.name), join(prefix, node.name), bits=facts["bits"], signed=facts["signed"], kind="data"

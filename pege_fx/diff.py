@@ -298,6 +298,10 @@ def diff(before: GraphModule, after: GraphModule) -> Diff:
     Nodes are the same if they have the same name, or do the same with the same inputs; graphs inside modules that stay
     Python are compared as well. To see what a pass does that works in place, compare with a ``copy.deepcopy``.
 
+    Args:
+        before: a ``GraphModule``.
+        after: another, or the same after passes.
+
     Raises:
         ModelError: if one of them is no ``GraphModule``.
 
@@ -327,6 +331,10 @@ def _whole(gm: GraphModule) -> dict[str, NodeView]:
 @dataclass
 class PassTrace:
     """What each pass of a pipeline did: a list of (name of the pass, diff). Make it, then run ``watching(passes)``.
+
+    Attributes:
+        names: of the passes that ran.
+        states: the graph before the first, and behind each.
 
     >>> from pege_fx.passes import normalize, run
     >>> trace = PassTrace()

@@ -21,11 +21,19 @@ def shard(gm: GraphModule, *, mesh: DeviceMesh | None = None, **options: Any) ->
     optimizer after this. ``save`` puts the model together again; ``convert`` what was loaded without sharding.
 
     Args:
+        gm: a prepared model.
         mesh: of the processes that share the model; default: all of them.
         options: further arguments of ``fully_shard``.
 
     Raises:
         ModelError: if ``gm`` was not prepared, or there is no process group.
+
+    >>> import torch, pege_fx, torch.distributed as dist
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # under torchrun: without arguments
+    >>> gm = pege_fx.prepare(torch.nn.Sequential(torch.nn.Linear(4, 2)), "W4A4", torch.randn(2, 4))
+    >>> type(shard(gm).get_parameter("0.weight")).__name__
+    'DTensor'
+    >>> dist.destroy_process_group()
     """
     plan_of(gm)
     if not dist.is_initialized():

@@ -36,6 +36,14 @@ def draw(gm: GraphModule, path: str | Path, *, depth: int | None = None) -> None
         ExportError: for another ending, a path that can not be written, a negative depth, or if Graphviz's ``dot``
             is not installed (the .dot is written then).
         ModelError: if ``gm`` was not prepared.
+
+    >>> import tempfile
+    >>> import torch
+    >>> import pege_fx
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    >>> gm = pege_fx.prepare(model, "W4A4", torch.randn(2, 4))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     draw(gm, f"{folder}/model.dot")
     """
     target = Path(path)
     if target.suffix.lower() not in ENDINGS:

@@ -22,13 +22,21 @@ def update_ewgs(
     Downstream quantizers count as STE meanwhile. All but δ stays as it is: parameters, gradients, buffers, random numbers.
 
     Args:
+        gm: a prepared model, some of whose sites have the estimator "ewgs".
         loss_of: a batch -> the loss, through ``gm`` itself (not compiled, nor wrapped); in training mode.
         batches: three or so.
         draws: of v for each batch.
+        seed: of the draws.
 
     Raises:
         ModelError: if no site of the model has the estimator EWGS.
         InputError: if there is no batch.
+
+    >>> import pege_fx
+    >>> policy = pege_fx.QuantPolicy((pege_fx.Rule(weight=pege_fx.QuantSpec(bits=4, estimator="ewgs")),))
+    >>> gm = pege_fx.prepare(nn.Sequential(nn.Linear(4, 2)), policy)
+    >>> list(update_ewgs(gm, lambda x: gm(x).square().mean(), [torch.randn(8, 4)]))
+    ['0.weight_fq']
     """
     sites = {name: site for name, site in fake_quants(gm).items() if site.site.spec.estimator == "ewgs"}
     if not sites:
@@ -57,10 +65,10 @@ def _strengths(
     sites: dict[str, FakeQuant], loss_of: Callable[[], Tensor], draws: int, generator: torch.Generator
 ) -> dict[str, float]:
     """(Tr H / N) / (3 std g) of each site that a batch reaches; may be negative."""
-    seen: dict[str, Tensor] = {}
+    seen: dict[str, dict[int, Tensor]] = {}
 
     def note(name: str) -> Callable[..., None]:
-        return lambda _, x, y: seen.update({name: y})
+        return lambda _, x, y: seen.setdefault(name, {}).update({x[1] if len(x) > 1 else 0: y})  # by the input's number
 
     hooks = [site.register_forward_hook(note(name)) for name, site in sites.items()]
     try:
@@ -69,7 +77,7 @@ def _strengths(
     finally:
         for hook in hooks:
             hook.remove()
-    values = list(seen.values())
+    values = [value for inputs in seen.values() for value in inputs.values()]
     gradients = torch.autograd.grad(loss, values, create_graph=True)
     traces = [torch.zeros((), dtype=torch.float64, device=value.device) for value in values]
     for _ in range(draws):
@@ -77,11 +85,13 @@ def _strengths(
         products = torch.autograd.grad(gradients, values, signs, retain_graph=True, materialize_grads=True)
         for trace, sign, product in zip(traces, signs, products, strict=True):
             trace += (sign * product).sum(dtype=torch.float64) / draws
-    spreads = [3 * gradient.detach().double().std(correction=0) for gradient in gradients]
-    return {
-        name: float(trace / value.numel() / spread) if float(spread) > 0 else 0.0
-        for name, value, trace, spread in zip(seen, values, traces, spreads, strict=True)
-    }
+    found, left = {}, iter(zip(traces, gradients, strict=True))
+    for name, inputs in seen.items():
+        own = [next(left) for _ in inputs]
+        gradient = torch.cat([gradient.detach().double().flatten() for _, gradient in own])
+        trace, spread = torch.stack([trace for trace, _ in own]).sum(), 3 * gradient.std(correction=0)
+        found[name] = float(trace / gradient.numel() / spread) if float(spread) > 0 else 0.0
+    return found
 
 
 def _signs(like: Tensor, generator: torch.Generator) -> Tensor:

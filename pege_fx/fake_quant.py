@@ -20,13 +20,15 @@ from pege_fx.spec import ESTIMATORS, METHODS, Channels, Kind, QuantSpec
 class ScheduleState(nn.Module):
     """Where a group of sites stands: 0-d tensors on the model's device, updated in place by the scheduler.
 
-    Buffers: ``rate`` p; ``weight_lambda`` and ``activation_lambda`` λ (absolute units); ``refresh_key`` (int32, from
-    the refresh count). They start fully quantized with λ = 0 and are not part of a ``state_dict``: the scheduler's is.
+    ``rate`` p; ``weight_lambda`` and ``activation_lambda`` λ (absolute units), float32; ``refresh_key`` (int32, from the
+    refresh count). They start fully quantized with λ = 0 and are not part of a ``state_dict``: the scheduler's is.
+
+    p and λ are kept as bits, since ``half()`` rounds whatever is floating point, and float16 has no 1e-8.
     """
 
-    rate: Tensor
-    weight_lambda: Tensor
-    activation_lambda: Tensor
+    rate_bits: Tensor
+    weight_lambda_bits: Tensor
+    activation_lambda_bits: Tensor
     refresh_key: Tensor
 
     def __init__(self, group: str) -> None:
@@ -34,9 +36,21 @@ class ScheduleState(nn.Module):
         self.group = group
         self.rank = 0  # which part of a global batch this process sees; no buffer, or DDP would make it the first one's
         for name, value in (("rate", 1.0), ("weight_lambda", 0.0), ("activation_lambda", 0.0)):
-            self.register_buffer(name, torch.tensor(value), persistent=False)
+            self.register_buffer(f"{name}_bits", torch.tensor(value).view(torch.int32), persistent=False)
         key = torch.tensor(functional.refresh_key(0), dtype=torch.int32)
         self.register_buffer("refresh_key", key, persistent=False)
+
+    @property
+    def rate(self) -> Tensor:
+        return self.rate_bits.view(torch.float32)
+
+    @property
+    def weight_lambda(self) -> Tensor:
+        return self.weight_lambda_bits.view(torch.float32)
+
+    @property
+    def activation_lambda(self) -> Tensor:
+        return self.activation_lambda_bits.view(torch.float32)
 
     def extra_repr(self) -> str:
         return f"group={self.group!r}"
@@ -44,18 +58,22 @@ class ScheduleState(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """Which edge a fake-quant stands on, and which rule put it there."""
+    """Which edge a fake-quant stands on, and which rule put it there.
+
+    ``inputs``: for one scale shared by several inputs of an operation, the nodes that these read.
+    """
 
     name: str
     kind: Kind
     spec: QuantSpec
     rule: str
     group: str = "default"
+    inputs: tuple[str, ...] = ()
 
 
-# The autograd node of each site's last training forward, for discretization_loss: it holds x_c and y. Weak, so that
-# nothing lives longer than training needs.
-_LAST_FORWARD: "weakref.WeakKeyDictionary[FakeQuant, weakref.ref[Any]]" = weakref.WeakKeyDictionary()
+# The autograd nodes of each site's last training forward (one for each of its inputs), for discretization_loss: they hold
+# x_c and y. Weak, so that nothing lives longer than training needs.
+_LAST_FORWARD: "weakref.WeakKeyDictionary[FakeQuant, list[weakref.ref[Any]]]" = weakref.WeakKeyDictionary()
 
 
 class FakeQuant(nn.Module):
@@ -71,6 +89,15 @@ class FakeQuant(nn.Module):
 
     In training, elements are replaced at the schedule's rate. In evaluation all are (p = 1), and a weight comes out
     with its BatchNorm folded in: the values that ``convert`` deploys, bit for bit.
+
+    One scale for several inputs of an operation is one fake-quant, called once for each: ``fq(x, 0, y)``, then ``fq(y, 1)``.
+    The first call sees them all, so that the grid is set from all of them together; each input has masks of its own.
+
+    >>> import pege_fx
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    >>> gm = pege_fx.prepare(model, "W4A4", torch.randn(2, 4))
+    >>> pege_fx.fake_quants(gm)["0.weight_fq"].site.kind
+    'weight'
     """
 
     site_key: Tensor
@@ -112,18 +139,20 @@ class FakeQuant(nn.Module):
             self.calibrated.fill_(True)
         self.is_calibrated = True
 
-    def initialize_from(self, x: Tensor) -> None:
-        """Set the grid from one tensor: a weight, or the first activation.
+    def initialize_from(self, *inputs: Tensor) -> None:
+        """Set the grid from a weight, or from the first activation of each input. Meta tensors hold nothing and set nothing.
 
         Raises:
-            ModelError: while the model is being compiled, or if a weight is not finite.
+            ModelError: while the model is being compiled, if a weight is not finite, or for an input of whole numbers.
         """
         if torch.compiler.is_compiling():
             raise ModelError(
                 f"{self.site.name} is not calibrated, and data may not set a grid while the model is being compiled.\n"
                 "  give prepare example_inputs, or call pege_fx.calibrate(gm, batches) before torch.compile."
             )
-        statistics = Statistics.of(self.enter(x), self.method.channels)
+        if any(x.is_meta for x in inputs):
+            return
+        statistics = self._statistics(*inputs)
         if self.site.kind == "weight" and not statistics.all_finite:
             raise ModelError(
                 f"{self.site.name.removesuffix('_fq')} has values that are not finite.\n"
@@ -133,11 +162,22 @@ class FakeQuant(nn.Module):
             statistics = statistics.of_all()
         self.initialize(statistics)
 
-    def observe(self, x: Tensor) -> None:
+    def observe(self, *inputs: Tensor) -> None:
         """Add a batch to the statistics that ``finish_observing`` initialises from."""
+        if any(x.is_meta for x in inputs):
+            return
         with torch.no_grad():
-            seen = Statistics.of(self.enter(x), self.method.channels)
+            seen = self._statistics(*inputs)
             self.statistics = seen.reduced() if self.statistics is None else self.statistics + seen
+
+    def _statistics(self, x: Tensor, *others: Tensor) -> Statistics:
+        for value in (x, *others):
+            if not value.is_floating_point():
+                raise ModelError(
+                    f"{self.site.name} got a {value.dtype} tensor, and quantizes floating-point ones.\n"
+                    "  give prepare example_inputs, which tell where whole numbers are; or leave that operation out by a rule."
+                )
+        return sum(map(Statistics.of, others), start=Statistics.of(self.enter(x), self.method.channels))
 
     def share_observations(self) -> None:
         """Add what other processes observed; all of them take part, those too that saw nothing."""
@@ -153,29 +193,41 @@ class FakeQuant(nn.Module):
             self.initialize(self.statistics)
         self.statistics = None
 
-    def forward(self, x: Any) -> Any:
+    def forward(self, x: Any, number: int = 0, *others: Tensor) -> Any:
+        """Return ``x`` fake-quantized.
+
+        Args:
+            x: of any shape, or a packed sequence.
+            number: which of several inputs on one scale it is.
+            others: with the first of them, the rest: what the grid is to fit, too.
+        """
         if isinstance(x, PackedSequence):
             return x._replace(data=self(x.data))
-        if self.observing and self.site.kind == "activation":
-            self.observe(x)
-        elif not self.is_calibrated:
-            self.initialize_from(x)
+        if number == 0:
+            self._see(x, *others)
         if self.observing:
             return self.leave(x, self.enter(x))
         if not self.training and not torch.is_grad_enabled():
             return self.deployed(x)
         if self.fold is not None and self.fold.live and self.method.channels is not None and self.method.is_plain:
             # A grid of step -s over w is the grid of step s over -w: one pass over the weight instead of three.
-            return self._discretize(x, self.fold.broadcast(self.fold.sign(), x))
-        result = self.leave(x, self.method.restore(self._discretize(self.enter(x)))).to(x.dtype)
+            return self._discretize(x, sign=self.fold.broadcast(self.fold.sign(), x))
+        result = self.leave(x, self.method.restore(self._discretize(self.enter(x), number, others))).to(x.dtype)
         if self.training:
             return result
         # The gradient of ``result`` with the value of ``deployed``: they differ by rounding, so the sum is exact.
         return result + (self.deployed(x) - result).detach()
 
-    def _discretize(self, x: Tensor, sign: Tensor | None = None) -> Tensor:
-        if self.training:
-            self.method.observe(x)
+    def _see(self, *inputs: Tensor) -> None:
+        """Look at what comes, where the grid is to be set by it."""
+        if self.observing and self.site.kind == "activation":
+            self.observe(*inputs)
+        elif not self.is_calibrated:
+            self.initialize_from(*inputs)
+
+    def _discretize(self, x: Tensor, number: int = 0, others: tuple[Tensor, ...] = (), sign: Tensor | None = None) -> Tensor:
+        if self.training and number == 0:
+            self.method.observe(torch.cat([value.flatten() for value in (x, *others)]) if others else x)
         continuous = self.method.transform(x)
         scale, zero_point = self.method.step()
         replaced = functional.fake_quantize(
@@ -184,12 +236,13 @@ class FakeQuant(nn.Module):
             self.site.spec,
             zero_point=zero_point,
             rate=self.schedule.rate if self.training else None,
-            key=self._key_of(x) if self.training else None,
+            key=self._key_of(x, number) if self.training else None,
             strength=self._strength(),
             scale_gradient=self.method.scale_gradient(x),
         )
         if self.training and not torch.compiler.is_compiling() and replaced.grad_fn is not None:
-            _LAST_FORWARD[self] = weakref.ref(replaced.grad_fn)
+            before = _LAST_FORWARD.get(self, []) if number else []
+            _LAST_FORWARD[self] = [*before, weakref.ref(replaced.grad_fn)]
         return replaced
 
     def codes(self, x: Tensor) -> Tensor:
@@ -253,36 +306,45 @@ class FakeQuant(nn.Module):
         """The key of the masks at the present refresh count, 0-d int32."""
         return self.site_key ^ self.schedule.refresh_key
 
-    def _key_of(self, x: Tensor) -> Tensor:
-        """The key for a tensor: on a further rank, an activation's elements are numbered on from those of the ranks before."""
+    def _key_of(self, x: Tensor, number: int) -> Tensor:
+        """The key for a tensor: each input of several has its own.
+
+        On a further rank, an activation's elements are numbered on from those of the ranks before.
+        """
+        key = self.key ^ functional.as_int32(functional.mix32(functional.mix32(number))) if number else self.key
         if self.site.kind == "weight" or self.schedule.rank == 0:
-            return self.key
+            return key
         first = functional.as_int32(self.schedule.rank * x.numel())
-        return torch.stack([self.key, torch.full_like(self.key, first)])
+        return torch.stack([key, torch.full_like(key, first)])
 
     def last_forward(self) -> tuple[Tensor, Tensor] | None:
-        """x_c and y of the last training forward, while autograd still keeps them; else None."""
-        reference = _LAST_FORWARD.get(self)
-        node = reference() if reference is not None else None
-        if node is None:
-            return None
+        """x_c and y of the last training forward, while autograd still keeps them; else None. Several inputs come flat."""
+        nodes = [node for reference in _LAST_FORWARD.get(self, []) if (node := reference()) is not None]
         try:
-            x, y, *_ = node.saved_tensors
+            seen = [tuple(node.saved_tensors[:2]) for node in nodes]
         except RuntimeError:  # backward has freed them
             return None
+        if len(seen) < 2:
+            return seen[0] if seen else None
+        x, y = (torch.cat([value.flatten() for value in values]) for values in zip(*seen, strict=True))
         return x, y
 
     def extra_repr(self) -> str:
         spec = self.site.spec
         sign = "signed" if spec.signed else "unsigned"
         words = [f"{spec.bits} bits", sign, f"per {spec.granularity}", str(spec.method), str(spec.estimator)]
+        if self.site.inputs:
+            words.append(f"one scale for {', '.join(self.site.inputs)}")
         if self.site.group != "default":
             words.append(f"schedule {self.site.group!r}")
         return ", ".join(words)
 
 
 def _follow_loaded_state(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Calibration is part of the state: a float checkpoint has none, so the next forward initialises anew."""
+    """Calibration is part of the state: a state without it, whole or in part, has the next forward initialise anew.
+
+    (torch shows a module the keys below its own prefix alone, so the site can not tell whether its weight is among them.)
+    """
     assert isinstance(module, FakeQuant)
     loaded = state.get(f"{prefix}calibrated")
     module.is_calibrated = bool(loaded) if isinstance(loaded, Tensor) else False
@@ -291,5 +353,15 @@ def _follow_loaded_state(module: nn.Module, state: dict[str, Any], prefix: str, 
 
 
 def fake_quants(module: nn.Module) -> dict[str, FakeQuant]:
-    """Return every fake-quant of a module by its path, each once."""
+    """Return every fake-quant of a module by its path, each once.
+
+    Args:
+        module: any module; one that was not prepared has none.
+
+    >>> import pege_fx
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    >>> gm = pege_fx.prepare(model, "W4A4", torch.randn(2, 4))
+    >>> list(pege_fx.fake_quants(gm))
+    ['0.weight_fq', '2.weight_fq', 'input_1_fq', '_1_fq']
+    """
     return {name: child for name, child in module.named_modules() if isinstance(child, FakeQuant)}

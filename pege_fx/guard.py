@@ -58,6 +58,15 @@ class Guard:
 
     Raises:
         ModelError: if ``gm`` was not prepared.
+
+    >>> import pege_fx
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    >>> gm = pege_fx.prepare(model, "W4A4", torch.randn(2, 4))
+    >>> guard, x = pege_fx.Guard(gm), torch.randn(2, 4)
+    >>> loss = gm(x).sum()
+    >>> guard.check(loss, x)
+    >>> loss.backward()
+    >>> guard.check_gradients()
     """
 
     def __init__(self, gm: nn.Module, *, every: int = 0, collapsed: float = 1e-3, clipped: float = 0.5) -> None:

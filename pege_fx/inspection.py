@@ -13,7 +13,7 @@ from pege_fx.batch_norm import BatchNorm
 from pege_fx.errors import ModelError, closest
 from pege_fx.fake_quant import FakeQuant
 from pege_fx.listing import Listing
-from pege_fx.passes.graph import first_argument, function_name, join, module_of, operator_of, scope
+from pege_fx.passes.graph import first_argument, function_name, join, joining_of, module_of, operator_of, scope
 from pege_fx.plan import Operation, Plan, in_words
 from pege_fx.policy import path_pattern
 from pege_fx.scheduler import plan_of
@@ -208,7 +208,7 @@ def summary(gm: GraphModule, match: Filter | None = None, *, depth: int | None =
 
 
 def bystanders(model: nn.Module, graphs: Iterable[tuple[str, GraphModule]], plan: Plan) -> Iterator[Bystander]:
-    """Yield every node that calls something and is no operation, then every module that no node calls.
+    """Yield every node that calls something and is no operation of the plan, then every module that no node calls.
 
     Args:
         model: the model, or what ``prepare`` made of it.
@@ -217,8 +217,10 @@ def bystanders(model: nn.Module, graphs: Iterable[tuple[str, GraphModule]], plan
     """
     known = {operation.path for operation in plan.operations}
     for prefix, gm in graphs:
+        planned = {operation.node for operation in plan.operations if operation.path.startswith(prefix)}
         for node in gm.graph.nodes:
-            if node.op.startswith("call_") and operator_of(node) is None:
+            joins = joining_of(node) is not None and node.name in planned
+            if node.op.startswith("call_") and operator_of(node) is None and not joins:
                 yield (found := _bystander(prefix, gm, node))
                 known.add(found.path)
     holders = {""}
@@ -243,7 +245,11 @@ def _why_not_called(path: str, plan: Plan) -> str:
 def _bystander(prefix: str, gm: GraphModule, node: Node) -> Bystander:
     module = module_of(gm, node, nn.Module)
     if module is None:
-        return Bystander(node.name, join(prefix, scope(node), function_name(node)), function_name(node), _NO_OPERATION)
+        verdict = node.meta.get("batch_norm", "")
+        reason = verdict or _NO_OPERATION
+        if not verdict and (joining := joining_of(node)) is not None:
+            reason += f', unless a rule says function="{joining.name}"'
+        return Bystander(node.name, join(prefix, scope(node), function_name(node)), function_name(node), reason)
     path, what, reason = join(prefix, str(node.target)), type(module).__name__, _NO_OPERATION
     if isinstance(module, FakeQuant):
         return Bystander(node.name, path, "fake-quant", f"{in_words(module.site.spec)} by {module.site.rule}")

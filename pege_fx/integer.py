@@ -54,6 +54,9 @@ def integer_engine(deployed: GraphModule) -> GraphModule:
     Takes the inputs of the model; outputs are float64. ``integer_coverage`` says what runs in integers. Plain torch, made
     to be right and not to be fast.
 
+    Args:
+        deployed: from ``convert``.
+
     >>> import pege_fx
     >>> gm = pege_fx.prepare(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).eval(), "W4A4", (torch.randn(2, 4),))
     >>> engine = integer_engine(pege_fx.convert(gm))
@@ -70,7 +73,14 @@ def integer_engine(deployed: GraphModule) -> GraphModule:
 
 @dataclass(frozen=True)
 class IntegerCoverage:
-    """What an engine computes in integers alone."""
+    """What an engine computes in integers alone.
+
+    Attributes:
+        layers: operations with a product.
+        integer_layers: those that sum in int32.
+        steps: quantization steps behind a layer.
+        integer_steps: those by thresholds on integers.
+    """
 
     layers: int
     integer_layers: int
@@ -85,7 +95,17 @@ class IntegerCoverage:
 
 
 def integer_coverage(engine: GraphModule) -> IntegerCoverage:
-    """Count the layers and quantization steps of an engine, and those that are integer."""
+    """Count the layers and quantization steps of an engine, and those that are integer.
+
+    Args:
+        engine: from ``integer_engine``.
+
+    >>> import pege_fx
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    >>> gm = pege_fx.prepare(model, "W4A4", torch.randn(2, 4))
+    >>> integer_coverage(pege_fx.integer_engine(pege_fx.convert(gm))).integer_layers
+    2
+    """
     graphs = [module for module in engine.modules() if isinstance(module, GraphModule)]
     nodes = [node for gm in graphs for node in gm.graph.nodes]
     sums, steps = (

@@ -147,12 +147,19 @@ class _Allocation:
             for edge in edges:
                 if edge.spec is not None and self._width(operation, edge) != edge.spec.bits:
                     fields[name] = dataclasses.replace(self._setting(edge, name), bits=self._width(operation, edge))
-        return Rule(match=_exactly(operation.path), **fields) if fields else None
+        return Rule(match=_exactly(operation.path), function=self._named(operation), **fields) if fields else None
+
+    def _named(self, operation: Operation) -> str | None:
+        """The function, where the deciding rule names it: there are operations that only such a rule is about."""
+        rules = {edge.rule for edge in operation.edges if edge.spec is not None}
+        return operation.function if any(self._rule(rule).function is not None for rule in rules) else None
+
+    def _rule(self, words: str) -> Rule:
+        return self.plan.policy.rules[int(words.removeprefix("rule ").partition(":")[0])]
 
     def _setting(self, edge: Edge, name: str) -> QuantSpec:
         """What the deciding rule says, with signs and the like left open where it leaves them open."""
-        number = int(edge.rule.removeprefix("rule ").partition(":")[0])
-        setting = getattr(self.plan.policy.rules[number], name)
+        setting = getattr(self._rule(edge.rule), name)
         assert isinstance(setting, QuantSpec)
         return setting
 

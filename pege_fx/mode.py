@@ -24,6 +24,11 @@ def select_by_mode(training: bool, in_training: Any, in_evaluation: Any) -> Any:
     return in_training if training else in_evaluation
 
 
+def written(x: Any) -> Any:
+    """Return ``x``: its value behind a write that other nodes of the graph made to its memory."""
+    return x
+
+
 @torch.fx.has_side_effect
 def check_argument(value: Any, name: str, traced: Any) -> None:
     """Raise ``OtherCallError`` unless an argument is the None, number or text that the graph was traced for."""
@@ -31,6 +36,17 @@ def check_argument(value: Any, name: str, traced: Any) -> None:
         shown = repr(value) if isinstance(value, (bool, int, float, str)) or value is None else type(value).__name__
         raise OtherCallError(
             f"{name} was {traced!r} when the model was traced, and is {shown} now.\n"
+            "  give it in example_inputs or example_kwargs of prepare."
+        )
+
+
+@torch.fx.has_side_effect
+def check_class(value: Any, name: str, traced: str) -> None:
+    """Raise ``OtherCallError`` unless an argument that is no tensor is of the class that the graph was traced for."""
+    if traced not in (cls.__qualname__ for cls in type(value).__mro__):
+        shown = "None" if value is None else f"a {type(value).__name__}"
+        raise OtherCallError(
+            f"{name} was a {traced} when the model was traced, and is {shown} now.\n"
             "  give it in example_inputs or example_kwargs of prepare."
         )
 

@@ -33,6 +33,7 @@ class Edge:
         reason: why it stays float; "" if quantized.
         group: schedule group.
         elements: number of elements of the weight it reads; 0 for an activation.
+        shared_with: the operands of the same operation that have one scale with it.
     """
 
     operand: str
@@ -42,6 +43,7 @@ class Edge:
     reason: str = ""
     group: str = "default"
     elements: int = 0
+    shared_with: tuple[str, ...] = ()
 
     @property
     def is_weight(self) -> bool:
@@ -54,7 +56,8 @@ class Edge:
         if self.spec is None:
             by = f" by {self.rule}" if self.reason == FLOAT_BY_POLICY else f": {self.reason}"
             return f"{self.operand}{read}: float{by}"
-        return f"{self.operand}{read}: {in_words(self.spec)} by {self.rule}"
+        shared = f", one scale with {', '.join(self.shared_with)}" if self.shared_with else ""
+        return f"{self.operand}{read}: {in_words(self.spec)}{shared} by {self.rule}"
 
 
 def _widest(edges: tuple[Edge, ...]) -> int:
@@ -170,5 +173,8 @@ class Plan:
     @property
     def fingerprint(self) -> str:
         """A short hash of what is quantized and how: equal for equal graphs under equal policies."""
-        lines = [f"{op.path} {edge.operand} {edge.source} {spec!r}" for op, edge, spec in self.quantized]
+        lines = [
+            f"{op.path} {edge.operand} {edge.source} {spec!r}{''.join(f' = {name}' for name in edge.shared_with)}"
+            for op, edge, spec in self.quantized
+        ]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

@@ -31,17 +31,24 @@ UNSET: Final = Unset.UNSET
 
 Setting: TypeAlias = QuantSpec | str | int | Literal[Unset.UNSET] | None
 EDGES: Final = ("weight", "input", "output")
+NO_RULE: Final = "no rule sets it"
 ROLES: Final = ("first", "last")
+_FIELDS: Final = (*EDGES, "schedule", "shared_scale")
 
 
 @dataclass(frozen=True)
 class Op:
-    """What a rule can see of one operation of the graph."""
+    """What a rule can see of one operation of the graph.
+
+    ``aliases`` are further names of its function. ``on_request``: only rules that name the function are about it.
+    """
 
     path: str
     function: str
     classes: frozenset[str] = field(default_factory=frozenset)
     roles: frozenset[str] = field(default_factory=frozenset)
+    aliases: frozenset[str] = field(default_factory=frozenset)
+    on_request: bool = False
 
 
 def _class_name(cls: type[nn.Module] | str) -> str:
@@ -77,15 +84,21 @@ class Rule:
     Selection; what is left out selects everything, what is given must all hold:
         match: module path, a glob (``*`` also crosses dots) or ``re:`` and a regular expression for the whole path.
         module: class (or its name) of the module that holds the operation, or of one that contains that module.
-        function: name of the operation (``"conv2d"``, ``"matmul"``), or the function itself.
+        function: name of the operation (``"conv2d"``, ``"matmul"``), or the function itself. Additions, subtractions, products
+            element by element, concatenations and stacks (``"add"``, ``"sub"``, ``"mul"``, ``"cat"``, ``"stack"``) are selected
+            by rules that name them, and by no other.
         role: "first" or "last" operation with a weight.
 
     Fields; what is left out stays as the rules before have it, None (or ``"float"``) means float:
         weight, input, output: a ``QuantSpec``, or bits as ``"4"``.
         schedule: name of the schedule group.
+        shared_scale: True gives all inputs of an operation with several one scale, as integer hardware needs it.
 
     Raises:
         PolicyError: if the rule sets nothing or contradicts itself.
+
+    >>> Rule(match="layer1.*", weight="2")
+    Rule(match='layer1.*', weight='2')
     """
 
     match: str | None = None
@@ -96,6 +109,7 @@ class Rule:
     input: Setting = UNSET
     output: Setting = UNSET
     schedule: str | Literal[Unset.UNSET] = UNSET
+    shared_scale: bool | Literal[Unset.UNSET] = UNSET
 
     def __post_init__(self) -> None:
         if self.module is not None:
@@ -119,8 +133,12 @@ class Rule:
             object.__setattr__(self, edge, spec)
         if not (self.schedule is UNSET or (isinstance(self.schedule, str) and self.schedule)):
             raise PolicyError(f"schedule={self.schedule!r}: give the name of a schedule group.")
-        if all(getattr(self, name) is UNSET for name in (*EDGES, "schedule")):
-            raise PolicyError(f"{self!r} sets nothing: give weight, input, output or schedule.")
+        if not (self.shared_scale is UNSET or isinstance(self.shared_scale, bool)):
+            raise PolicyError(f"shared_scale={self.shared_scale!r}: give True or False.")
+        if self.shared_scale is True and self.input is None:
+            raise PolicyError(f"{self!r}: inputs in float have no scale to share: drop shared_scale, or give input a format.")
+        if all(getattr(self, name) is UNSET for name in _FIELDS):
+            raise PolicyError(f"{self!r} sets nothing: give weight, input, output, schedule or shared_scale.")
         if self.match is not None:
             object.__setattr__(self, "_pattern", path_pattern(self.match))
 
@@ -129,7 +147,7 @@ class Rule:
         return (
             (self.match is None or self._pattern.fullmatch(op.path) is not None)
             and (self.module is None or self.module in op.classes)
-            and (self.function is None or self.function == op.function)
+            and (not op.on_request if self.function is None else self.function in (op.function, *op.aliases))
             and (self.role is None or self.role in op.roles)
         )
 
@@ -138,8 +156,13 @@ class Rule:
     def __repr__(self) -> str:
         names = ("match", "module", "function", "role")
         words = [f"{name}={getattr(self, name)!r}" for name in names if getattr(self, name) is not None]
-        words += [f"{name}={_short(getattr(self, name))}" for name in (*EDGES, "schedule") if getattr(self, name) is not UNSET]
+        words += [f"{name}={_short(getattr(self, name))}" for name in _FIELDS if getattr(self, name) is not UNSET]
         return f"Rule({', '.join(words)})"
+
+
+def _would_select(rule: Rule, op: Op) -> bool:
+    """Whether a rule would be about an operation if that did not have to be named."""
+    return rule.function is None and rule.selects(dataclasses.replace(op, on_request=False))
 
 
 def path_pattern(match: str) -> re.Pattern[str]:
@@ -162,11 +185,15 @@ def _short(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a policy decides for one operation: a spec (or None for float) per edge, and the rule that set each."""
+    """What a policy decides for one operation: a spec (or None for float) per edge, and the rule that set each.
+
+    ``shared_scale`` is the rule that asks for one scale for all inputs, "" if none does.
+    """
 
     specs: Mapping[str, QuantSpec | None]
     rules: Mapping[str, str]
     schedule: str = "default"
+    shared_scale: str = ""
 
 
 _SHORTHAND = re.compile(r"(?:W(?P<weight>\d+))?(?:A(?P<input>\d+))?", re.IGNORECASE)
@@ -223,8 +250,8 @@ class QuantPolicy:
     def choose(self, op: Op) -> Choice:
         """Run the cascade for one operation."""
         specs: dict[str, QuantSpec | None] = dict.fromkeys(EDGES)
-        rules = dict.fromkeys(EDGES, "no rule sets it")
-        schedule = "default"
+        rules = dict.fromkeys(EDGES, NO_RULE)
+        schedule, shared_scale = "default", ""
         for number, rule in enumerate(self.rules):
             if not rule.selects(op):
                 continue
@@ -233,7 +260,13 @@ class QuantPolicy:
                     specs[edge], rules[edge] = value, f"rule {number}: {rule!r}"
             if rule.schedule is not UNSET:
                 schedule = str(rule.schedule)
-        return Choice(specs, rules, schedule)
+            if rule.shared_scale is not UNSET:
+                shared_scale = f"rule {number}: {rule!r}" if rule.shared_scale else ""
+        return Choice(specs, rules, schedule, shared_scale)
+
+    def is_about(self, op: Op) -> bool:
+        """Tell whether any rule selects this operation."""
+        return any(rule.selects(op) for rule in self.rules)
 
     def check_all_decide(self, ops: Iterable[Op]) -> None:
         """Raise ``PolicyError`` for a rule that selects none of the operations, and name the closest."""
@@ -241,7 +274,10 @@ class QuantPolicy:
         for rule in self.rules:
             if any(rule.selects(op) for op in seen):
                 continue
-            lines = [f"{rule!r} decides for none of {len(seen)} operations."]
+            lines = [f"{rule!r} decides for none of {sum(not op.on_request for op in seen)} operations."]
+            if unnamed := {op.function for op in seen if op.on_request and _would_select(rule, op)}:
+                names = " or ".join(f"function={name!r}" for name in sorted(unnamed))
+                lines.append(f"  it reaches an operation that only a rule with {names} is about: give that too.")
             wanted: tuple[tuple[str, Any, set[str]], ...] = (
                 ("paths", rule.match, {op.path for op in seen}),
                 ("module classes", rule.module, set().union(*(op.classes for op in seen))),
@@ -281,14 +317,14 @@ class QuantPolicy:
 
         text = tomli_w.dumps(self.to_dict())
         if path is not None:
-            Path(path).write_text(text)
+            Path(path).write_text(text, encoding="utf-8")
         return text
 
     @classmethod
     def from_toml(cls, path: str | os.PathLike[str]) -> "QuantPolicy":
         """Read a policy from a TOML file."""
         try:
-            return cls.from_dict(tomllib.loads(Path(path).read_text()))
+            return cls.from_dict(tomllib.loads(Path(path).read_text(encoding="utf-8")))
         except (OSError, UnicodeDecodeError) as error:
             raise PolicyError(f"can not read the policy {path}: {error}.") from error
         except (tomllib.TOMLDecodeError, RecursionError) as error:
@@ -307,8 +343,9 @@ def _rule_to_dict(rule: Rule) -> dict[str, Any]:
             entry[edge] = "float"
         elif value is not UNSET:
             entry[edge] = _spec_to_dict(value)
-    if rule.schedule is not UNSET:
-        entry["schedule"] = rule.schedule
+    for name in ("schedule", "shared_scale"):
+        if (value := getattr(rule, name)) is not UNSET:
+            entry[name] = value
     return entry
 
 

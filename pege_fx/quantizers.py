@@ -57,20 +57,24 @@ class Statistics:
 
     @cached_property
     def count(self) -> Tensor:
+        """How many elements are finite."""
         if self._finite is None:
             return torch.full(self._rows.shape[:-1], float(self._rows.shape[-1]), dtype=torch.float64, device=self._rows.device)
         return self._finite.sum(-1, dtype=torch.float64)
 
     @cached_property
     def total(self) -> Tensor:
+        """Their sum."""
         return self._rows.sum(-1).double()
 
     @cached_property
     def total_abs(self) -> Tensor:
+        """Sum of their absolute values."""
         return self._norm(1)
 
     @cached_property
     def total_square(self) -> Tensor:
+        """Sum of their squares."""
         return self._norm(2).square()
 
     def _norm(self, order: int) -> Tensor:
@@ -79,10 +83,12 @@ class Statistics:
 
     @cached_property
     def low(self) -> Tensor:
+        """The smallest, or 0 if that is smaller."""
         return self._rows.amin(-1).clamp(max=0).double() if self._rows.numel() else self.total
 
     @cached_property
     def high(self) -> Tensor:
+        """The largest, or 0 if that is larger."""
         return self._rows.amax(-1).clamp(min=0).double() if self._rows.numel() else self.total
 
     def _with(self, values: dict[str, Tensor]) -> "Statistics":
@@ -115,15 +121,18 @@ class Statistics:
 
     @property
     def mean_abs(self) -> Tensor:
+        """Mean absolute value."""
         return self.total_abs / self.count.clamp(min=1)
 
     @property
     def std(self) -> Tensor:
+        """Standard deviation, of the population."""
         count = self.count.clamp(min=1)
         return (self.total_square / count - (self.total / count).square()).clamp(min=0).sqrt()
 
     @property
     def max_abs(self) -> Tensor:
+        """Largest absolute value."""
         return torch.maximum(self.high, -self.low)
 
 
@@ -331,8 +340,9 @@ class DoReFa(ForwardMethod, name="dorefa"):
     def transform(self, x: Tensor) -> Tensor:
         if self.kind == "activation":
             return x.clamp(0.0 if self.q_min == 0 else -1.0, 1.0)
-        bent = torch.tanh(x)
-        largest = bent.abs().amax().clamp(min=SMALLEST_SCALE) if x.numel() else bent.new_ones(())
+        bent = torch.tanh(x.to(functional.compute_dtype(x)))
+        largest = bent.abs().amax() if x.numel() else bent.new_ones(())
+        largest = torch.where(largest > 0, largest, 1.0).clamp(min=SMALLEST_SCALE)  # all zero: there is no size to divide by
         if self.q_min == 0:
             return bent / (2.0 * largest) + 0.5
         return bent / largest

@@ -52,6 +52,13 @@ def report(
         ModelError: if ``gm`` was not prepared.
         InputError: if the history can not be read.
         ExportError: for another ending than .html, or if the page can not be written.
+
+    >>> import tempfile
+    >>> import pege_fx
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    >>> gm = pege_fx.prepare(model, "W4A4", torch.randn(2, 4))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     report(gm, f"{folder}/report.html", batches=[torch.randn(8, 4)])
     """
     if Path(path).suffix.lower() not in (".html", ".htm"):
         raise ExportError(f"{Path(path).name!r} has the ending {Path(path).suffix!r}: a report ends in .html.")
@@ -129,8 +136,13 @@ def _measured(gm: GraphModule, batches: Iterable[Any] | None) -> dict[str, dict[
 
     def watch(name: str) -> Any:
         def hook(fq: FakeQuant, args: tuple[Tensor, ...], result: Tensor) -> None:
-            if name not in found and fq.is_calibrated:
-                found[name] = _histogram(fq, args[0].detach(), result.detach())
+            if name in found or not fq.is_calibrated:
+                return
+            x, y = args[0].detach(), result.detach()
+            if others := args[2:]:  # inputs on the same scale
+                x = torch.cat([value.flatten() for value in (x, *others)])
+                y = fq.deployed(x)
+            found[name] = _histogram(fq, x, y)
 
         return hook
 

@@ -16,7 +16,17 @@ from pege_fx.processes import rank_and_size
 
 @dataclass(frozen=True, kw_only=True)
 class GroupCurves:
-    """What a schedule group follows instead of the scheduler's own curves; None keeps those."""
+    """What a schedule group follows instead of the scheduler's own curves; None keeps those.
+
+    Args:
+        replacement: rate p over position t.
+        weight_lambda: λ of weights.
+        activation_lambda: λ of activations.
+
+    >>> from pege_fx.curves import Constant
+    >>> GroupCurves(replacement=Constant(1.0)).weight_lambda is None
+    True
+    """
 
     replacement: Callable[[float], float] | None = None
     weight_lambda: Callable[[float], float] | None = None
@@ -48,7 +58,8 @@ class PEGEScheduler:
         gm: a prepared model.
         total_steps: length of the schedule, in whatever ``step()`` counts.
         replacement: rate p over position t; default: the paper's logarithm, reaching 1 halfway.
-        weight_lambda, activation_lambda: λ over t, in absolute units; default: exponential.
+        weight_lambda: λ of weights over t, in absolute units; default: exponential, 1e-8 to 1e-6.
+        activation_lambda: λ of activations, likewise; default: exponential, 1e-9 to 1e-8.
         refresh: "step" draws new masks at every step; "never" keeps one threshold per element, so that the set of
             replaced elements only grows while p does.
         groups: curves for the schedule groups that rules name (``Rule(schedule="head")``).
@@ -62,6 +73,18 @@ class PEGEScheduler:
     Raises:
         ScheduleError: for a length that is not positive, a curve that leaves [0, 1] (rate) or is negative (λ), or a
             group that no rule names.
+
+    >>> import torch
+    >>> import pege_fx
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    >>> gm = pege_fx.prepare(model, "W4A4", torch.randn(2, 4))
+    >>> scheduler = PEGEScheduler(gm, total_steps=10)
+    >>> rates = []
+    >>> for epoch in range(6):
+    ...     scheduler.step()  # behind the training of one epoch
+    ...     rates.append(round(float(pege_fx.fake_quants(gm)["0.weight_fq"].schedule.rate), 2))
+    >>> rates
+    [0.2, 0.54, 0.75, 0.89, 1.0, 1.0]
     """
 
     def __init__(

@@ -36,6 +36,10 @@ def save_deployed(deployed: GraphModule, path: str | os.PathLike[str]) -> int:
 
     Needs no class of the model to be read again. The file is whole or not there.
 
+    Args:
+        deployed: from ``convert``.
+        path: of the file; ".safetensors" is a good ending.
+
     Raises:
         ExportError: if the graph calls what is not torch's (a module that stayed Python, a function of your own), if the
             model was not converted, or if the file can not be written.
@@ -67,8 +71,21 @@ def save_deployed(deployed: GraphModule, path: str | os.PathLike[str]) -> int:
 def load_deployed(path: str | os.PathLike[str]) -> GraphModule:
     """Read what ``save_deployed`` wrote: a GraphModule with the same outputs, bit for bit. Executes nothing of the file.
 
+    Args:
+        path: of what ``save_deployed`` wrote.
+
     Raises:
         CheckpointError: if the file is missing, broken, of another kind or from a newer version.
+
+    >>> import tempfile
+    >>> import pege_fx
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    >>> gm = pege_fx.prepare(model, "W4A4", torch.randn(2, 4))
+    >>> deployed, x = pege_fx.convert(gm), torch.randn(2, 4)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     size = pege_fx.save_deployed(deployed, f"{folder}/model.safetensors")
+    ...     torch.equal(load_deployed(f"{folder}/model.safetensors")(x), deployed(x))
+    True
     """
     header, tensors = _read(Path(path))
     try:

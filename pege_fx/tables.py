@@ -34,6 +34,8 @@ def _why(operation: Operation) -> str:
     for edge in operation.edges:
         by_rule = edge.spec is not None or edge.reason == FLOAT_BY_POLICY
         words[_rule_number(edge) if by_rule else f"{edge.operand}: {edge.reason}"] = None
+    if any(edge.shared_with for edge in operation.edges):
+        words["one scale"] = None
     return "; ".join(word for word in words if word)
 
 
@@ -115,6 +117,7 @@ def operation_to_dict(operation: Operation) -> dict[str, Any]:
             "rule": edge.rule,
             "reason": edge.reason,
             "group": edge.group,
+            "shared_with": list(edge.shared_with),
         }
         for edge in operation.edges
     ]

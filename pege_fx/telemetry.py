@@ -181,7 +181,21 @@ def _on_device(fq: FakeQuant, seen: Tensor) -> Tensor:
 
 
 class CSVWriter:
-    """Writes rows to a CSV file with the columns of ``Telemetry``, and flushes after each interval."""
+    """Writes rows to a CSV file with the columns of ``Telemetry``, and flushes after each interval.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        OutputError: if it can not be written.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     writer = CSVWriter(f"{folder}/run.csv")  # for Telemetry(gm, writers=[writer])
+    ...     writer.close()
+    ...     read_history(f"{folder}/run.csv")
+    []
+    """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         try:
@@ -204,8 +218,23 @@ class CSVWriter:
 def read_history(path: str | os.PathLike[str]) -> list[Row]:
     """Return the rows that a ``CSVWriter`` has written.
 
+    Args:
+        path: of the CSV file.
+
     Raises:
         OutputError: if the file can not be read, or holds something else.
+
+    >>> import tempfile
+    >>> import pege_fx
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    >>> gm = pege_fx.prepare(model, "W4A4", torch.randn(2, 4))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = f"{folder}/run.csv"
+    ...     with pege_fx.Telemetry(gm, every=1, writers=[CSVWriter(path)]) as telemetry:
+    ...         loss = gm(torch.randn(2, 4)).sum()
+    ...         telemetry.step()
+    ...     read_history(path)[0]["site"]
+    '0.weight_fq'
     """
     try:
         with Path(path).open(newline="", encoding="utf-8") as file:
@@ -222,7 +251,19 @@ def read_history(path: str | os.PathLike[str]) -> list[Row]:
 
 
 class TensorBoardWriter:
-    """Writes scalars ``error/<site>``, ``clipped/<site>``, ``scale/<site>`` and the schedule's ``p`` and λ for TensorBoard."""
+    """Writes scalars ``error/<site>``, ``clipped/<site>``, ``scale/<site>`` and the schedule's ``p`` and λ for TensorBoard.
+
+    Args:
+        folder: that TensorBoard reads.
+
+    Raises:
+        OutputError: if tensorboard is not installed.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     writer = TensorBoardWriter(folder)  # for Telemetry(gm, writers=[writer])
+    ...     writer.close()
+    """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         try:

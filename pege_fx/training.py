@@ -39,6 +39,13 @@ def calibrate(gm: GraphModule, batches: Iterable[Any]) -> None:
 
     Raises:
         InputError: if there is no batch, or one does not fit ``forward``.
+
+    >>> import pege_fx
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    >>> gm = pege_fx.prepare(model, "W4A4", torch.randn(2, 4))
+    >>> calibrate(gm, [torch.randn(8, 4) for _ in range(3)])
+    >>> all(site.is_calibrated for site in pege_fx.fake_quants(gm).values())
+    True
     """
     observe(gm, (as_arguments(gm, batch) for batch in batches))
 
@@ -93,9 +100,16 @@ def parameter_groups(
     """Return optimizer groups: weights with decay; norms and biases, and quantizer parameters, without.
 
     Args:
+        gm: a prepared model.
         lr: of weights, norms and biases.
         quantizer_lr: of scales, clips and intervals; default: ``lr``.
         weight_decay: of parameters with two dimensions or more.
+
+    >>> import pege_fx
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    >>> gm = pege_fx.prepare(model, "W4A4", torch.randn(2, 4))
+    >>> [(group["name"], group["weight_decay"]) for group in parameter_groups(gm, lr=1e-3)]
+    [('weights', 0.0001), ('norms and biases', 0.0), ('quantizers', 0.0)]
     """
     quantizer = {id(p) for fq in fake_quants(gm).values() for p in fq.parameters()}
     groups: dict[str, list[nn.Parameter]] = {"weights": [], "norms and biases": [], "quantizers": []}
@@ -118,8 +132,19 @@ def discretization_loss(gm: nn.Module) -> Tensor:
     Of the last training forward, and while its autograd graph is alive: call it between forward and backward. It is
     differentiable in x_c, with y held constant: STE and this loss together have exactly PEGE's gradients.
 
+    Args:
+        gm: a prepared model in training, not compiled.
+
     Raises:
         ModelError: if the model has no such forward: not prepared, in evaluation, compiled, or after backward.
+
+    >>> import pege_fx
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    >>> gm = pege_fx.prepare(model, "W4A4", torch.randn(2, 4))
+    >>> scheduler = pege_fx.PEGEScheduler(gm, total_steps=10)
+    >>> outputs = gm(torch.randn(8, 4))
+    >>> discretization_loss(gm).item() > 0
+    True
     """
     terms = [
         0.5 * site.lambda_ * discretization_error(*seen)

@@ -152,7 +152,7 @@ def test_each_pass_of_prepare_tells_what_it_did() -> None:
     ]
     assert trace["normalize"].of_kind("replaced")[0].after.target == "conv2d"  # type: ignore[union-attr]
     added = {change.after.name for change in trace["FoldBatchNorm"].of_kind("added") if change.after}
-    assert added == {"conv_weight_fold", "conv_bias_fold"}
+    assert added == {"bn_1", "conv_weight_fold", "conv_bias_fold"}  # the fold of the bias reads which BatchNorm it follows
     inserted = {change.after.name for change in trace["InsertFakeQuants"].changes if change.after}
     assert {"conv_weight_fq", "x_fq"} <= inserted
     assert not trace["verify"]
@@ -167,7 +167,7 @@ def test_a_pass_of_one_s_own_is_traced_too() -> None:
     passes.insert(1, rename)
     trace = pege_fx.trace_passes(Net(), "W4A4", (X,), passes=passes)
     assert str(trace["rename"].changes[0]) == "* relu: note: seen"
-    with pytest.raises(ModelError, match="no pass is called 'renam'; there are normalize, rename"):
+    with pytest.raises(ModelError, match="no pass is called 'renam'; there are name_writes, rename"):
         trace["renam"]
 
 

@@ -39,6 +39,17 @@ name = "pege"
 title = "PEGE"
 weight_lambda = [1e-8, 1e-6]
 """
+AGAIN = """
+[profiles.tiny]
+subset = 8
+seed = [0]
+skip = ["s*"]
+
+[[run]]
+group = "Again"
+name = "again"
+weight_lambda = [1e-8, 1e-6]
+"""
 
 
 @pytest.fixture
@@ -75,7 +86,7 @@ def test_a_table_is_run_stored_and_reported_and_reported_again(
         experiments.main(words)
     assert "Not complete: pege." in (tmp_path / "docs/results.md").read_text()
     experiments.main(words)
-    assert executed == [("ste", 0), ("ste", 1), ("pege", 0), ("died", 0), ("pege", 1)]
+    assert executed == [("ste", 0), ("pege", 0), ("ste", 1), ("died", 0), ("pege", 1)]
     page = (tmp_path / "docs/results.md").read_text()
     assert "## Estimators, W2A2" in page
     assert "| STE | " in page
@@ -91,6 +102,28 @@ def test_a_table_is_run_stored_and_reported_and_reported_again(
     (tmp_path / "table.toml").write_text(TABLE.replace("epochs = 1\nfloat", "epochs = 2\nfloat"))
     with pytest.raises(SystemExit):
         experiments.main(words)
+
+
+def test_a_run_under_two_names_is_made_once_and_a_profile_has_a_folder_of_its_own(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "table.toml").write_text(TABLE + AGAIN)
+    trained: list[str] = []
+    train = experiments.cifar10.main
+
+    def counting(argv: list[str]) -> Any:
+        trained.append(argv[-1])
+        return train(argv)
+
+    monkeypatch.setattr(experiments.cifar10, "main", counting)
+    experiments.main([*words, "--profile", "tiny"])
+    assert [Path(output).name for output in trained] == ["float-1-8-8", "pege"]
+    one, other = (json.loads((tmp_path / f"results/tiny/{name}-seed0.json").read_text()) for name in ("pege", "again"))
+    assert one == other
+    assert one["options"]["subset"] == 8
+    assert "--profile tiny" in (tmp_path / "docs/results.md").read_text()
+    with pytest.raises(SystemExit):
+        experiments.main([*words, "--profile", "huge"])
 
 
 @pytest.mark.parametrize(

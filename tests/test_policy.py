@@ -49,6 +49,7 @@ def settings_of(edge: str) -> st.SearchStrategy[Any]:
 def rules(draw: st.DrawFn, match: st.SearchStrategy[str | None] | None = None) -> Rule:
     fields: dict[str, Any] = {edge: draw(settings_of(edge)) for edge in EDGES}
     fields["schedule"] = draw(st.one_of(st.just(UNSET), texts.filter(bool)))
+    fields["shared_scale"] = draw(st.sampled_from([UNSET, False, *([] if fields["input"] in (None, "float") else [True])]))
     if all(value is UNSET for value in fields.values()):
         fields["weight"] = None
     anything = st.none() | st.sampled_from(PATTERNS) | texts.filter(lambda text: not text.startswith("re:"))
@@ -69,6 +70,7 @@ ops = st.builds(
     function=st.sampled_from(FUNCTIONS),
     classes=st.frozensets(st.sampled_from(CLASSES)),
     roles=st.frozensets(st.sampled_from(ROLES)),
+    on_request=st.booleans(),
 )
 
 # --- the cascade -------------------------------------------------------------------------------------------------
@@ -88,6 +90,8 @@ def test_the_last_rule_that_selects_and_sets_a_field_wins(found: list[Rule], op:
             assert choice.rules[edge] == "no rule sets it"
     groups = [rule.schedule for rule in found if rule.selects(op) and rule.schedule is not UNSET]
     assert choice.schedule == (groups[-1] if groups else "default")
+    asking = [(i, rule) for i, rule in enumerate(found) if rule.selects(op) and rule.shared_scale is not UNSET]
+    assert choice.shared_scale == (f"rule {asking[-1][0]}: {asking[-1][1]!r}" if asking and asking[-1][1].shared_scale else "")
 
 
 def test_fields_cascade_one_by_one() -> None:
@@ -139,7 +143,9 @@ def test_a_match_is_a_glob_or_a_regular_expression_for_the_whole_path(pattern: s
 def test_a_rule_selects_where_each_of_its_conditions_does(rule: Rule, op: Op) -> None:
     conditions = {name: getattr(rule, name) for name in ("match", "module", "function", "role")}
     alone = [Rule(**{name: value}, weight="4") for name, value in conditions.items() if value is not None]
-    assert rule.selects(op) is all(single.selects(op) for single in alone)
+    plain = dataclasses.replace(op, on_request=False)
+    named = rule.function is not None or not op.on_request
+    assert rule.selects(op) is (named and all(single.selects(plain) for single in alone))
 
 
 def test_a_module_is_named_by_its_class_its_bases_or_their_names() -> None:
@@ -327,7 +333,7 @@ def test_unknown_names_are_refused_in_the_short_form_too() -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({}, r"Rule\(\) sets nothing: give weight, input, output or schedule"),
+        ({}, r"Rule\(\) sets nothing: give weight, input, output, schedule or shared_scale"),
         ({"match": "conv1", "role": "first"}, r"Rule\(match='conv1', role='first'\) sets nothing"),
         ({"weight": "W4A4"}, r"weight='W4A4' is not a number format(.|\n)*\"W4A4\" is for QuantPolicy.parse"),
         ({"input": 4.0}, r"input=4.0 is not a number format"),
@@ -342,6 +348,8 @@ def test_unknown_names_are_refused_in_the_short_form_too() -> None:
         ({"weight": "4", "module": nn.Linear(1, 1)}, r"is not a class of modules"),
         ({"weight": "4", "function": object()}, r"has no name: give the function, or its name"),
         ({"schedule": ""}, r"schedule='': give the name of a schedule group"),
+        ({"input": "4", "shared_scale": "yes"}, r"shared_scale='yes': give True or False"),
+        ({"input": None, "shared_scale": True}, r"inputs in float have no scale to share: drop shared_scale, or give input"),
         ({"schedule": 3}, r"schedule=3: give the name of a schedule group"),
         ({"input": QuantSpec(bits=4, granularity="channel")}, r"input granularity=\"channel\": activations have one scale"),
         ({"output": QuantSpec(bits=4, granularity="channel")}, r"output granularity=\"channel\": activations have one"),

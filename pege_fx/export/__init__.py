@@ -51,6 +51,17 @@ def export_onnx(
         ExportError: an unknown style or opset; a model that was not converted; an operator that has no mapping (node,
             operator and line are named); a file that can not be written.
         InputError: example inputs that do not fit the model.
+
+    >>> import tempfile
+    >>> import torch
+    >>> import pege_fx
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    >>> gm = pege_fx.prepare(model, "W4A4", torch.randn(2, 4))
+    >>> deployed = pege_fx.convert(gm)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     size = export_onnx(deployed, f"{folder}/model.onnx", (torch.randn(1, 4),))
+    ...     verify_export(deployed, f"{folder}/model.onnx", [torch.randn(8, 4)]).ok
+    True
     """
     if style not in get_args(Style):
         raise ExportError(f'style={style!r}: give "qdq" or "qcdq".')
@@ -87,6 +98,18 @@ def verify_export(deployed: GraphModule, path: str | os.PathLike[str], batches: 
     Raises:
         ExportError: a file that is no ONNX model, or not of this model.
         InputError: no batch, or one that does not fit.
+
+    >>> import tempfile
+    >>> import torch
+    >>> import pege_fx
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    >>> gm = pege_fx.prepare(model, "W4A4", torch.randn(2, 4))
+    >>> deployed = pege_fx.convert(gm)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     size = export_onnx(deployed, f"{folder}/model.onnx", (torch.randn(1, 4),), style="qcdq")
+    ...     report = verify_export(deployed, f"{folder}/model.onnx", [torch.randn(8, 4)])
+    >>> report.verdict in ("exact", "ties")
+    True
     """
     need_onnx()
     from pege_fx.export.verify import verify

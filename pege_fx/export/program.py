@@ -197,6 +197,13 @@ def to_program(
 
     Raises:
         ExportError: if ``torch.export`` can not follow the model.
+
+    >>> import pege_fx
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    >>> gm = pege_fx.prepare(model, "W4A4", torch.randn(2, 4))
+    >>> program = to_program(pege_fx.convert(gm), (torch.randn(2, 4),))
+    >>> program.module()(torch.zeros(5, 4)).shape
+    torch.Size([5, 2])
     """
     check_deployed(deployed, args)
     return _export(stepped(deployed, _replacements(operators)), args, dynamic_batch)

@@ -56,30 +56,6 @@ def verdict(gm: torch.fx.GraphModule) -> str:
     return str(gm.meta["plan"].operations[-1].batch_norm)
 
 
-@given(layers_with_norms(), st.sampled_from(["train", "freeze"]))
-def test_folding_keeps_the_function_in_evaluation(case: tuple[nn.Module, Tensor], mode: Any) -> None:
-    model, x = case
-    model.eval()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        gm = pege_fx.prepare(model, FLOAT, (x,), batch_norm=mode)
-    assert verdict(gm) == "folded 1"
-    with torch.no_grad():
-        torch.testing.assert_close(gm(x), model(x), rtol=1e-4, atol=1e-4)
-        assert torch.equal(pege_fx.convert(gm)(x) if mode == "train" else gm(x), gm(x))
-
-
-@given(layers_with_norms())
-def test_training_is_that_of_the_original_bit_for_bit_and_so_are_the_statistics(case: tuple[nn.Module, Tensor]) -> None:
-    model, x = case
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        gm = pege_fx.prepare(model, FLOAT, (x,))
-    assert torch.equal(gm(x), model(x))
-    for name, value in model.state_dict().items():
-        assert torch.equal(gm.state_dict()[name], value)
-
-
 @given(layers_with_norms(), st.sampled_from(["channel", "tensor"]), st.sampled_from([2, 4, 8]))
 def test_a_quantized_fold_deploys_what_evaluation_computes(case: tuple[nn.Module, Tensor], granularity: Any, bits: int) -> None:
     model, x = case
@@ -131,7 +107,7 @@ class SharedNorm(Twice):
 
 class NormFirst(Twice):
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.conv(self.bn(x))
+        out: Tensor = self.conv(F.pad(self.bn(x), (0, 1)))
         return out
 
 
@@ -182,7 +158,7 @@ UNSAFE: list[tuple[Any, tuple[int, ...], str]] = [
 def test_what_is_not_safe_is_refused_with_its_reason(make: Any, shape: tuple[int, ...], reason: str, mode: Any) -> None:
     model, x = randomise(make(), 0).eval(), torch.randn(shape)
     captured = pege_fx.api._capture(model, (x,), None)[0]
-    pege_fx.passes.run(captured.graphs, pege_fx.prepare_passes("W4A4", batch_norm=mode)[:3])
+    pege_fx.passes.run(captured.graphs, pege_fx.prepare_passes("W4A4", batch_norm=mode)[:4])
     (norm, *_) = [n for n in captured.root.graph.nodes if "batch_norm" in n.meta and n.op == "call_module"]
     assert reason in norm.meta["batch_norm"]
     with torch.no_grad():

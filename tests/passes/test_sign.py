@@ -10,7 +10,7 @@ from hypothesis import given
 from torch import Tensor, nn
 from torch.fx import Interpreter, Node, symbolic_trace
 
-from pege_fx.passes import analyse_signs
+from pege_fx.passes import analyse_signs, name_writes
 from pege_fx.testing import Network, networks
 
 
@@ -75,13 +75,16 @@ def test_it_does_not_prove(name: str) -> None:
     assert not is_proved(NOT_PROVED[name])
 
 
-def test_a_tensor_that_is_written_to_is_not_proved() -> None:
+def test_a_tensor_is_proved_until_it_is_written_to() -> None:
     gm = symbolic_trace(lambda x: x.relu())
     (relu,) = gm.graph.find_nodes(op="call_method", target="relu")
     with gm.graph.inserting_after(relu):
         gm.graph.call_function(operator.setitem, (relu, 0, -1.0))
+    name_writes(gm)
     analyse_signs(gm)
-    assert not any(node.meta.get("non_negative") for node in gm.graph.nodes)
+    assert [node.name for node in gm.graph.nodes if node.meta.get("non_negative")] == ["relu"]
+    (output,) = gm.graph.find_nodes(op="output")
+    assert output.args[0].name == "relu_written"
 
 
 class Checked(Interpreter):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import pege_fx
-from pege_fx import Constant, PEGEScheduler, QuantPolicy
+from pege_fx import Constant, PEGEScheduler, QuantPolicy, QuantSpec, Rule
 from pege_fx.processes import whole
 
 METHODS = ("lsq", "pact", "dorefa", "interval", "minmax")
@@ -41,7 +41,8 @@ class Net(nn.Module):
         self.norm, self.head = nn.BatchNorm2d(5).eval(), nn.Linear(5 * 4 * 4, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(self.middle(F.relu(self.block(F.relu(self.first(x))))))
+        y = F.relu(self.first(x))
+        x = self.norm(self.middle(F.relu(y + self.block(y))))
         out: Tensor = self.head(F.relu(x).flatten(1))
         return out
 
@@ -62,6 +63,8 @@ def prepared(method: str, estimator: str = "pege", batch_norm: str = "freeze") -
     torch.manual_seed(0)
     net = Net().double()  # so that rounding does not move an element over the edge of a step
     policy = QuantPolicy.parse("W3A3", first="4", last="4", method=method, estimator=estimator)
+    sums = Rule(function="add", input=QuantSpec(bits=4, method=method, estimator=estimator), shared_scale=True)
+    policy = QuantPolicy((*policy.rules, sums))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", pege_fx.PegeWarning)  # that the block stays Python
         return pege_fx.prepare(net, policy, batch_norm=batch_norm)

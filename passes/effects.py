@@ -1,0 +1,116 @@
+"""In-place writes: what reads a tensor after a write gets a node of its own, so that order becomes data flow.
+
+Later passes may then share, move or prove things of a node's value without asking what happened to its memory meanwhile.
+"""
+
+import operator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from pege_fx.mode import TRAINING_MODE, written
+from pege_fx.passes.graph import (
+    after,
+    attribute_name,
+    call_function,
+    changes_its_input,
+    first_argument,
+    is_assignment,
+    is_unknown_code,
+    module_of,
+    reads_size,
+    remove_dead_nodes,
+)
+
+# Results that may be, or look into, the memory of their first argument.
+_VIEWING_FUNCTIONS: set[Any] = {
+    operator.getitem, torch.reshape, torch.flatten, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, torch.chunk,
+    torch.split, torch.tensor_split, torch.unbind, torch.narrow, torch.select, torch.movedim, torch.swapaxes, torch.dropout,
+    torch.unflatten, torch.diagonal, torch.real, torch.imag, torch.view_as_real, torch.view_as_complex, torch.detach,
+    torch.broadcast_to, torch.ravel, torch.atleast_1d, torch.atleast_2d, torch.atleast_3d,
+    nn.functional.dropout, nn.functional.dropout1d, nn.functional.dropout2d, nn.functional.dropout3d,
+}  # fmt: skip
+_VIEWING_METHODS = {
+    "view", "view_as", "reshape", "reshape_as", "flatten", "permute", "transpose", "squeeze", "unsqueeze", "chunk", "split",
+    "tensor_split", "unbind", "narrow", "select", "movedim", "swapaxes", "unflatten", "expand", "expand_as", "diagonal", "t",
+    "contiguous", "to", "type", "type_as", "float", "half", "bfloat16", "double", "cpu", "cuda", "detach", "broadcast_to",
+    "ravel", "unfold", "as_strided", "requires_grad_", "__getitem__",
+}  # fmt: skip
+_VIEWING_ATTRIBUTES = {"T", "mT", "H", "mH", "data", "real", "imag"}
+_VIEWING_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Sequential)
+
+
+def name_writes(gm: GraphModule) -> None:
+    """Let whatever reads a tensor after a write read the node that wrote, or a ``written`` node behind it.
+
+    Writes are in-place operations and assignments, also through views, and what functions and modules that the graph does
+    not look into were seen to do on the example inputs (``meta["writes"]``).
+    """
+    memory = _Memory(gm)
+    for node in list(gm.graph.nodes):
+        if not reads_size(node):
+            for source in node.all_input_nodes:
+                node.replace_input_with(source, memory.latest(source))
+        memory.add(node)
+    remove_dead_nodes(gm)
+
+
+class _Memory:
+    """Which nodes share memory, and which node has the value of another one after a write."""
+
+    def __init__(self, gm: GraphModule) -> None:
+        self.gm = gm
+        self._sharing: dict[Node, set[Node]] = {}
+        self._later: dict[Node, Node] = {}
+        self._stale: dict[Node, Node] = {}
+
+    def latest(self, node: Node) -> Node:
+        """Return the node that has the present value of ``node``'s tensor."""
+        while node in self._later:
+            node = self._later[node]
+        if (write := self._stale.pop(node, None)) is not None:
+            name = f"{node.name}_written"
+            made = call_function(self.gm.graph, written, (node,), {}, after(write), name)
+            made.meta.update({key: node.meta[key] for key in ("rank", "shape", "dtype", "nn_module_stack") if key in node.meta})
+            self._later[node] = made
+            self._join(made, [node])
+            return made
+        return node
+
+    def add(self, node: Node) -> None:
+        self._join(node, _may_share(self.gm, node))
+        if is_unknown_code(self.gm, node):
+            for source in node.meta.get("writes", ()):
+                self._write(source, node)
+        elif changes_its_input(self.gm, node) and isinstance(changed := first_argument(node), Node):
+            self._join(node, [changed])
+            self._write(changed, node)
+            if not is_assignment(node):
+                self._stale.pop(changed, None)
+                self._later[changed] = node
+        self._stale.pop(node, None)
+
+    def _join(self, node: Node, sources: list[Node]) -> None:
+        together = {node}.union(*(self._sharing[source] for source in sources))
+        for member in together:
+            self._sharing[member] = together
+
+    def _write(self, changed: Node, write: Node) -> None:
+        for member in self._sharing[changed]:
+            if member not in self._later:
+                self._stale[member] = write
+
+
+def _may_share(gm: GraphModule, node: Node) -> list[Node]:
+    """The inputs whose memory the result may lie in."""
+    if is_unknown_code(gm, node):
+        return [source for source in node.all_input_nodes if source.target != TRAINING_MODE]
+    if node.op == "call_module":
+        views = module_of(gm, node, nn.Module)
+        return node.all_input_nodes[:1] if isinstance(views, _VIEWING_MODULES) else []
+    viewing = node.target in (_VIEWING_METHODS if node.op == "call_method" else _VIEWING_FUNCTIONS)
+    if viewing or attribute_name(node) in _VIEWING_ATTRIBUTES:
+        return node.all_input_nodes[:1]
+    return []

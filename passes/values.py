@@ -1,0 +1,101 @@
+"""What a node's value is: a tensor or a number, and whose memory it lies in."""
+
+import math
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from pege_fx.mode import TRAINING_MODE
+from pege_fx.passes.graph import (
+    attribute,
+    changes_its_input,
+    first_argument,
+    is_unknown_code,
+    operator_of,
+    reads_size,
+    tensor_of,
+)
+
+RANDOM = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.RReLU)
+_MAY_RETURN_INPUT = (*RANDOM, nn.Identity, nn.Flatten, nn.Unflatten, nn.Sequential)
+_MAKING: set[Any] = {
+    operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.sub, torch.mul, torch.cat, torch.concat,
+    torch.stack, torch.rand_like, torch.randn_like, torch.relu, torch.sigmoid, torch.tanh, torch.softmax, torch.mean, torch.sum,
+    F.relu, F.relu6, F.gelu, F.silu, F.hardswish, F.sigmoid, F.tanh, F.softmax, F.layer_norm, F.group_norm, F.batch_norm,
+    F.max_pool2d, F.avg_pool2d,
+}  # fmt: skip
+_MAKING |= {"new_empty", "new_zeros", "new_ones", "new_full", "clone", "add", "sub", "mul", "relu", "sigmoid", "softmax"}
+_VIEWING: set[Any] = {"view", "reshape", "flatten", torch.flatten, torch.reshape, operator.getitem}
+
+
+def _makes_anew(root: nn.Module, node: Node) -> bool:
+    if changes_its_input(root, node):
+        return False
+    if node.op == "call_module":
+        return not isinstance(root.get_submodule(str(node.target)), _MAY_RETURN_INPUT)
+    return operator_of(node) is not None or node.target in _MAKING
+
+
+def makers(root: nn.Module, value: Any) -> Iterator[tuple[Node, bool]]:
+    """Walk from a tensor to where its memory comes from; the flag says whether a node makes it anew."""
+    while isinstance(value, Node):
+        anew = _makes_anew(root, value)
+        yield value, anew
+        if anew or not (value.op == "call_module" or changes_its_input(root, value) or value.target in _VIEWING):
+            return
+        value = first_argument(value)
+
+
+def is_seen_elsewhere(root: nn.Module, node: Node) -> bool:
+    """Tell whether anything but a node that works in place may see, by another name, what it does to its first input.
+
+    What is not known to make its result anew may return what it was given, as dropout does in evaluation.
+    """
+    walked: list[Node] = []
+    value = first_argument(node)
+    while isinstance(value, Node):
+        walked.append(value)
+        if _is_fresh(root, value):
+            readers = {reader for source in walked for reader in source.users} - {node, *walked}
+            return not all(_is_fresh(root, reader) for reader in readers)
+        given = [source for source in value.all_input_nodes if source.target != TRAINING_MODE]
+        value = given[0] if len(given) == 1 else None
+    return True
+
+
+def _is_fresh(root: nn.Module, node: Node) -> bool:
+    """Whether a node's result is memory of its own; code that the graph does not look into may return what it was given."""
+    return reads_size(node) or (_makes_anew(root, node) and not is_unknown_code(root, node))
+
+
+# --- numbers -----------------------------------------------------------------------------------------------------
+
+_TO_NUMBERS: set[Any] = {"item", "tolist", int, float, bool, round, torch.is_tensor}
+_KEEPING: set[Any] = {abs, max, min, sum, tuple, list, *filter(callable, vars(operator).values())}
+
+
+def tensors_of(gm: GraphModule) -> set[Node]:
+    """Return the nodes whose value is a tensor: by the example inputs, else by what no size or number is made of.
+
+    Without example inputs whatever may be a tensor counts as one.
+    """
+    recorded = any("dtype" in node.meta for node in gm.graph.nodes)
+    numbers: set[Node] = set()
+    for node in gm.graph.nodes:
+        if "dtype" not in node.meta and _is_number(gm, node, numbers):
+            numbers.add(node)
+    joined = (node for node in gm.graph.nodes if node not in numbers)
+    return {node for node in joined if "dtype" in node.meta or not (recorded and "op" in node.meta)}
+
+
+def _is_number(gm: GraphModule, node: Node, numbers: set[Node]) -> bool:
+    if node.op == "get_attr":
+        return tensor_of(gm, node) is None and not isinstance(attribute(gm, node), Tensor)
+    if reads_size(node) or node.target in _TO_NUMBERS or getattr(node.target, "__module__", None) == math.__name__:
+        return True
+    return node.target in _KEEPING and all(source in numbers for source in node.all_input_nodes)

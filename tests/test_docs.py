@@ -1,0 +1,158 @@
+"""The documentation is true: its code runs as written, its links lead somewhere, and it has every public name."""
+
+import importlib.util
+import inspect
+import json
+import os
+import re
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import mean, stdev
+
+import pytest
+
+import pege_fx
+from pege_fx.export import writer
+from pege_fx.spec import ESTIMATORS, METHODS
+
+ROOT = Path(__file__).parents[1]
+DOCS, RESULTS = ROOT / "docs", ROOT / "benchmarks" / "results"
+PAGES = {str(page.relative_to(ROOT)): page for page in [*ROOT.glob("*.md"), *sorted(DOCS.rglob("*.md"))]}
+ON_THEIR_OWN = ("README.md", "docs/tutorial.md", "docs/howto.md")  # the other pages take what howto.md defines for granted
+WARNING = ("docs/tracing.md",)  # shows what pege_fx warns of
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder for what pages write, registries for what they register, and the environment that torchrun gives one process."""
+    monkeypatch.chdir(tmp_path)
+    for registry in (METHODS, ESTIMATORS):
+        monkeypatch.setattr(registry, "_classes", dict(registry._classes))
+    monkeypatch.setattr(writer, "TABLE", dict(writer.TABLE))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": port}.items():
+        monkeypatch.setitem(os.environ, name, str(value))
+
+
+CODE = [
+    pytest.param(name, marks=[pytest.mark.filterwarnings("ignore::pege_fx.PegeWarning")] if name in WARNING else [])
+    for name, page in PAGES.items()
+    if "```python" in page.read_text()
+]
+
+
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize("name", CODE)
+def test_the_code_of_a_page_runs_as_written(name: str) -> None:
+    sybil = pytest.importorskip("sybil")
+    markdown = pytest.importorskip("sybil.parsers.markdown")
+    for package in ("matplotlib", "onnx", "onnxruntime", "sklearn", "torchvision"):
+        pytest.importorskip(package)
+    blocks = sybil.Sybil(parsers=[markdown.PythonCodeBlockParser(), markdown.SkipParser()], patterns=["*.md"])
+    namespace = {"__name__": "page"}
+    with pege_fx.kernels.eager_kernels():
+        for page in [PAGES[name]] if name in ON_THEIR_OWN else [DOCS / "howto.md", PAGES[name]]:
+            document = blocks.parse(page)
+            document.namespace.update(namespace)
+            for block in document.examples():
+                block.evaluate()
+            namespace = document.namespace
+
+
+def test_the_map_of_layers_has_every_file() -> None:
+    rows = [line for line in PAGES["CONTRIBUTING.md"].read_text().splitlines() if re.match(r"\| \d+ \|", line)]
+    named = {Path(name).name for row in rows for name in re.findall(r"`([\w/]+\.py)`", row)}
+    folders = ["pege_fx", "passes", "pege_fx/integrations"]  # export/ and testing/ are there as folders
+    assert {path.name for folder in folders for path in (ROOT / folder).glob("*.py")} <= named
+
+
+def rows_of_results() -> Iterator[str]:
+    """Rows of the README's tables, from the files that they come from."""
+    runs = json.loads((RESULTS / "quickstart.json").read_text())["seeds"]
+    for title, key in (("float", "float"), ("W2A2 STE", "ste"), ("W2A2 EWGS", "ewgs"), ("W2A2 PEGE", "pege")):
+        values = [100 * run[key]["accuracy"] for run in runs]
+        yield f"| {title} | {mean(values):.2f} ± {stdev(values):.2f} |"
+    results = json.loads((RESULTS / "cpu.json").read_text())
+    kernels = {(row["pass"], row["what"]): row["over copy"] for row in results["kernel, 2 M elements"]}
+    for what in ("pege_fx p=0.5", "pege_fx p=1"):
+        yield f"| {what} | {kernels['forward', what]:.1f} | {kernels['backward', what]:.1f} |"
+    for model, shape, bits in (("ResNet-20", "128x3x32x32", "W2A2"), ("resnet18", "32x3x64x64", "W4A4")):
+        steps = {(row["what"], row["compiled"]): row for row in results[f"step, {model} at {shape}"]}
+        for what in (f"{bits} p=0.5", f"{bits} p=1"):
+            eager, compiled = steps[what, False], steps[what, True]
+            figures = eager["over float"], compiled["over float"], eager["saved over float"]
+            yield f"| {model} {shape}, {what} | {' | '.join(f'{figure:.2f}' for figure in figures)} |"
+
+
+def test_figures_are_those_of_the_result_files() -> None:
+    lines = PAGES["README.md"].read_text().splitlines()
+    assert [row for row in rows_of_results() if row not in lines] == []
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and mkdocs both make them of plain words."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name: str) -> None:
+    prose = re.sub(r"^```.*?^```|`[^`\n]+`", "", PAGES[name].read_text(), flags=re.M | re.S)
+    for target in re.findall(r"\]\((?![a-z]+:)([^)\s]+)\)", prose):
+        path, _, anchor = target.partition("#")
+        found = PAGES[name] if not path else (PAGES[name].parent / path).resolve()
+        assert found.exists(), f"{target} is not there"
+        assert not anchor or anchor in anchors(found), f"{target}: no such heading"
+
+
+NAMES = [name for name in pege_fx.__all__ if not inspect.ismodule(getattr(pege_fx, name))]
+FUNCTIONS = [name for name in NAMES if inspect.isfunction(getattr(pege_fx, name))]
+ERRORS = [name for name in NAMES if inspect.isclass(cls := getattr(pege_fx, name)) and issubclass(cls, Exception)]
+# What functions return. Nobody makes one, so that an example is the function's.
+RESULTS_OF = {
+    "CheckpointInfo": "checkpoint_info", "Coverage": "summary", "Diff": "diff", "Explanation": "explain", "Finding": "Guard",
+    "IntegerCoverage": "integer_coverage", "Sensitivity": "sensitivity", "SizeReport": "size_report", "Summary": "summary",
+    "Statistics": "ForwardMethod",
+}  # fmt: skip
+WITHOUT_ERRORS = {"convert_passes", "fake_quants", "integer_coverage", "integer_engine", "parameter_groups", "size_report"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_public_name_is_documented(name: str) -> None:
+    """A summary in one line and an example for everything, and a docstring for each public member."""
+    documented = getattr(pege_fx, name)
+    text = documented.__doc__ or ""
+    assert text.strip().split("\n")[0].rstrip().endswith((".", ":")), "a summary in one line"
+    if name not in ERRORS:
+        assert ">>> " in getattr(pege_fx, RESULTS_OF.get(name, name)).__doc__
+    if inspect.isclass(documented):
+        for member in (member for member in vars(documented) if not member.startswith("_")):
+            if callable(value := getattr(documented, member)) or isinstance(value, property):
+                assert inspect.getdoc(value), member
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ERRORS and name not in RESULTS_OF])
+def test_each_argument_is_documented(name: str) -> None:
+    documented = getattr(pege_fx, name)
+    for parameter in inspect.signature(documented).parameters:
+        assert re.search(rf"\b{parameter}\b", documented.__doc__), parameter
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_say_what_they_take_and_raise(name: str) -> None:
+    text = getattr(pege_fx, name).__doc__
+    assert "Args:" in text
+    assert ("Raises:" in text) != (name in WITHOUT_ERRORS)
+
+
+def test_the_reference_has_every_public_name_once() -> None:
+    """A function in a module of its name needs both: the name alone stands for the module there."""
+    twice = {name for name in FUNCTIONS if importlib.util.find_spec(f"pege_fx.{name}")}
+    expected = {f"{name}.{name}" if name in twice else name for name in [*pege_fx.__all__, "testing"]}
+    found = re.findall(
+        r"^::: pege_fx\.(?!integrations)(\S+)$", "\n".join(map(Path.read_text, (DOCS / "api").glob("*.md"))), re.M
+    )
+    assert sorted(found) == sorted(expected - {"curves"})  # each curve has an entry of its own
