@@ -162,7 +162,7 @@ function search() {
   if (hits.length) select(hits[hit].id);
 }
 by("search").onkeydown = event => { if (event.key === "Enter") search(); };
-for (const node of data.nodes) for (const member of node.members) by("names").append(make("option", "", { value: member.path || member.id }));
+if (home.size <= 2000) for (const node of data.nodes) for (const member of node.members) by("names").append(make("option", "", { value: member.path || member.id }));
 
 function plot(site) {
   const top = Math.max(...site.continuous, ...site.quantized, 1), n = site.continuous.length;
