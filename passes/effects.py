@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from pege_fx.mode import written
+from pege_fx.mode import TRAINING_MODE, written
 from pege_fx.passes.graph import (
     after,
     attribute_name,
@@ -106,7 +106,7 @@ class _Memory:
 def _may_share(gm: GraphModule, node: Node) -> list[Node]:
     """The inputs whose memory the result may lie in."""
     if is_unknown_code(gm, node):
-        return node.all_input_nodes
+        return [source for source in node.all_input_nodes if source.target != TRAINING_MODE]
     if node.op == "call_module":
         views = module_of(gm, node, nn.Module)
         return node.all_input_nodes[:1] if isinstance(views, _VIEWING_MODULES) else []

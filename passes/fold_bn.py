@@ -115,8 +115,10 @@ def _note(found: Pair, reason: str) -> None:
     norm, layer = found.norm, found.layer
     verdict = f"{norm.name} stays: {reason}" if reason else f"folded {norm.name}"
     norm.node.meta["batch_norm"] = verdict
-    said = layer.meta.get("batch_norm", "") if isinstance(layer, Node) else ""
-    if isinstance(layer, Node) and not (said and reason and found.leads):
+    if not is_foldable(layer):
+        return
+    said = layer.meta.get("batch_norm", "")
+    if not (said and reason and found.leads):
         layer.meta["batch_norm"] = f"{said}; {verdict}" if said.startswith("folded") else verdict
 
 

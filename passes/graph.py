@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.fx.node import map_arg
 
-from pege_fx.batch_norm import BiasFold, Fold, WeightFold
+from pege_fx.batch_norm import BiasFold, BiasFoldBehind, Fold, WeightFold
 from pege_fx.mode import PythonForward, TrainingMode
 from pege_fx.recurrent import recurrent
 from pege_fx.spec import Channels
@@ -64,6 +65,7 @@ MM = Operator("mm", ("input", "mat2"), ("input", "mat2"))
 BMM = Operator("bmm", ("input", "mat2"), ("input", "mat2"))
 ADDMM = Operator("addmm", ("input", "mat1", "mat2"), ("mat1", "mat2"))
 BADDBMM = Operator("baddbmm", ("input", "batch1", "batch2"), ("batch1", "batch2"))
+GROUPED_MM = Operator("grouped_mm", ("mat_a", "mat_b"), ("mat_a", "mat_b"))
 EINSUM = Operator("einsum", ("equation", "a", "b", "c", "d"), ("a", "b", "c", "d"))
 ATTENTION = Operator("scaled_dot_product_attention", ("query", "key", "value", "attn_mask"), ("query", "key", "value"))
 
@@ -84,6 +86,7 @@ FUNCTIONS: dict[Any, Operator] = {
     torch.bmm: BMM,
     torch.addmm: ADDMM,
     torch.baddbmm: BADDBMM,
+    F.grouped_mm: GROUPED_MM,
     torch.einsum: EINSUM,
     F.scaled_dot_product_attention: ATTENTION,
 }
@@ -219,9 +222,9 @@ def map_nodes(value: Any, function: Callable[[Node], Any]) -> Any:
 
 def plain(value: Any) -> Any:
     """Return arguments with ordinary lists and dicts in the place of a node's immutable ones: a function may change them."""
-    if isinstance(value, list):
+    if isinstance(value, immutable_list):
         return [plain(item) for item in value]
-    if isinstance(value, dict):
+    if isinstance(value, immutable_dict):
         return {key: plain(item) for key, item in value.items()}
     return tuple(map(plain, value)) if type(value) is tuple else value
 
@@ -243,9 +246,21 @@ def become_call(gm: GraphModule, node: Node, path: str, module: nn.Module, args:
 
 
 def channels_of(node: Node, name: str, weight: Tensor) -> Channels | None:
-    """Return where an operand of an operator keeps its output channels; None: no axis of it is one."""
+    """Return where an operand of an operator keeps its output channels; None: no axis of it is one.
+
+    Of a weight that is transposed on the way, the axis is that of the weight. Experts' matrices have one channel each.
+    """
     described = operator_of(node)
     assert described is not None, f"{node} is no operator"
+    if described is GROUPED_MM and weight.ndim == 3:
+        return Channels(weight.shape[0])
+    if weight.ndim == 2 and _is_turned(operand(node, name)):
+        found = _channels_of(node, described, name, weight.mT)
+        return None if found is None else dataclasses.replace(found, axis=1 - found.axis)
+    return _channels_of(node, described, name, weight)
+
+
+def _channels_of(node: Node, described: Operator, name: str, weight: Tensor) -> Channels | None:
     if name in described.weights:
         if not described.transposed:
             return Channels(weight.shape[0])
@@ -352,6 +367,8 @@ def is_leaf_function(node: Node) -> bool:
 
 def is_unknown_code(root: nn.Module, node: Node) -> bool:
     """Tell whether a node calls code that the graph does not look into: it may write to its inputs, or have other effects."""
+    if node.op == "call_method":
+        return not hasattr(Tensor, str(node.target))  # of an object such as a cache
     if node.op != "call_module":
         return is_leaf_function(node)
     own = type(root.get_submodule(str(node.target)))
@@ -371,11 +388,66 @@ def is_matrix(value: Any) -> bool:
     return isinstance(value, nn.Parameter) and value.ndim > 1
 
 
+_TRANSPOSING: set[Any] = {torch.transpose, torch.swapaxes, torch.t, "transpose", "swapaxes", "t"}
+
+
+def is_transpose(node: Any) -> bool:
+    """Tell whether a node exchanges two dimensions of a tensor."""
+    return isinstance(node, Node) and (node.target in _TRANSPOSING or attribute_name(node) in ("T", "mT"))
+
+
+def behind_transposes(node: Any) -> Any:
+    """Return what a node is a transpose of, or the node itself."""
+    while is_transpose(node):
+        node = node.args[0] if node.args else None
+    return node
+
+
+def _is_turned(node: Any) -> bool:
+    """Whether transposes of a matrix exchange its dimensions in the end."""
+    count = 0
+    while is_transpose(node):
+        node, count = node.args[0] if node.args else None, count + 1
+    return count % 2 == 1
+
+
+def remove_unread_transposes(node: Node) -> None:
+    """Erase a node and the transposes before it, as far as nobody reads them."""
+    while is_transpose(node) and not node.users:
+        unread, node = node, node.args[0]  # type: ignore[assignment]
+        node.graph.erase_node(unread)
+
+
+def _exchanges_rows_and_columns(node: Node, value: Tensor) -> bool:
+    """Whether transposes of a parameter exchange its last two dimensions and no others: then it is a weight all the same."""
+    if not is_matrix(value) or value.ndim > 3:
+        return False
+    while is_transpose(node):
+        if attribute_name(node) != "mT" and value.ndim == 3:
+            dims = [dim % 3 if isinstance(dim, int) else -1 for dim in node.args[1:]]
+            if sorted(dims) != [1, 2]:
+                return False
+        node = node.args[0]  # type: ignore[assignment]
+    return True
+
+
+def transposed_again(node: Node, source: Node, placed: Node, before: Node) -> Node:
+    """Return ``placed`` with the transposes that lead from ``source`` to ``node``; of their own, if there are any."""
+    if node is source:
+        return placed
+    inner = transposed_again(node.args[0], source, placed, before)  # type: ignore[arg-type]
+    graph = node.graph
+    with graph.inserting_before(before):
+        return graph.node_copy(node, lambda argument: inner if argument is node.args[0] else argument)
+
+
 def is_weight(gm: GraphModule, node: Node, name: str, source: Any) -> bool:
     """Tell whether an operand reads a weight: what the operator calls so, or a parameter that is a factor of a product."""
     described = entry_of(node)
-    value = tensor_of(gm, source)
+    value = tensor_of(gm, behind_transposes(source))
     if value is None or described.on_request:
+        return False
+    if is_transpose(source) and not _exchanges_rows_and_columns(source, value):
         return False
     return name in described.weights or is_matrix(value)
 
@@ -440,6 +512,16 @@ def unfolded(gm: GraphModule, node: Any) -> Any:
     """Return what a weight or bias reads before its BatchNorm is folded in."""
     fold = module_of(gm, node, nn.Module)
     return first_argument(node) if isinstance(fold, (WeightFold, BiasFold)) else node
+
+
+def result_of(gm: GraphModule, node: Node) -> Node:
+    """Return the node that has an operation's result: the BatchNorm behind it that is folded into it, or itself."""
+    folded = module_of(gm, operand(node, "bias"), BiasFold)
+    if folded is None or isinstance(folded, BiasFoldBehind):
+        return node
+    while module_of(gm, node, nn.Module) is not folded.fold.bn:
+        (node,) = node.users
+    return node
 
 
 def folded_weights(gm: GraphModule) -> dict[Node, Fold]:

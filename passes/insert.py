@@ -10,6 +10,7 @@ from pege_fx.batch_norm import Fold
 from pege_fx.fake_quant import FakeQuant, ScheduleState, Site
 from pege_fx.passes.graph import (
     after,
+    behind_transposes,
     call_module,
     channels_of,
     copy_origin,
@@ -21,10 +22,13 @@ from pege_fx.passes.graph import (
     joining_of,
     make_out_of_place,
     operand,
+    remove_unread_transposes,
+    result_of,
     scope,
     set_operand,
     short_name,
     tensor_of,
+    transposed_again,
 )
 from pege_fx.plan import Edge, Operation, Plan
 from pege_fx.spec import QuantSpec
@@ -76,6 +80,9 @@ class _Insertion:
         fold = self.folds.get(source)
         origin = first_argument(source) if fold is not None else source
         weight = is_weight(self.gm, node, edge.operand, origin)
+        read = source
+        if weight and fold is None:
+            source = origin = behind_transposes(source)
         key = (source, spec, edge.group)
         if key not in self.placed:
             assert isinstance(origin, Node)
@@ -83,7 +90,9 @@ class _Insertion:
             path = free_path(self.gm, path)
             module = self._weight(node, origin, path, edge, spec, fold) if weight else self._activation(path, edge, spec)
             self.placed[key] = self._insert(module, path, origin, before=node)
-        self._read(node, edge, self.placed[key])
+        self._read(node, edge, transposed_again(read, source, self.placed[key], before=node))
+        if read is not source:
+            remove_unread_transposes(read)
 
     def place_together(self, node: Node, edges: list[Edge]) -> None:
         """Place one fake-quant for several inputs of a node, right before it, where all of them are there to be seen."""
@@ -108,10 +117,11 @@ class _Insertion:
 
     def _place_output(self, node: Node, edge: Edge, spec: QuantSpec) -> None:
         path = free_path(self.gm, join(scope(node), f"{short_name(node)}_fq"))
-        readers = list(node.users)
-        placed = self._insert(self._activation(path, edge, spec), path, node, before=after(node))
+        result = result_of(self.gm, node)
+        readers = list(result.users)
+        placed = self._insert(self._activation(path, edge, spec), path, result, before=after(result))
         for reader in readers:
-            reader.replace_input_with(node, placed)
+            reader.replace_input_with(result, placed)
             make_out_of_place(self.gm, reader)
 
     def _insert(self, module: FakeQuant, path: str, source: Node, before: Node) -> Node:

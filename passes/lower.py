@@ -171,11 +171,13 @@ def drop_unused(gm: GraphModule) -> None:
         for name, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             if id(value) not in used.tensors and not used.may_be_read(module, name):
                 delattr(module, name)
-    for graph in graphs:
-        graph.delete_all_unused_submodules()
     for path, module in reversed(list(gm.named_modules(remove_duplicate=False))):
-        if path and module not in used.modules:
+        if not path or module in used.modules:
+            continue
+        if module.state_dict(keep_vars=True) or any(True for _ in module.children()):
             _make_plain(gm, path, module)
+        else:
+            _delete(gm, path)
 
 
 class _Used:
@@ -202,10 +204,10 @@ class _Used:
 
     def _add_module(self, module: nn.Module) -> None:
         """A module that a graph calls, or that its root's Python code has: all of it, but a graph inside speaks for itself."""
+        self.modules.add(module)
         if isinstance(module, GraphModule):
             self.below_python.add(module)
             return
-        self.modules.add(module)
         self.python += source_of(module)
         self.tensors |= {id(value) for value in [*module.parameters(recurse=False), *module.buffers(recurse=False)]}
         for child in module.children():
@@ -214,6 +216,13 @@ class _Used:
     def may_be_read(self, module: nn.Module, name: str) -> bool:
         """Whether Python code may ask a graph below it for a parameter, as in ``self.layer.weight.dtype``."""
         return module in self.below_python and f".{name}" in self.python
+
+
+def _delete(gm: GraphModule, path: str) -> None:
+    parent, _, name = path.rpartition(".")
+    holder = gm.get_submodule(parent)
+    if name in dict(holder.named_children()):  # a shared parent has several paths
+        delattr(holder, name)
 
 
 def _make_plain(gm: GraphModule, path: str, module: nn.Module) -> None:

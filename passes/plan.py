@@ -15,6 +15,7 @@ from pege_fx.passes.costs import multiply_accumulates
 from pege_fx.passes.graph import (
     Operator,
     aliases_of,
+    behind_transposes,
     changes_its_input,
     channels_of,
     entry_of,
@@ -51,7 +52,7 @@ class MakePlan:
         family = gm.meta.get("family", [gm])
         if family[0] is gm:
             described = describe(family)
-            if described:
+            if not all(op.on_request for op in described.values()):
                 self.policy.check_all_decide(described.values())
             for node, op in described.items():
                 node.meta["op"] = op
@@ -153,8 +154,8 @@ def _share_roles(found: list[tuple[GraphModule, Node, Operator]], roles: dict[No
 
 
 def _parameter(gm: GraphModule, node: object) -> tuple[str, Tensor] | None:
-    """Return path and tensor of a weight or bias, looking through its fold."""
-    node = unfolded(gm, node)
+    """Return path and tensor of a weight or bias, looking through its fold, or through transposes."""
+    node = behind_transposes(unfolded(gm, node))
     value = tensor_of(gm, node)
     return (str(node.target), value) if value is not None and isinstance(node, Node) else None
 
@@ -227,7 +228,7 @@ def _with_one_scale(node: Node, op: Op, edges: list[Edge], choice: Choice) -> li
 def _weight_edge(gm: GraphModule, node: Node, name: str, choice: Choice) -> Edge:
     spec, rule = choice.specs["weight"], choice.rules["weight"]
     source = operand(node, name)
-    found = _parameter(gm, source)
+    found = _parameter(gm, source) if is_weight(gm, node, name, unfolded(gm, source)) else None
     if found is None:
         if isinstance(source, Node):  # a weight that another operation computes
             return _activation_edge(source, name, "weight", choice)

@@ -15,6 +15,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.fx import Graph, Node, Proxy, Tracer
@@ -23,8 +24,9 @@ from torch.fx.proxy import Attribute
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_leaves
 
+from pege_fx.attention import multi_head_attention_forward
 from pege_fx.batch_norm import NORM_THEN, BatchNorm
-from pege_fx.mode import TRAINING_MODE, check_argument, check_keys
+from pege_fx.mode import TRAINING_MODE, check_argument, check_class, check_keys
 from pege_fx.passes.graph import arguments, is_leaf_function, is_matrix, plain, reads_size
 
 
@@ -206,6 +208,7 @@ class PegeTracer(Tracer):
         with ExitStack() as patches:
             for forward_globals in _globals_of(root):
                 patches.enter_context(mock.patch.dict(forward_globals, {"isinstance": self._isinstance}))
+            patches.enter_context(mock.patch.object(F, "grouped_mm", self._factory(F.grouped_mm)))
             for name in _FACTORIES:
                 patches.enter_context(mock.patch.object(torch, name, self._factory(getattr(torch, name))))
             graph = super().trace(root, concrete_args)
@@ -342,10 +345,12 @@ class PegeTracer(Tracer):
         return fixed if isinstance(value, dict) else tuple(fixed.values())
 
     def _fix_value(self, argument: Proxy, name: str, value: Any) -> Any:
-        if value is not None and not isinstance(value, (bool, int, str)):
-            return argument
-        self._check(check_argument, argument, name, value)
-        return value
+        if value is None or isinstance(value, (bool, int, str)):
+            self._check(check_argument, argument, name, value)
+            return value
+        if not isinstance(value, (Proxy, Tensor, float, tuple, list, dict, set)):
+            self._check(check_class, argument, name, type(value).__qualname__)
+        return argument
 
     def _check(self, function: Callable[..., None], argument: Proxy, name: str, traced: Any) -> None:
         node = self.create_node("call_function", function, (argument.node, name, traced), {})
@@ -365,7 +370,7 @@ class PegeTracer(Tracer):
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Node:
         self._check_context()
         node = super().create_node(kind, target, args, kwargs, *rest, **more)
-        if self.evaluate and kind != "output" and target not in (TRAINING_MODE, check_argument, check_keys):
+        if self.evaluate and kind != "output" and target not in (TRAINING_MODE, check_argument, check_class, check_keys):
             self._values[node] = self._evaluate(node)
             self._note_origin(node)
         return node
@@ -389,6 +394,10 @@ class PegeTracer(Tracer):
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
         if getattr(target, "__module__", "") == "einops.einops" and target.__name__ == "einsum":
             return torch.einsum(_letters(args[-1]), *args[:-1])  # a product, with operands to quantize
+        if self.live_training and target is F.multi_head_attention_forward:
+            written_out = multi_head_attention_forward(*args, **kwargs)
+            if written_out is not NotImplemented:
+                return written_out
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
         node = proxy.node
         if self.evaluate and is_leaf_function(node) and any(is_matrix(self._values.get(n)) for n in node.all_input_nodes):

@@ -12,11 +12,12 @@ from torch.fx import GraphModule, Node
 
 from pege_fx.mode import TRAINING_MODE
 from pege_fx.passes.graph import (
-    arguments,
     attribute,
     changes_its_input,
     first_argument,
+    is_unknown_code,
     operator_of,
+    reads_size,
     tensor_of,
 )
 
@@ -28,20 +29,7 @@ _MAKING: set[Any] = {
     F.relu, F.relu6, F.gelu, F.silu, F.hardswish, F.sigmoid, F.tanh, F.softmax, F.layer_norm, F.group_norm, F.batch_norm,
     F.max_pool2d, F.avg_pool2d,
 }  # fmt: skip
-_MAKING |= {
-    "new_empty",
-    "new_zeros",
-    "new_ones",
-    "new_full",
-    "clone",
-    "add",
-    "sub",
-    "mul",
-    "relu",
-    "sigmoid",
-    "softmax",
-    "mean",
-}
+_MAKING |= {"new_empty", "new_zeros", "new_ones", "new_full", "clone", "add", "sub", "mul", "relu", "sigmoid", "softmax"}
 _VIEWING: set[Any] = {"view", "reshape", "flatten", torch.flatten, torch.reshape, operator.getitem}
 
 
@@ -81,32 +69,14 @@ def is_seen_elsewhere(root: nn.Module, node: Node) -> bool:
 
 
 def _is_fresh(root: nn.Module, node: Node) -> bool:
-    return _makes_anew(root, node) and not _is_foreign(root, node)
-
-
-def _is_foreign(root: nn.Module, node: Node) -> bool:
-    """Whether a node calls a module of somebody's own, which may return what it was given."""
-    if node.op != "call_module":
-        return False
-    module = root.get_submodule(str(node.target))
-    return isinstance(module, GraphModule) or not type(module).__module__.startswith(("torch.nn.", "pege_fx."))
+    """Whether a node's result is memory of its own; code that the graph does not look into may return what it was given."""
+    return reads_size(node) or (_makes_anew(root, node) and not is_unknown_code(root, node))
 
 
 # --- numbers -----------------------------------------------------------------------------------------------------
 
-_TENSORS_OF_TENSORS = {"T", "mT", "H", "mH", "real", "imag", "data", "grad"}
-_METHODS_TO_NUMBERS = {
-    "size", "dim", "ndimension", "numel", "nelement", "item", "tolist", "stride", "element_size", "storage_offset",
-}  # fmt: skip
-_TO_NUMBERS: set[Any] = {len, int, float, bool, round, torch.numel, torch.is_tensor, torch.is_floating_point}
-_KEEPING: set[Any] = {function for function in vars(operator).values() if callable(function)} | {
-    abs,
-    max,
-    min,
-    sum,
-    tuple,
-    list,
-}
+_TO_NUMBERS: set[Any] = {"item", "tolist", int, float, bool, round, torch.is_tensor}
+_KEEPING: set[Any] = {abs, max, min, sum, tuple, list, *filter(callable, vars(operator).values())}
 
 
 def tensors_of(gm: GraphModule) -> set[Node]:
@@ -126,13 +96,6 @@ def tensors_of(gm: GraphModule) -> set[Node]:
 def _is_number(gm: GraphModule, node: Node, numbers: set[Node]) -> bool:
     if node.op == "get_attr":
         return tensor_of(gm, node) is None and not isinstance(attribute(gm, node), Tensor)
-    if node.op == "call_method":
-        return node.target in _METHODS_TO_NUMBERS
-    if node.op != "call_function":
-        return False
-    if node.target is getattr:
-        args, _ = arguments(node)
-        return args[1] not in _TENSORS_OF_TENSORS
-    if node.target in _TO_NUMBERS or getattr(node.target, "__module__", None) == math.__name__:
+    if reads_size(node) or node.target in _TO_NUMBERS or getattr(node.target, "__module__", None) == math.__name__:
         return True
     return node.target in _KEEPING and all(source in numbers for source in node.all_input_nodes)

@@ -4,7 +4,7 @@ from torch.fx import GraphModule, Node
 
 from pege_fx.errors import VerifyError
 from pege_fx.fake_quant import FakeQuant
-from pege_fx.passes.graph import calls, module_of, operand
+from pege_fx.passes.graph import behind_transposes, calls, module_of, operand, result_of
 from pege_fx.plan import Edge, Operation, Plan
 
 
@@ -14,7 +14,7 @@ def verify(gm: GraphModule) -> None:
     nodes = {node.name: node for node in gm.graph.nodes}
     planned: set[Node] = set()
     for operation, edge, spec in plan.quantized:
-        placed = _fake_quant_on(nodes.get(operation.node), edge, operation)
+        placed = _fake_quant_on(gm, nodes.get(operation.node), edge, operation)
         found = module_of(gm, placed, FakeQuant)
         if placed is None or found is None or found.site.spec != spec:
             raise VerifyError(
@@ -30,8 +30,11 @@ def verify(gm: GraphModule) -> None:
         raise VerifyError(f"fake-quants that the plan does not name: {', '.join(extra)}.")
 
 
-def _fake_quant_on(node: Node | None, edge: Edge, operation: Operation) -> Node | None:
+def _fake_quant_on(gm: GraphModule, node: Node | None, edge: Edge, operation: Operation) -> Node | None:
     if node is None:
         raise VerifyError(f"{operation.path}: its node {operation.node} is gone from the graph.")
-    placed = next(iter(node.users), None) if edge.operand == "output" else operand(node, edge.operand)
+    if edge.operand == "output":
+        placed = next(iter(result_of(gm, node).users), None)
+    else:
+        placed = behind_transposes(operand(node, edge.operand))
     return placed if isinstance(placed, Node) else None

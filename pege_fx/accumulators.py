@@ -140,7 +140,7 @@ def first_reaching(
             return torch.full((count,), LOWEST)
         if border > high or (border == high and not included):
             return torch.full((count,), HIGHEST)
-    scale, bias = scale.expand(count), bias.expand(count)
+    scale, bias = scale.detach().expand(count), bias.detach().expand(count)
     place = (float(border) - bias) / scale
     found = torch.where(place.isfinite(), place, 0.0).clamp(LOWEST, HIGHEST).ceil().to(torch.int64)
     near = (place - place.round()).abs() <= _NEAR

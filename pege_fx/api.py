@@ -63,7 +63,7 @@ def convert_passes(*, integer_bias: bool = False, packed: bool = False) -> Pipel
         packed: hold weights packed, as for ``convert``.
 
     >>> [step.__name__ for step in convert_passes()][:2]
-    ['drop_training_branches', 'lower_weights']
+    ['drop_training_branches', 'follow_norms']
     """
     return Pipeline(
         [

@@ -74,6 +74,11 @@ class FunctionalBatchNorm(nn.Module):
     def train(self, mode: bool = True) -> Self:
         return super().train(mode and not self.frozen)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, without the graph of what ``torch.func.functional_call`` may have put in the tensors' place."""
+        tensors = tuple(value if value is None or value.is_leaf else value.detach() for value in self.tensors)
+        return {**vars(self), "tensors": tensors}
+
     def forward(self, x: Tensor) -> Tensor:
         mean, variance, weight, bias = self.tensors
         return F.batch_norm(x, mean, variance, weight, bias, self.training, self.momentum, self.eps)

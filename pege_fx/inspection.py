@@ -201,8 +201,8 @@ def bystanders(graphs: Iterable[tuple[str, GraphModule]], plan: Plan) -> Iterato
 
 def _bystander(prefix: str, gm: GraphModule, node: Node) -> Bystander:
     module = module_of(gm, node, nn.Module)
-    verdict = node.meta.get("batch_norm", "") if operator_of(node) is None else ""
     if module is None:
+        verdict = node.meta.get("batch_norm", "")
         reason = verdict or "not quantized itself: only operations with a weight and matrix products are"
         if not verdict and (joining := joining_of(node)) is not None:
             reason += f', unless a rule says function="{joining.name}"'

@@ -41,6 +41,17 @@ def check_argument(value: Any, name: str, traced: Any) -> None:
 
 
 @torch.fx.has_side_effect
+def check_class(value: Any, name: str, traced: str) -> None:
+    """Raise ``OtherCallError`` unless an argument that is no tensor is of the class that the graph was traced for."""
+    if traced not in (cls.__qualname__ for cls in type(value).__mro__):
+        shown = "None" if value is None else f"a {type(value).__name__}"
+        raise OtherCallError(
+            f"{name} was a {traced} when the model was traced, and is {shown} now.\n"
+            "  give it in example_inputs or example_kwargs of prepare."
+        )
+
+
+@torch.fx.has_side_effect
 def check_keys(value: Any, name: str, traced: tuple[Any, ...]) -> None:
     """Raise ``OtherCallError`` unless ``**kwargs`` have the keys, or ``*args`` the positions, that the graph was traced for."""
     found = tuple(value) if isinstance(value, dict) else tuple(range(len(value)))

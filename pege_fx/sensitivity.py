@@ -17,7 +17,7 @@ from pege_fx.errors import InputError, ModelError, OutputError, closest
 from pege_fx.fake_quant import FakeQuant, fake_quants
 from pege_fx.listing import Listing
 from pege_fx.mixed_precision import Budget, mixed_precision
-from pege_fx.passes.graph import join, module_of, operand
+from pege_fx.passes.graph import behind_transposes, join, module_of, operand
 from pege_fx.plan import FLOAT_BITS, Plan
 from pege_fx.policy import QuantPolicy
 from pege_fx.scheduler import plan_of
@@ -308,6 +308,8 @@ def _readers(gm: GraphModule, plan: Plan) -> Iterator[tuple[tuple[str, str], str
         for operation in here:
             left.remove(operation)
             for edge in operation.edges:
-                source = operand(nodes[operation.node], edge.operand) if edge.operand != "output" else None
+                source = None
+                if edge.operand != "output":
+                    source = behind_transposes(operand(nodes[operation.node], edge.operand))
                 if isinstance(source, Node) and module_of(inner, source, FakeQuant) is not None:
                     yield (operation.path, edge.operand), join(path, str(source.target))

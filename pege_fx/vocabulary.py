@@ -17,10 +17,22 @@ from torch import Tensor
 
 from pege_fx import attention
 from pege_fx.functional import dequantize, quantize
+from pege_fx.mode import written
 from pege_fx.packing import unpack
 
 _NEW_TENSORS = ("arange", "empty", "eye", "full", "linspace", "ones", "tensor", "zeros")
-_PLAIN_FUNCTIONAL = ("hardsigmoid", "hardswish", "relu_", "elu_", "leaky_relu_", "hardtanh_", "sigmoid", "tanh", "upsample")
+_PLAIN_FUNCTIONAL = (
+    "hardsigmoid",
+    "hardswish",
+    "relu_",
+    "elu_",
+    "leaky_relu_",
+    "hardtanh_",
+    "sigmoid",
+    "tanh",
+    "upsample",
+    "grouped_mm",
+)
 _NOT_ARITHMETIC = {"attrgetter", "call", "itemgetter", "methodcaller"}
 _TORCHVISION = {  # functions that torchvision keeps whole in a trace
     "torchvision.ops.stochastic_depth": ("stochastic_depth",),
@@ -57,7 +69,8 @@ def functions() -> dict[str, Callable[..., Any]]:
         for name in set(dir(module)) - _NOT_ARITHMETIC:
             if callable(getattr(module, name)) and not name.startswith("_"):
                 named[f"{module.__name__}.{name}"] = getattr(module, name)
-    for own in (quantize, dequantize, unpack, attention.attention_mask, attention.padding_mask, attention.check_batched):
+    from_attention = (attention.attention_mask, attention.padding_mask, attention.check_batched)
+    for own in (quantize, dequantize, unpack, written, *from_attention):
         named[f"{own.__module__}.{own.__name__}"] = own
     named["builtins.getattr"] = getattr
     for path, names in _TORCHVISION.items():

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pege_fx
@@ -62,6 +63,57 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.norm(x + self.attention(x, x, x, need_weights=False)[0])
         return out
+
+
+class Pool(nn.Module):
+    """As CLIP and WavLM have it: the function itself, with projections that are layers."""
+
+    def __init__(self, joined: bool, query: int | None, options: dict[str, Any]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(8, 8) for _ in range(4))
+        self.in_proj = nn.Parameter(torch.randn(24, 8)) if joined else None
+        self.joined, self.query, self.options = joined, query, options
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        separate = {"use_separate_proj_weight": True} | {
+            f"{name}_weight": getattr(self, name).weight for name in ("q_proj", "k_proj", "v_proj")
+        }
+        bias = torch.cat([self.q_proj.bias, self.k_proj.bias, self.v_proj.bias])
+        head = (x if self.query is None else x[: self.query], x, x, 8, 2, self.in_proj, bias, None, None)
+        rare = self.options.get("add_zero_attn", False)
+        tail = (rare, 0.0, self.out_proj.weight, self.out_proj.bias)
+        options = {name: value for name, value in self.options.items() if name != "add_zero_attn"}
+        found: tuple[Tensor, Tensor | None] = F.multi_head_attention_forward(
+            *head, *tail, training=self.training, **({} if self.joined else separate), **options
+        )
+        return found
+
+
+@pytest.mark.parametrize("joined", [True, False])
+@pytest.mark.parametrize("query", [None, 1])
+@pytest.mark.parametrize("case", ["none", "without weights", "per head", "padding", "bool mask", "mask per head"])
+def test_the_function_is_written_out_where_it_is_called(joined: bool, query: int | None, case: str) -> None:
+    options = masks(case)
+    if query and "attn_mask" in options:
+        options["attn_mask"] = options["attn_mask"][..., :query, :]
+    model, x = Pool(joined, query, options).eval(), torch.randn(L, N, 8)
+    gm = pege_fx.prepare(model, pege_fx.QuantPolicy.parse("W4A4", first="4", last="4"), (x,))
+    weights = [edge for op in gm.meta["plan"].operations for edge in op.weights if edge.spec is not None]
+    assert len(weights) >= (2 if joined and query is None else 4)
+    assert sum(op.function == "matmul" for op in gm.meta["plan"].operations) == 2
+    with torch.no_grad():
+        torch.testing.assert_close(pege_fx.convert(gm)(x), gm(x), rtol=0, atol=0)
+        for site in pege_fx.fake_quants(gm).values():
+            site.schedule.rate.fill_(0.0)
+        torch.testing.assert_close(gm.train()(x), model.train()(x))
+
+
+def test_the_functions_rare_options_stay_as_they_are() -> None:
+    model, x = Pool(False, None, {"add_zero_attn": True}).eval(), torch.randn(L, N, 8)
+    with pytest.warns(pege_fx.PegeWarning, match="nothing is quantized"):
+        gm = pege_fx.prepare(model, "W4A4", (x,))
+    torch.testing.assert_close(gm(x), model(x))
 
 
 def test_projections_and_both_products_are_quantized() -> None:

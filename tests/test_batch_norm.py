@@ -3,7 +3,8 @@
 import copy
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -264,6 +265,25 @@ def test_a_bilinear_layer_takes_the_norm_behind_it(mode: Any) -> None:
     assert torch.equal(pege_fx.convert(gm)(x), gm(x))
 
 
+@pytest.mark.parametrize("between", [(), (nn.Identity(),), (nn.Dropout(0.5),)], ids=["nothing", "identity", "dropout"])
+@pytest.mark.parametrize("form", ["module", "function"])
+def test_the_output_of_a_layer_is_that_of_the_norm_folded_into_it(form: str, between: Any) -> None:
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), *between, FORMS[form](as_trained(nn.BatchNorm2d(8), 0)), nn.ReLU()).eval()
+    policy = QuantPolicy((Rule(weight=None, input=None, output="8"),))
+    live, frozen = (prepared(model, IMAGE, policy, batch_norm=mode) for mode in ("train", "freeze"))
+    (site,) = pege_fx.fake_quants(live).values()
+    (node,) = [node for node in live.graph.nodes if node.name.endswith("_fq")]
+    assert isinstance(live.get_submodule(str(node.all_input_nodes[0].target)), Folded)
+    assert torch.equal(pege_fx.convert(live)(IMAGE), live(IMAGE))
+    if len(between) == 0 or isinstance(between[0], nn.Identity):
+        step = float(site.method.step()[0].detach())
+        torch.testing.assert_close(live(IMAGE), frozen(IMAGE), rtol=0, atol=step * 1.01)
+    pege_fx.PEGEScheduler(
+        live, 1, *[pege_fx.Constant(0.0)] * 3
+    )  # in training, where nothing is replaced yet, it is the original's
+    assert torch.equal(run(live.train(), IMAGE), run(model.train(), IMAGE))
+
+
 # --- in front of a layer -----------------------------------------------------------------------------------------------
 
 
@@ -461,6 +481,17 @@ def test_the_model_s_own_tensors_are_folded_and_keep_their_names(mode: Any) -> N
     close(reference.eval()(x).float().double(), copy.deepcopy(reference).eval()(x).float().double())
 
 
+def test_other_tensors_for_one_call_are_folded_and_leave_no_trace() -> None:
+    model = Own().double().eval()
+    gm, x = prepared(model, IMAGE.double()), IMAGE.double()
+    before = gm(x)
+    doubled = {name: value * 2 for name, value in model.named_parameters()}
+    close(torch.func.functional_call(gm, doubled, (x,)), torch.func.functional_call(model, doubled, (x,)))
+    assert torch.equal(copy.deepcopy(gm)(x), before)
+    assert torch.equal(pege_fx.convert(gm)(x), before)
+    assert torch.equal(gm(x), before)
+
+
 def pickled(gm: GraphModule) -> GraphModule:
     buffer = io.BytesIO()
     torch.save(gm, buffer)
@@ -490,6 +521,23 @@ def test_torchs_conversion_to_synchronised_norms_goes_on_as_before(policy: Any, 
     for name, value in gm.state_dict().items():
         assert torch.equal(converted.state_dict()[name], value)
     assert torch.equal(pege_fx.convert(converted)(IMAGE), gm(IMAGE))
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+def test_processes_evaluate_synchronised_norms_on_the_cpu_where_torch_trains_none(
+    start: Callable[..., Any], tmp_path: Path
+) -> None:
+    processes = [start("sync_norm", rank, 2, tmp_path) for rank in range(2)]
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    for found in (first, second):
+        assert "SyncBatchNorm expected input tensor to be on GPU" in found["error"]
+        assert torch.equal(found["deployed"], found["evaluated"])
+        assert torch.equal(found["evaluated"], first["evaluated"])
+        assert found["gradients"].keys() >= {"0.weight", "1.weight", "1.bias"}
+        assert all(torch.equal(value, first["gradients"][name]) for name, value in found["gradients"].items())
 
 
 def test_a_norm_put_in_its_place_later_is_folded_and_something_else_is_refused() -> None:

@@ -138,6 +138,17 @@ def test_nothing_of_that_kind_is_quantized_without_a_rule_that_names_it(case: Ca
     assert not joins_of(gm)
 
 
+def test_a_model_of_such_operations_alone_is_as_before() -> None:
+    with pytest.warns(pege_fx.PegeWarning, match="nothing is quantized"):
+        gm = pege_fx.prepare(nn.Sequential(Sum()), "W4A4", (V,))
+    assert torch.equal(gm(V), V + V)
+
+
+class Sum(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + x
+
+
 # --- one scale -----------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from hypothesis import HealthCheck, given, settings
 from safetensors.torch import load_file, save_file
@@ -45,6 +46,30 @@ def test_a_stored_graph_gives_the_same_answers(bits: int, options: dict[str, boo
     }
     assert [name for name, _ in loaded.named_parameters()] == [name for name, _ in model.named_parameters()]
     assert [node.name for node in loaded.graph.nodes] == [node.name for node in model.graph.nodes]
+
+
+class Unusual(nn.Module):
+    """A write through a view, and a product of experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.experts = nn.Linear(8, 8), nn.Parameter(torch.randn(2, 8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x)
+        y.view(-1).add_(1.0)
+        offsets = torch.tensor([1, 3], dtype=torch.int32)
+        out: Tensor = F.grouped_mm(y, self.experts.transpose(1, 2), offs=offsets)
+        return out
+
+
+def test_writes_and_experts_are_stored(tmp_path: Path) -> None:
+    x = torch.randn(3, 8)
+    model = pege_fx.convert(pege_fx.prepare(Unusual(), "W4A4", (x,)).eval())
+    pege_fx.save_deployed(model, tmp_path / "model")
+    with torch.no_grad():
+        assert torch.equal(pege_fx.load_deployed(tmp_path / "model")(x), model(x))
 
 
 @pytest.mark.filterwarnings("ignore:nothing is quantized")

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.fx
+import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -91,6 +92,26 @@ def test_what_is_read_after_a_write_is_what_was_written(steps: list[tuple[str, i
         torch.testing.assert_close(pege_fx.convert(gm.eval())(x), gm(x), rtol=0, atol=0)
 
 
+JOINS = {"add_": "add", "iadd": "add", "write a view": "sub", "write a transposed": "mul"}
+
+
+@settings(max_examples=30)
+@given(PROGRAMS, st.booleans())
+def test_sums_in_place_may_be_quantized_too(steps: list[tuple[str, int]], shared: bool) -> None:
+    functions = {"cat", *(JOINS[name] for name, _ in steps if name in JOINS)}
+    joins = [pege_fx.Rule(function=name, input="4", shared_scale=shared) for name in sorted(functions)]
+    policy = pege_fx.QuantPolicy((pege_fx.Rule(weight="4", input="4"), *joins))
+    model, x = Program(steps).eval(), torch.randn(2, 4)
+    with pege_fx.kernels.eager_kernels():
+        expected = model(x).detach()
+        gm = pege_fx.prepare(model, policy, x).train()
+        for site in fake_quants(gm).values():
+            site.schedule.rate.fill_(0.0)
+        with torch.no_grad():
+            torch.testing.assert_close(gm(x), expected)
+            torch.testing.assert_close(pege_fx.convert(gm.eval())(x), gm(x), rtol=0, atol=0)
+
+
 @settings(max_examples=30)
 @given(PROGRAMS)
 def test_codes_are_signed_where_a_write_may_have_been_negative(steps: list[tuple[str, int]]) -> None:
@@ -114,6 +135,12 @@ def test_readers_on_both_sides_of_a_write_have_a_fake_quant_each() -> None:
     between = [node for node in gm.graph.nodes if node.target is written]
     assert len(between) == 1
     assert {"layers_0_fq", "layers_0_written_fq"} <= {node.name for node in gm.graph.nodes}
+
+
+def test_the_mode_is_no_memory_that_stochastic_depth_writes_to() -> None:
+    model = torchvision.models.efficientnet_b0(num_classes=4).features[2:4]
+    gm = pege_fx.prepare(model, "W4A4", torch.randn(2, 16, 8, 8))
+    assert not any(node.target is written for node in gm.graph.nodes)
 
 
 def test_a_graph_without_hidden_writes_has_no_extra_node() -> None:

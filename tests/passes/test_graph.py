@@ -64,6 +64,7 @@ CALLS |= {
     "bmm": {"input": image(2, 2, 3), "mat2": image(2, 3, 4)},
     "addmm": {"input": image(2, 4), "mat1": image(2, 3), "mat2": image(3, 4)},
     "baddbmm": {"input": image(2, 2, 4), "batch1": image(2, 2, 3), "batch2": image(2, 3, 4)},
+    "grouped_mm": {"mat_a": image(2, 3, 8), "mat_b": image(2, 8, 4)},
     "scaled_dot_product_attention": {
         "query": image(1, 2, 3),
         "key": image(1, 2, 3),

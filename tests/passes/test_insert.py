@@ -3,10 +3,12 @@
 import copy
 import pickle
 import warnings
+from collections.abc import Callable
 
 import networkx as nx
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, given, settings
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -203,3 +205,70 @@ def test_verify_catches_a_pass_that_removes_a_fake_quant() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     with pytest.raises(pege_fx.VerifyError, match="2: input should read a fake-quant of 8"):
         pege_fx.prepare(model, "W4A4", passes=passes)
+
+
+class Turned(nn.Module):
+    """A product with a parameter that is transposed on the way."""
+
+    def __init__(self, shape: tuple[int, ...], function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight, self.function = nn.Parameter(torch.randn(shape)), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.weight)
+
+
+TURNED: dict[str, tuple[tuple[int, ...], int | None, Callable[[Tensor, Tensor], Tensor]]] = {
+    "t": ((5, 4), 0, lambda x, w: x @ w.t()),
+    "T": ((5, 4), 0, lambda x, w: x @ w.T),
+    "twice": ((4, 5), 1, lambda x, w: x @ w.T.mT),
+    "transpose": ((5, 4), 0, lambda x, w: torch.matmul(x, torch.transpose(w, 0, 1))),
+    "linear": ((4, 5), 1, lambda x, w: F.linear(x, w.transpose(-1, -2))),
+    "left": ((3, 6), 1, lambda x, w: w.T @ x),
+    "experts": ((3, 5, 4), None, lambda x, w: torch.matmul(x, w.transpose(1, 2))),
+}
+
+
+@pytest.mark.parametrize("name", TURNED)
+def test_a_weight_that_is_transposed_on_the_way_is_a_weight(name: str) -> None:
+    shape, axis, function = TURNED[name]
+    model, x = Turned(shape, function), torch.randn(3, 4)
+    gm = pege_fx.prepare(model, QuantPolicy((Rule(weight="4", input="8"),)), (x,))
+    (operation,) = gm.meta["plan"].operations
+    assert operation.format == "W4A8"
+    fq = pege_fx.fake_quants(gm)["weight_fq"]
+    dims = [] if axis is None else [dim for dim in range(len(shape)) if dim != axis]
+    mean = model.weight.detach().abs().mean(dims) if dims else model.weight.detach().abs().mean()
+    torch.testing.assert_close(fq.method.scale.detach(), 2 * mean / 7**0.5)
+    gm(x).sum().backward()
+    gm.eval()
+    deployed = pege_fx.convert(gm)
+    with torch.no_grad():
+        assert torch.equal(deployed(x), gm(x))
+    assert not [*deployed.parameters()]
+    assert pege_fx.size_report(gm) == pege_fx.size_report(deployed)
+    PEGEScheduler(gm.train(), 1, ZERO, ZERO, ZERO)
+    assert_same_function(model, gm, (x,), tolerance=0)
+
+
+@pytest.mark.parametrize("turned", [True, False])
+def test_experts_of_a_grouped_product_have_a_scale_each(turned: bool) -> None:
+    offsets = torch.tensor([2, 2, 6], dtype=torch.int32)
+
+    def function(x: Tensor, w: Tensor) -> Tensor:
+        return F.grouped_mm(x, w.transpose(-2, -1) if turned else w, offs=offsets)
+
+    model, x = Turned((3, 8, 16) if turned else (3, 16, 8), function), torch.randn(6, 16)
+    gm = pege_fx.prepare(model, QuantPolicy((Rule(weight="4", input="8"),)), (x,))
+    (operation,) = gm.meta["plan"].operations
+    assert (operation.function, operation.format, operation.macs) == ("grouped_mm", "W4A8", 6 * 16 * 8)
+    assert pege_fx.fake_quants(gm)["weight_fq"].method.scale.shape == (3,)
+    gm(x).square().sum().backward()
+    gm.eval()
+    deployed = pege_fx.convert(gm)
+    with torch.no_grad():
+        for other in (deployed, pickle.loads(pickle.dumps(gm)), pickle.loads(pickle.dumps(deployed))):
+            assert torch.equal(other(x), gm(x))
+    PEGEScheduler(gm.train(), 1, ZERO, ZERO, ZERO)
+    assert_same_function(model, gm, (x,), tolerance=0)

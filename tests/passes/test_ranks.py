@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from hypothesis import given
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node, symbolic_trace
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 
+import pege_fx
 from pege_fx import InputError
 from pege_fx.passes import infer_ranks, normalize, run
 from pege_fx.passes.capture import capture
-from pege_fx.passes.graph import rank_of
+from pege_fx.passes.graph import plain, rank_of
 from pege_fx.passes.ranks import record_shapes
 from pege_fx.testing import Case, networks
 
@@ -105,3 +107,38 @@ def test_arguments_that_only_go_by_keyword_are_examples_too() -> None:
 
 def test_what_is_no_node_has_no_rank() -> None:
     assert rank_of(3) is None
+
+
+class Named(dict[str, Any]):
+    """A dictionary with attributes, as results by name are."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self[name]
+
+
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Named:
+        return Named(hidden=self.fc(x)) if x.isfinite().all() else Named(hidden=x)
+
+
+class Outer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.fc = Inner(), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.fc(self.inner(x).hidden)
+        return found
+
+
+def test_a_result_by_name_keeps_its_class_between_graphs() -> None:
+    x = torch.randn(3, 4)
+    with pytest.warns(pege_fx.PegeWarning, match="stays Python"):
+        gm = pege_fx.prepare(Outer(), "W4A4", (x,))
+    assert gm(x).shape == (3, 2)
+    assert type(plain(Named(hidden=[x]))) is Named
+    assert type(plain(immutable_dict({"a": immutable_list([x])}))["a"]) is list
