@@ -1,4 +1,4 @@
-"""Read what a policy does to a model, before and after: explain, passes, summary, sensitivity, a mixed-precision policy.
+"""Read what a policy does to a model, before and after: explain, passes, summary, picture, report, mixed precision.
 
 python examples/inspect_model.py --output runs/inspect [--model torchvision:resnet18] [--input 2x3x64x64] [--policy W4A4]
 
@@ -7,6 +7,7 @@ numbers show what one gets, not what is true of a trained network.
 """
 
 import argparse
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,7 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"\n{summary}")
     (options.output / "summary.json").write_text(summary.to_json())
 
-    # 4. Which sites cost most, and what could be spent where?
+    # 4. The graph to look at: as a picture, and as a page with histograms that opens offline.
+    pege_fx.draw(gm, options.output / ("graph.png" if shutil.which("dot") else "graph.dot"))
+    pege_fx.report(gm, options.output / "report.html", batches=[x])
+
+    # 5. Which sites cost most, and what could be spent where?
     found = pege_fx.sensitivity(gm, [x], bits=(2, 3, 4, 8))
     print("\n".join(str(found).splitlines()[:12]))
     found.plot(most=20).figure.savefig(options.output / "sensitivity.png", dpi=80)

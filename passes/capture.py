@@ -56,7 +56,7 @@ def check_model(model: Any) -> None:
         if isinstance(parameter, (nn.UninitializedParameter, nn.UninitializedBuffer)):
             raise ModelError(f"{name} has no shape yet (a lazy module): run the model once on example inputs, then prepare.")
     for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point() or bool(torch.isfinite(parameter.detach().sum())):
+        if parameter.is_meta or not parameter.is_floating_point() or bool(torch.isfinite(parameter.detach().sum())):
             continue  # a finite sum has finite terms, and is one pass without a copy
         if count := int((~torch.isfinite(parameter)).sum()):
             raise ModelError(

@@ -61,6 +61,8 @@ def _imported(module: str) -> Any:
         missing = getattr(error, "name", None) or module
         hint = f": pip install {missing}" if missing in ("torchvision", "timm") else ""
         raise ModelError(f"can not import {module}: {error}{hint}.") from error
+    except Exception as error:  # the module's own code
+        raise ModelError(f"can not import {module}: {type(error).__name__}: {error}") from error
 
 
 def _from_torchvision(name: str) -> Any:
@@ -103,7 +105,7 @@ def load_policy(text: str) -> QuantPolicy:
     if not text.endswith(".json"):
         return QuantPolicy.parse(text)
     try:
-        return QuantPolicy.from_json(Path(text).read_text())
+        return QuantPolicy.from_json(Path(text).read_text(encoding="utf-8"))
     except OSError as error:
         raise pege_fx.PolicyError(f"can not read the policy {text}: {error.strerror}.") from error
 
@@ -199,11 +201,11 @@ def _coverage(options: argparse.Namespace) -> None:
 
 
 def _draw(options: argparse.Namespace) -> None:
-    pege_fx.draw(_prepared(options), options.output, depth=options.depth)  # type: ignore[attr-defined, unused-ignore]
+    pege_fx.draw(_prepared(options), options.output, depth=options.depth)
 
 
 def _report(options: argparse.Namespace) -> None:
-    pege_fx.report(_prepared(options), options.output, history=options.history)  # type: ignore[attr-defined, unused-ignore]
+    pege_fx.report(_prepared(options), options.output, history=options.history)
 
 
 def parser() -> argparse.ArgumentParser:

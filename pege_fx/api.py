@@ -1,8 +1,10 @@
 """The front door: a model goes in, a GraphModule that trains quantized comes out, and a deployable one after it."""
 
 import copy
+import gc
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -111,6 +113,18 @@ def _capture(
     return captured, example
 
 
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Pause Python's garbage collector: a growing graph makes it look at all nodes again and again, a third of the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 def _call(args: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
     return (args,) if isinstance(args, Tensor) else tuple(args or ()), kwargs or {}
 
@@ -166,9 +180,10 @@ def prepare(
     """
     policy = _as_policy(policy)
     pipeline = prepare_passes(policy, batch_norm=batch_norm, seed=seed) if passes is None else passes
-    captured, example = _capture(model, example_inputs, example_kwargs, blocks)
-    run(captured.graphs, pipeline)
-    plan, gm = _whole_plan(captured, policy), captured.root
+    with _collector_paused():
+        captured, example = _capture(model, example_inputs, example_kwargs, blocks)
+        run(captured.graphs, pipeline)
+        plan, gm = _whole_plan(captured, policy), captured.root
     for fq in fake_quants(gm).values():
         fq.plan = plan
     if example is not None:
@@ -252,13 +267,14 @@ def explain(
     policy = _as_policy(policy)
     passes = prepare_passes(policy, batch_norm=batch_norm)
     carried_out = passes.index(next(step for step in passes if isinstance(step, graph_passes.InsertFakeQuants)))
-    captured, _ = _capture(model, example_inputs, example_kwargs, blocks)
-    for step in passes[:carried_out]:  # nobody runs these graphs: no need to lint and to compile them
-        for gm in captured.graphs:
-            step(gm)
-    plan = _whole_plan(captured, policy)
-    seen = tuple(bystanders(((gm.meta.get("prefix", ""), gm) for gm in captured.graphs), plan))
-    return Explanation(plan, f"{type(model).__name__}: dry run", seen)
+    with _collector_paused():
+        captured, _ = _capture(model, example_inputs, example_kwargs, blocks)
+        for step in passes[:carried_out]:  # nobody runs these graphs: no need to lint and to compile them
+            for gm in captured.graphs:
+                step(gm)
+        graphs = [(gm.meta.get("prefix", ""), gm) for gm in captured.graphs]
+        plan = _whole_plan(captured, policy)
+        return Explanation(plan, f"{type(model).__name__}: dry run", tuple(bystanders(model, graphs, plan)))
 
 
 def trace_passes(

@@ -1,7 +1,7 @@
 """A prepared model as a networkx graph, and the questions that people ask of it."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import networkx as nx
@@ -11,12 +11,12 @@ from torch.fx import GraphModule, Node
 from pege_fx.batch_norm import BiasFold, WeightFold
 from pege_fx.errors import ModelError, closest
 from pege_fx.fake_quant import FakeQuant
+from pege_fx.mode import PYTHON_FORWARD, TRAINING_MODE, PythonForward, check_argument, check_class, check_keys
 from pege_fx.passes.graph import arguments, function_name, has_attribute, join, module_of, scope
-from pege_fx.plan import Operation
+from pege_fx.plan import Capture, Operation
 from pege_fx.scheduler import plan_of
 
-CHUNK = 200
-"""A module with more children of its own than this is shown in parts."""
+_SIZES = {"shape", "ndim", "dtype", "device", "size", "dim", "numel"}
 
 
 def to_networkx(gm: GraphModule) -> nx.DiGraph:
@@ -35,7 +35,9 @@ def to_networkx(gm: GraphModule) -> nx.DiGraph:
     bits       of a fake-quant, else None; so too ``signed``, ``kind``, ``method``, ``estimator``, ``rule``, ``group``
     scale      mean over the channels of a calibrated fake-quant, else None
     quantized  True or False for an operation that could be quantized, None for the others
-    reason     why an operation, or one of its edges, stays float
+    reason     why an operation, or one of its edges, stays float, or why a module stays Python; ``place`` is the line of
+               code that made it so, "" for all that is no such module
+    about      "values", or "sizes" for what computes shapes and checks arguments
     ========== ==========================================================================================
 
     An edge has ``bits`` and ``signed`` (of the fake-quant it leaves, else None) and ``kind``: "data", or "graph" where
@@ -60,10 +62,12 @@ def to_networkx(gm: GraphModule) -> nx.DiGraph:
             facts = _facts(prefix, inner, node) | {"code": code.get(node.name, "")}
             graph.add_node(join(prefix, node.name), **facts)
         _add_data_edges(graph, prefix, inner)
+    _add_captures(graph, plan_of(gm).captures)
     for operation in operations.values():
         _add_operation(graph, operation)
     for prefix, inner in _graphs(gm):
         _add_graph_edges(graph, prefix, inner)
+    _follow_sizes(graph)
     return graph
 
 
@@ -85,13 +89,15 @@ def _code_lines(gm: GraphModule) -> dict[str, str]:
 def _facts(prefix: str, gm: GraphModule, node: Node) -> dict[str, Any]:
     module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
     path = node.meta.get("path") or (str(node.target) if node.op in ("call_module", "get_attr") else "")
+    if isinstance(module, PythonForward):
+        path, module = "", module.code
     dtype = node.meta.get("dtype")
     return {
         "op": node.op,
         "target": str(node.target) if isinstance(node.target, str) else function_name(node),
         "name": node.name,
         "graph": prefix,
-        "path": join(prefix, path),
+        "path": join(prefix, path) if path or module is not None else "",
         "module": join(prefix, _around(node)),
         "shape": node.meta.get("shape"),
         "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
@@ -99,8 +105,28 @@ def _facts(prefix: str, gm: GraphModule, node: Node) -> dict[str, Any]:
         "hidden": node.op == "get_attr" or isinstance(module, (FakeQuant, WeightFold, BiasFold)),
         "quantized": None,
         "reason": "",
+        "place": "",
+        "about": _about(node),
         **_site(module),
     }
+
+
+def _about(node: Node) -> str:
+    """What a node is about by itself; "either" for plain Python, which its arguments decide."""
+    if node.target in (check_argument, check_class, check_keys, TRAINING_MODE):
+        return "sizes"
+    gets = function_name(node) == "getattr"
+    if (arguments(node)[0][1] if gets else node.target) in _SIZES and (gets or node.op == "call_method"):
+        return "sizes"
+    from_python = getattr(node.target, "__module__", "") in ("_operator", "builtins", "math")
+    return "either" if from_python or node.target is torch._assert else "values"
+
+
+def _follow_sizes(graph: nx.DiGraph) -> None:
+    for key, facts in graph.nodes.items():
+        if facts["about"] == "either":
+            sources = {graph.nodes[source]["about"] for source in graph.predecessors(key)}
+            facts["about"] = "sizes" if sources == {"sizes"} else "values"
 
 
 def _around(node: Node) -> str:
@@ -147,12 +173,14 @@ def _add_data_edges(graph: nx.DiGraph, prefix: str, gm: GraphModule) -> None:
 
 def _add_graph_edges(graph: nx.DiGraph, prefix: str, gm: GraphModule) -> None:
     """Join a nested graph to the node that calls it, or that hands it to Python code."""
+    inner = [(path, module) for path, module in gm.named_modules() if isinstance(module, GraphModule) and module is not gm]
+    if not inner:
+        return
     for node in gm.graph.nodes:
         if node.op not in ("get_attr", "call_module") or not has_attribute(gm, str(node.target)):
             continue
-        for path, nested in ((p, m) for p, m in gm.named_modules() if isinstance(m, GraphModule) and m is not gm):
-            reached = path == node.target or (path.startswith(f"{node.target}.") and not _between(gm, str(node.target), path))
-            if not reached:
+        for path, nested in inner:
+            if path != node.target and (not path.startswith(f"{node.target}.") or _between(gm, str(node.target), path)):
                 continue
             inside = join(prefix, path)
             _enter(graph, prefix, node, inside, nested)
@@ -168,12 +196,27 @@ def _between(gm: GraphModule, outer: str, path: str) -> bool:
 
 
 def _enter(graph: nx.DiGraph, prefix: str, node: Node, inside: str, nested: GraphModule) -> None:
-    if node.op != "call_module":
-        return
+    """Join the arguments of a call to what the graph inside takes: Python code in between may hand on something else."""
     placeholders = nested.graph.find_nodes(op="placeholder")
-    for value, placeholder in zip(arguments(node)[0], placeholders, strict=False):
+    for value, placeholder in zip(_handed_in(node), placeholders, strict=False):
         if isinstance(value, Node):
             graph.add_edge(join(prefix, value.name), join(inside, placeholder.name), bits=None, signed=None, kind="graph")
+
+
+def _handed_in(node: Node) -> list[Any]:
+    if node.op == "call_module":
+        return list(arguments(node)[0])
+    forwards = [user for user in node.users if user.op == "call_module" and user.target == PYTHON_FORWARD]
+    return [value for call in forwards for value in arguments(call)[0][1].values()]
+
+
+def _add_captures(graph: nx.DiGraph, captures: Iterable[Capture]) -> None:
+    """Say on the nodes of modules that stay Python why they do, and which line made it so."""
+    stays = {capture.path: capture for capture in captures if capture.rung == "python"}
+    for facts in graph.nodes.values():
+        if facts["op"] == "call_module" and facts["path"] in stays:
+            capture = stays[facts["path"]]
+            facts |= {"reason": f"stays Python: {capture.reason}", "place": capture.place or "its code"}
 
 
 def _add_operation(graph: nx.DiGraph, operation: Operation) -> None:
@@ -267,95 +310,3 @@ def fake_quants_between(graph: nx.DiGraph, start: str, end: str) -> list[str]:
 def without_quantization(graph: nx.DiGraph) -> dict[str, str]:
     """Return the operations that could be quantized and are wholly in float, with the reason."""
     return {key: facts["reason"] for key, facts in graph.nodes.items() if facts["quantized"] is False}
-
-
-# --- for pictures --------------------------------------------------------------------------------------------
-
-
-def compact(graph: nx.DiGraph) -> nx.DiGraph:
-    """Return the graph without parameters, folds and fake-quants: their bits are on the edges and the operations.
-
-    An operation gets ``weight_bits``; an edge ``bits`` and ``signed`` of the fake-quant that it went through.
-    """
-    small = nx.DiGraph(**graph.graph)
-    shown = [key for key, facts in graph.nodes.items() if not _is_plumbing(graph, key, facts)]
-    for key in shown:
-        weights = (graph.nodes[source] for source in graph.predecessors(key))
-        bits = next((facts["bits"] for facts in weights if facts["kind"] == "weight"), None)
-        small.add_node(key, **graph.nodes[key], weight_bits=bits)
-    for key in shown:
-        for source, bits, signed in _sources(graph, key):
-            if source in small:
-                _add_edge(small, source, key, bits, signed)
-    _chunk(small)
-    return small
-
-
-def _add_edge(graph: nx.DiGraph, source: str, target: str, bits: int | None, signed: bool | None) -> None:
-    """Add an edge; of several between two nodes, a quantized one is the one to show."""
-    if bits is not None or not graph.has_edge(source, target):
-        graph.add_edge(source, target, bits=bits, signed=signed)
-
-
-def _is_plumbing(graph: nx.DiGraph, key: str, facts: dict[str, Any]) -> bool:
-    unused = facts["op"] == "placeholder" and not graph.out_degree(key)
-    return bool(facts["hidden"]) or facts["function"] == "TrainingMode" or unused
-
-
-def _sources(graph: nx.DiGraph, key: str) -> Iterator[tuple[str, int | None, bool | None]]:
-    """What a node reads, through hidden nodes, with the bits on the way."""
-    open_edges = [(source, graph.nodes[source]["bits"], graph.nodes[source]["signed"]) for source in graph.predecessors(key)]
-    while open_edges:
-        source, bits, signed = open_edges.pop()
-        if not graph.nodes[source]["hidden"]:
-            yield source, bits, signed
-        else:
-            open_edges += [(before, bits, signed) for before in graph.predecessors(source)]
-
-
-def _chunk(graph: nx.DiGraph) -> None:
-    """Split what lies flat in one module into parts that a picture can collapse."""
-    siblings: dict[str, list[str]] = {}
-    for key, facts in graph.nodes.items():
-        siblings.setdefault(facts["module"], []).append(key)
-    for module, keys in siblings.items():
-        if len(keys) > CHUNK:
-            for number, key in enumerate(keys):
-                start = number // 100 * 100
-                graph.nodes[key]["module"] = join(module, f"nodes {start}-{min(start + 99, len(keys) - 1)}")
-
-
-def collapse(graph: nx.DiGraph, depth: int) -> nx.DiGraph:
-    """Return a compact graph with everything deeper than ``depth`` modules merged into one node for each module."""
-
-    def place(key: str) -> str:
-        names = graph.nodes[key]["module"].split(".")
-        return key if len(names) <= depth or names == [""] else "module " + ".".join(names[: depth + 1])
-
-    return _merged(graph, place, depth)
-
-
-def _merged(graph: nx.DiGraph, place: Callable[[str], str], depth: int) -> nx.DiGraph:
-    merged = nx.DiGraph(**graph.graph)
-    for key, facts in graph.nodes.items():
-        home = place(key)
-        if home == key:
-            merged.add_node(key, **facts)
-            continue
-        path = home.removeprefix("module ")
-        if home not in merged:
-            above = ".".join(path.split(".")[:depth])
-            merged.add_node(home, path=path, module=above, function="module", members=[], weight_bits=None, op="module")
-        merged.nodes[home]["members"].append(facts)
-    for source, target, facts in graph.edges(data=True):
-        if place(source) != place(target):
-            _add_edge(merged, place(source), place(target), facts["bits"], facts["signed"])
-    for facts in merged.nodes.values():
-        if "members" in facts:
-            facts["weight_bits"] = _common(member["weight_bits"] for member in facts["members"])
-    return merged
-
-
-def _common(bits: Iterable[int | None]) -> int | None:
-    """The lowest bits of a group, or None if it has none."""
-    return min((value for value in bits if value is not None), default=None)

@@ -12,6 +12,7 @@ from pege_fx.policy import path_pattern
 COLOURS = {"added": "#b7e4c7", "removed": "#f5b5b5", "replaced": "#ffd8a8", "changed": "#bcd7f5", "same": "#eeeeee"}
 _ENDINGS = (".svg", ".png", ".pdf")
 _MOST = 150
+_COLUMNS = 6
 _HALF = 0.2  # of a box, in rows
 
 
@@ -101,6 +102,23 @@ def _draw_edges(axes: Any, region: "nx.DiGraph[str]", places: dict[str, tuple[fl
 
 
 def _places(region: "nx.DiGraph[str]") -> dict[str, tuple[float, float]]:
+    """Parts that no edge joins stand side by side; what gets wider than ``_COLUMNS`` goes on below."""
+    places: dict[str, tuple[float, float]] = {}
+    left = top = tallest = 0.0
+    for names in nx.weakly_connected_components(region):
+        part: nx.DiGraph[str] = nx.DiGraph()
+        part.add_nodes_from(name for name in region if name in names)
+        part.add_edges_from(edge for edge in region.edges if edge[0] in names)
+        inside = _places_of_part(part)
+        width, height = (max(place[axis] for place in inside.values()) + 1 for axis in (0, 1))
+        if left and left + width > _COLUMNS:
+            left, top, tallest = 0.0, top + tallest, 0.0
+        places |= {name: (x + left, y + top) for name, (x, y) in inside.items()}
+        left, tallest = left + width, max(tallest, height)
+    return places
+
+
+def _places_of_part(region: "nx.DiGraph[str]") -> dict[str, tuple[float, float]]:
     """Rows by distance from the inputs, a node right above its first reader; columns so that edges are short."""
     depth: dict[str, int] = {}
     order = list(nx.topological_sort(region))

@@ -1,5 +1,6 @@
 """Pictures of a prepared model, laid out by Graphviz."""
 
+import html
 from pathlib import Path
 from typing import Any
 
@@ -7,26 +8,29 @@ import graphviz
 import networkx as nx
 from torch.fx import GraphModule
 
-from pege_fx.dataflow import collapse, compact, to_networkx
+from pege_fx.dataflow import to_networkx
 from pege_fx.errors import ExportError
+from pege_fx.outline import collapse, collapse_to_fit, edge_label, outline, rest, shape_label, title
 
 ENDINGS = (".svg", ".png", ".dot")
 COLOURS = {2: "#b40426", 3: "#dd5f4b", 4: "#f4987a", 5: "#edd1c2", 6: "#c9d7f0", 7: "#9abbff", 8: "#6788ee"}
-FLOAT, PLAIN = "#d9d9d9", "#ffffff"
-MOST_NODES = 100
+FLOAT, PYTHON, PLAIN = "#d0d0d0", "#fff3b0", "#ffffff"
+FONT = "Helvetica"
+MOST_NODES = 60
 
 
 def draw(gm: GraphModule, path: str | Path, *, depth: int | None = None) -> None:
     """Draw a prepared model: modules as boxes, weights' bits as colours, activations' bits and sign on the edges.
 
-    Parameters, folded BatchNorms and fake-quants are not drawn as nodes: an edge labelled ``u4`` carries an
-    activation in four unsigned bits, ``s8`` in eight signed ones, and one without a label is float.
+    Parameters and fake-quants are not drawn as nodes: an edge labelled ``u4`` carries an activation in four unsigned
+    bits, ``s8`` in eight signed ones, and one without a label is float. What only follows an operation (BatchNorm,
+    ReLU, dropout) is in its box; what only computes sizes is left out. Dashed: Python code hands the value on.
 
     Args:
         gm: from ``prepare``.
         path: ends in .svg, .png or .dot; .dot needs no system tool.
-        depth: merge what lies deeper than this many modules into one node for each; None draws everything, or as much
-            as a reader can follow (100 nodes).
+        depth: merge what lies deeper than this many modules into one node for each; None opens modules from the outside
+            in, as far as a reader can follow (60 nodes).
 
     Raises:
         ExportError: for another ending, a path that can not be written, a negative depth, or if Graphviz's ``dot``
@@ -46,69 +50,71 @@ def draw(gm: GraphModule, path: str | Path, *, depth: int | None = None) -> None
         raise ExportError(f"{target.name!r} has the ending {target.suffix!r}: give one of {', '.join(ENDINGS)}.")
     if depth is not None and (isinstance(depth, bool) or not isinstance(depth, int) or depth < 0):
         raise ExportError(f"depth={depth!r}: give a whole number of modules, 0 or more, or None for all that fits.")
-    picture = _picture(_collapsed(compact(to_networkx(gm)), depth))
+    picture = _picture(_collapsed(outline(to_networkx(gm)), depth))
+    ending = target.suffix[1:].lower()
     try:
-        if target.suffix.lower() == ".dot":
-            target.write_text(picture.source, encoding="utf-8")
-        else:
-            target.write_bytes(picture.pipe(format=target.suffix[1:].lower()))
+        _write(target, picture.source.encode() if ending == "dot" else picture.pipe(format=ending))
     except graphviz.ExecutableNotFound:
         beside = target.with_suffix(".dot")
-        beside.write_text(picture.source, encoding="utf-8")
+        _write(beside, picture.source.encode())
         raise ExportError(
             f"{target.name} needs Graphviz's dot, which is not installed; {beside} was written instead.\n"
             "  install it (apt install graphviz, brew install graphviz, conda install graphviz) and draw again,\n"
-            f"  or run dot -T{target.suffix[1:]} where it is; pege_fx.report needs no system tool."
+            f"  or run dot -T{ending} where it is; pege_fx.report needs no system tool."
         ) from None
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        path.write_bytes(content)
     except OSError as error:
-        raise ExportError(f"can not write {target}: {error.strerror or error}; choose another path.") from error
+        raise ExportError(f"can not write {path}: {error.strerror or error}; choose another path.") from error
 
 
 def _collapsed(graph: nx.DiGraph, depth: int | None) -> nx.DiGraph:
-    if depth is not None:
-        return collapse(graph, depth)
-    deepest = max((facts["module"].count(".") + 1 for facts in graph.nodes.values()), default=0)
-    for level in range(deepest, 0, -1):
-        smaller = collapse(graph, level)
-        if len(smaller) <= MOST_NODES:
-            return smaller
-    return collapse(graph, 0)
+    return collapse_to_fit(graph, MOST_NODES) if depth is None else collapse(graph, depth)
 
 
 def _picture(graph: nx.DiGraph) -> graphviz.Digraph:
     picture = graphviz.Digraph(str(graph.graph["model"]))
-    picture.attr("graph", rankdir="TB", fontname="Helvetica", fontsize="11", ranksep="0.3", nodesep="0.2", label=_legend(graph))
-    picture.attr(
-        "node", shape="box", style="filled,rounded", fontname="Helvetica", fontsize="11", margin="0.1,0.04", height="0.3"
-    )
-    picture.attr("edge", fontname="Helvetica", fontsize="10", arrowsize="0.6", color="#555555")
+    picture.attr("graph", rankdir="TB", fontname=FONT, fontsize="11", ranksep="0.22", nodesep="0.2", bgcolor="#ffffff")
+    picture.attr("graph", label=_legend(graph), labelloc="t")
+    picture.attr("node", shape="box", style="filled,rounded", fontname=FONT, fontsize="11", margin="0.1,0.04", height="0.3")
+    picture.attr("edge", fontname=FONT, fontsize="10", arrowsize="0.6")
     names = {key: f"n{number}" for number, key in enumerate(graph)}
     _clusters(picture, graph, names, "", _children(graph))
     for source, target, facts in graph.edges(data=True):
-        picture.edge(names[source], names[target], label=edge_label(facts), color="#555555" if facts["bits"] else "#aaaaaa")
+        style = "dashed" if facts["kind"] == "graph" else "solid"
+        colour = "#222222" if facts["bits"] else "#999999"
+        picture.edge(names[source], names[target], label=edge_label(facts), color=colour, style=style)
     return picture
 
 
 def _legend(graph: nx.DiGraph) -> str:
-    used = sorted({facts["weight_bits"] for facts in graph.nodes.values() if facts["weight_bits"]})
-    bits = ", ".join(f"W{value}" for value in used) or "no quantized weights"
-    return f"{graph.graph['model']}: {bits}; edges: u unsigned, s signed, bits; grey: operation in float"
+    """The model, and a swatch for each colour, as Graphviz writes tables."""
+    used = sorted({bits for facts in graph.nodes.values() for bits in facts["weight_bits"]})
+    cells = [(COLOURS[bits], f"{bits}-bit weight") for bits in used]
+    members = [member for facts in graph.nodes.values() for member in facts["members"]]
+    cells += [(FLOAT, "left in float")] * any(member["quantized"] is False for member in members)
+    cells += [(PYTHON, "stays Python")] * any(member["place"] for member in members)
+    swatches = "".join(f'<TD BGCOLOR="{colour}"><FONT COLOR="{ink(colour)}">{words}</FONT></TD>' for colour, words in cells)
+    edges = "u4: activation in 4 unsigned bits, s: signed; grey: float"
+    edges += "; dashed: by way of Python" * any(kind == "graph" for _, _, kind in graph.edges(data="kind"))
+    name = html.escape(str(graph.graph["model"]))
+    first = f"<TR><TD><B>{name}</B></TD>{swatches}</TR>"
+    second = f'<TR><TD ALIGN="LEFT" COLSPAN="{len(cells) + 1}"><FONT POINT-SIZE="10">{edges}</FONT></TD></TR>'
+    return f'<<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="4">{first}{second}</TABLE>>'
 
 
-def edge_label(facts: dict[str, Any]) -> str:
-    """Return an edge's bits and sign as "u4"; "" for float."""
-    return "" if facts["bits"] is None else f"{'s' if facts['signed'] else 'u'}{facts['bits']}"
-
-
-def _children(graph: nx.DiGraph) -> dict[str, tuple[set[str], list[str]]]:
-    """Modules by path: the modules and the nodes directly inside."""
-    inside: dict[str, tuple[set[str], list[str]]] = {"": (set(), [])}
+def _children(graph: nx.DiGraph) -> dict[str, tuple[dict[str, None], list[str]]]:
+    """Boxes by path: the boxes and the nodes directly inside."""
+    inside: dict[str, tuple[dict[str, None], list[str]]] = {"": ({}, [])}
     for key, facts in graph.nodes.items():
-        path = facts["module"]
-        inside.setdefault(path, (set(), []))[1].append(key)
+        path = facts["box"]
+        inside.setdefault(path, ({}, []))[1].append(key)
         while path:
             above = path.rpartition(".")[0]
-            inside.setdefault(above, (set(), []))[0].add(path)
+            inside.setdefault(above, ({}, []))[0][path] = None
             path = above
     return inside
 
@@ -118,31 +124,38 @@ def _clusters(
     graph: nx.DiGraph,
     names: dict[str, str],
     path: str,
-    inside: dict[str, tuple[set[str], list[str]]],
+    inside: dict[str, tuple[dict[str, None], list[str]]],
 ) -> None:
     modules, keys = inside[path]
     for key in keys:
         picture.node(names[key], **_node(graph.nodes[key]))
-    for module in sorted(modules):
+    for module in modules:
         with picture.subgraph(name=f"cluster_{module}") as cluster:
-            cluster.attr(label=graphviz.escape(module), style="rounded", color="#8899aa", labeljust="l")
+            cluster.attr(label=graphviz.escape(module), style="rounded", color="#8899aa", labeljust="l", labelloc="t")
             _clusters(cluster, graph, names, module, inside)
 
 
 def _node(facts: dict[str, Any]) -> dict[str, str]:
-    bits = facts["weight_bits"]
-    if facts["function"] == "module":
-        operations = [member for member in facts["members"] if member["quantized"] is not None]
-        words = f"{facts['path']}\n{len(facts['members'])} nodes, {len(operations)} operations"
-    else:
-        own = facts["path"] or facts["name"]
-        words = f"{own.removeprefix(facts['module'] + '.')}\n{facts['function']}" if own != facts["function"] else own
-    colour = COLOURS[bits] if bits else FLOAT if facts.get("quantized") is False else PLAIN
-    fontcolor = "#ffffff" if bits in (2, 3) else "#000000"
-    suffix = f" W{bits}" if bits else ""
+    below = shape_label(facts) if facts["op"] == "placeholder" else rest(facts)
+    small = f'<BR/><FONT POINT-SIZE="9">{html.escape(below)}</FONT>' if below else ""
+    colour = colour_of(facts)
+    reasons = [f"{member['key']}: {member['reason']}" for member in facts["members"] if member["reason"]]
     return {
-        "label": graphviz.escape(words + suffix),
+        "label": f"<{html.escape(title(facts))}{small}>",
         "fillcolor": colour,
-        "fontcolor": fontcolor,
-        "tooltip": graphviz.escape(facts.get("reason", "")),
+        "fontcolor": ink(colour),
+        "tooltip": graphviz.escape("\n".join(reasons[:10]) or title(facts)),
     }
+
+
+def colour_of(facts: dict[str, Any]) -> str:
+    """Return the colour of a node of an outline: by its weight's bits, the lowest if there are several."""
+    if facts["weight_bits"]:
+        return COLOURS[facts["weight_bits"][0]]
+    return PYTHON if facts["place"] else FLOAT if facts["quantized"] is False else PLAIN
+
+
+def ink(colour: str) -> str:
+    """Return black or white, whichever is read on a colour."""
+    red, green, blue = (int(colour[start : start + 2], 16) for start in (1, 3, 5))
+    return "#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 110 else "#ffffff"

@@ -60,6 +60,14 @@ class OutputError(PegeError):
     """A file that can not be written: its ending says no format, or the place does not exist or is not writable."""
 
 
+class LawError(PegeError, AssertionError):
+    """A rewrite of a graph that breaks a law which it should keep."""
+
+
+class PackageError(PegeError, ImportError):
+    """A package that is not installed, and that an optional part needs."""
+
+
 class NonFiniteError(PegeError, ArithmeticError):
     """NaN or infinity in the loss or a gradient."""
 

@@ -20,13 +20,15 @@ from pege_fx.spec import ESTIMATORS, METHODS, Channels, Kind, QuantSpec
 class ScheduleState(nn.Module):
     """Where a group of sites stands: 0-d tensors on the model's device, updated in place by the scheduler.
 
-    Buffers: ``rate`` p; ``weight_lambda`` and ``activation_lambda`` λ (absolute units); ``refresh_key`` (int32, from
-    the refresh count). They start fully quantized with λ = 0 and are not part of a ``state_dict``: the scheduler's is.
+    ``rate`` p; ``weight_lambda`` and ``activation_lambda`` λ (absolute units), float32; ``refresh_key`` (int32, from the
+    refresh count). They start fully quantized with λ = 0 and are not part of a ``state_dict``: the scheduler's is.
+
+    p and λ are kept as bits, since ``half()`` rounds whatever is floating point, and float16 has no 1e-8.
     """
 
-    rate: Tensor
-    weight_lambda: Tensor
-    activation_lambda: Tensor
+    rate_bits: Tensor
+    weight_lambda_bits: Tensor
+    activation_lambda_bits: Tensor
     refresh_key: Tensor
 
     def __init__(self, group: str) -> None:
@@ -34,9 +36,21 @@ class ScheduleState(nn.Module):
         self.group = group
         self.rank = 0  # which part of a global batch this process sees; no buffer, or DDP would make it the first one's
         for name, value in (("rate", 1.0), ("weight_lambda", 0.0), ("activation_lambda", 0.0)):
-            self.register_buffer(name, torch.tensor(value), persistent=False)
+            self.register_buffer(f"{name}_bits", torch.tensor(value).view(torch.int32), persistent=False)
         key = torch.tensor(functional.refresh_key(0), dtype=torch.int32)
         self.register_buffer("refresh_key", key, persistent=False)
+
+    @property
+    def rate(self) -> Tensor:
+        return self.rate_bits.view(torch.float32)
+
+    @property
+    def weight_lambda(self) -> Tensor:
+        return self.weight_lambda_bits.view(torch.float32)
+
+    @property
+    def activation_lambda(self) -> Tensor:
+        return self.activation_lambda_bits.view(torch.float32)
 
     def extra_repr(self) -> str:
         return f"group={self.group!r}"
@@ -126,7 +140,7 @@ class FakeQuant(nn.Module):
         self.is_calibrated = True
 
     def initialize_from(self, *inputs: Tensor) -> None:
-        """Set the grid from a weight, or from the first activation of each input.
+        """Set the grid from a weight, or from the first activation of each input. Meta tensors hold nothing and set nothing.
 
         Raises:
             ModelError: while the model is being compiled, if a weight is not finite, or for an input of whole numbers.
@@ -136,6 +150,8 @@ class FakeQuant(nn.Module):
                 f"{self.site.name} is not calibrated, and data may not set a grid while the model is being compiled.\n"
                 "  give prepare example_inputs, or call pege_fx.calibrate(gm, batches) before torch.compile."
             )
+        if any(x.is_meta for x in inputs):
+            return
         statistics = self._statistics(*inputs)
         if self.site.kind == "weight" and not statistics.all_finite:
             raise ModelError(
@@ -148,6 +164,8 @@ class FakeQuant(nn.Module):
 
     def observe(self, *inputs: Tensor) -> None:
         """Add a batch to the statistics that ``finish_observing`` initialises from."""
+        if any(x.is_meta for x in inputs):
+            return
         with torch.no_grad():
             seen = self._statistics(*inputs)
             self.statistics = seen.reduced() if self.statistics is None else self.statistics + seen
@@ -323,7 +341,10 @@ class FakeQuant(nn.Module):
 
 
 def _follow_loaded_state(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Calibration is part of the state: a float checkpoint has none, so the next forward initialises anew."""
+    """Calibration is part of the state: a state without it, whole or in part, has the next forward initialise anew.
+
+    (torch shows a module the keys below its own prefix alone, so the site can not tell whether its weight is among them.)
+    """
     assert isinstance(module, FakeQuant)
     loaded = state.get(f"{prefix}calibrated")
     module.is_calibrated = bool(loaded) if isinstance(loaded, Tensor) else False

@@ -13,13 +13,14 @@ from pege_fx.batch_norm import BatchNorm
 from pege_fx.errors import ModelError, closest
 from pege_fx.fake_quant import FakeQuant
 from pege_fx.listing import Listing
-from pege_fx.passes.graph import function_name, join, joining_of, module_of, operator_of, scope
+from pege_fx.passes.graph import first_argument, function_name, join, joining_of, module_of, operator_of, scope
 from pege_fx.plan import Operation, Plan, in_words
 from pege_fx.policy import path_pattern
 from pege_fx.scheduler import plan_of
 from pege_fx.size import SizeReport, graphs_of, size_report
 from pege_fx.tables import (
     COLUMNS,
+    SIGNS,
     bits_named,
     captures_of,
     collapsed,
@@ -31,6 +32,8 @@ from pege_fx.tables import (
     rules_of,
     totals,
 )
+
+_NO_OPERATION = "not quantized itself: only operations with a weight and matrix products are"
 
 Filter: TypeAlias = str | Callable[[Operation], bool]
 
@@ -90,7 +93,8 @@ class Summary:
     def __getitem__(self, path: str) -> Operation:
         """Return what was decided for a module or node, and why; print it to read it.
 
-        For what is no operation (a ReLU, a BatchNorm), ``reason`` says what became of it.
+        For what is no operation, ``reason`` says what became of it: of a ReLU or a BatchNorm, of a module that stays
+        Python, of all that is inside a module.
 
         Raises:
             ModelError: if there is none of that name; it names the closest.
@@ -98,12 +102,26 @@ class Summary:
         for operation in self.plan.operations:
             if path in (operation.path, operation.node):
                 return operation
+        if (container := self._container(path)) is not None:
+            return container
         for other in self.bystanders:
             if path in (other.path, other.node):
                 return self._as_operation(other)
         known: list[Operation | Bystander] = [*self.plan.operations, *self.bystanders]
         names = {name for seen in known for name in (seen.path, seen.node) if name}
         raise ModelError(f"no operation, module or node is called {path!r}; closest: {closest(path, names)}.")
+
+    def _container(self, path: str) -> Operation | None:
+        """All operations inside a module, and why it stays Python if it does; None for what is no such module."""
+        inside = [operation for operation in self.plan.operations if path and operation.path.startswith(f"{path}.")]
+        stays = [capture for capture in self.plan.captures if (capture.path, capture.rung) == (path, "python")]
+        if not path or not (inside or stays):
+            return None
+        lines = [f"stays Python: {capture.reason} ({capture.place})" for capture in stays] + list(map(str, inside))
+        known = [operation.macs for operation in inside if operation.macs is not None]
+        count, reason = sum(operation.parameters for operation in inside), "\n".join(lines).replace("\n", "\n  ")
+        words = f"module with {len(inside)} operation{'s' * (len(inside) != 1)}"
+        return Operation("", path, words, parameters=count, reason=reason, macs=sum(known) if known else None)
 
     def _as_operation(self, other: Bystander) -> Operation:
         readers = [
@@ -122,7 +140,7 @@ class Summary:
         if self.depth is not None:
             return collapsed(self.operations, self.depth, self.title, notes)
         rows = tuple(map(row_of, self.operations))
-        return Listing(self.title, COLUMNS, rows, notes, headings(self.operations))
+        return Listing(self.title, COLUMNS, rows, (SIGNS, *notes), headings(self.operations))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield self.listing
@@ -185,33 +203,60 @@ def summary(gm: GraphModule, match: Filter | None = None, *, depth: int | None =
       2 reads it, input (_1): 8 bits unsigned per tensor, lsq, pege by rule 2: Rule(role='last', weight='8', input='8')
     """
     plan = plan_of(gm)
-    seen = tuple(bystanders(graphs_of(gm), plan))
+    seen = tuple(bystanders(gm, graphs_of(gm), plan))
     return Summary(plan, f"{plan.model}: prepared", seen, size_report(gm), match, depth)
 
 
-def bystanders(graphs: Iterable[tuple[str, GraphModule]], plan: Plan) -> Iterator[Bystander]:
-    """Yield every node that calls something and is no operation of the plan; graphs come with their path."""
+def bystanders(model: nn.Module, graphs: Iterable[tuple[str, GraphModule]], plan: Plan) -> Iterator[Bystander]:
+    """Yield every node that calls something and is no operation of the plan, then every module that no node calls.
+
+    Args:
+        model: the model, or what ``prepare`` made of it.
+        graphs: its graphs with their paths.
+        plan: what was decided for them.
+    """
+    known = {operation.path for operation in plan.operations}
     for prefix, gm in graphs:
         planned = {operation.node for operation in plan.operations if operation.path.startswith(prefix)}
         for node in gm.graph.nodes:
             joins = joining_of(node) is not None and node.name in planned
             if node.op.startswith("call_") and operator_of(node) is None and not joins:
-                yield _bystander(prefix, gm, node)
+                yield (found := _bystander(prefix, gm, node))
+                known.add(found.path)
+    holders = {""}
+    for path in known:
+        while path not in holders:
+            holders.add(path)
+            path = path.rpartition(".")[0]
+    for path, module in model.named_modules():
+        if path not in holders:
+            count = sum(parameter.numel() for parameter in module.parameters())
+            yield Bystander("", path, type(module).__name__, _why_not_called(path, plan), count)
+
+
+def _why_not_called(path: str, plan: Plan) -> str:
+    around = [note for note in plan.captures if note.rung == "python" and f"{path}.".startswith(note.path and f"{note.path}.")]
+    if not around:
+        return "not in the graph: nothing calls it by itself"
+    inner = max(around, key=lambda note: len(note.path))
+    return f"runs inside {inner.path or 'the model'}, which stays Python: {inner.reason} ({inner.place})"
 
 
 def _bystander(prefix: str, gm: GraphModule, node: Node) -> Bystander:
     module = module_of(gm, node, nn.Module)
     if module is None:
         verdict = node.meta.get("batch_norm", "")
-        reason = verdict or "not quantized itself: only operations with a weight and matrix products are"
+        reason = verdict or _NO_OPERATION
         if not verdict and (joining := joining_of(node)) is not None:
             reason += f', unless a rule says function="{joining.name}"'
         return Bystander(node.name, join(prefix, scope(node), function_name(node)), function_name(node), reason)
-    path, what = join(prefix, str(node.target)), type(module).__name__
+    path, what, reason = join(prefix, str(node.target)), type(module).__name__, _NO_OPERATION
     if isinstance(module, FakeQuant):
         return Bystander(node.name, path, "fake-quant", f"{in_words(module.site.spec)} by {module.site.rule}")
-    reason = "not quantized itself: only operations with a weight and matrix products are"
     if isinstance(module, BatchNorm):
-        reason = node.meta.get("batch_norm") or (f"folded {node.target}" if what.startswith("Folded") else reason)
+        reason = str(node.meta.get("batch_norm") or (f"folded {node.target}" if what.startswith("Folded") else reason))
         what = what.removeprefix("Folded")
+        layer = first_argument(node)
+        if reason.startswith("folded ") and isinstance(layer, Node):
+            reason = f"folded into {join(prefix, layer.meta.get('path') or layer.name)}"
     return Bystander(node.name, path, what, reason, sum(p.numel() for p in module.parameters()))

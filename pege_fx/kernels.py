@@ -66,7 +66,10 @@ class LocalKernel:
         self._variants: dict[Hashable, Callable[..., Any]] = {}
 
     def __call__(self, *args: Any) -> Any:
-        """Run compiled; the first failure to compile warns, and from then on everything runs as plain operations."""
+        """Run compiled; the first failure to compile warns, and from then on everything runs as plain operations.
+
+        What fails as plain operations too is no matter of compiling: it is raised, and so is a lack of memory.
+        """
         global _enabled
         key = tuple(map(_kind, args))
         try:
@@ -76,7 +79,10 @@ class LocalKernel:
                 warnings.simplefilter("ignore")  # the compiler's own remarks are not about the user's model
                 compiled = torch.compile(self._copy(len(self._variants)), dynamic=True, fullgraph=True)
                 result = compiled(*args)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
+            result = self.function(*args)
             _enabled = False
             warnings.warn(
                 f"fake quantization can not be compiled here ({type(error).__name__}: {str(error).splitlines()[0][:200]}).\n"
@@ -84,7 +90,7 @@ class LocalKernel:
                 PegeWarning,
                 stacklevel=2,
             )
-            return self.function(*args)
+            return result
         self._variants[key] = compiled
         return result
 

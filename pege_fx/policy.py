@@ -317,14 +317,14 @@ class QuantPolicy:
 
         text = tomli_w.dumps(self.to_dict())
         if path is not None:
-            Path(path).write_text(text)
+            Path(path).write_text(text, encoding="utf-8")
         return text
 
     @classmethod
     def from_toml(cls, path: str | os.PathLike[str]) -> "QuantPolicy":
         """Read a policy from a TOML file."""
         try:
-            return cls.from_dict(tomllib.loads(Path(path).read_text()))
+            return cls.from_dict(tomllib.loads(Path(path).read_text(encoding="utf-8")))
         except (OSError, UnicodeDecodeError) as error:
             raise PolicyError(f"can not read the policy {path}: {error}.") from error
         except (tomllib.TOMLDecodeError, RecursionError) as error:

@@ -340,8 +340,9 @@ class DoReFa(ForwardMethod, name="dorefa"):
     def transform(self, x: Tensor) -> Tensor:
         if self.kind == "activation":
             return x.clamp(0.0 if self.q_min == 0 else -1.0, 1.0)
-        bent = torch.tanh(x)
-        largest = bent.abs().amax().clamp(min=SMALLEST_SCALE) if x.numel() else bent.new_ones(())
+        bent = torch.tanh(x.to(functional.compute_dtype(x)))
+        largest = bent.abs().amax() if x.numel() else bent.new_ones(())
+        largest = torch.where(largest > 0, largest, 1.0).clamp(min=SMALLEST_SCALE)  # all zero: there is no size to divide by
         if self.q_min == 0:
             return bent / (2.0 * largest) + 0.5
         return bent / largest

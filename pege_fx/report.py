@@ -1,9 +1,10 @@
 """One page about a prepared model that opens offline: its graph, sites, histograms, schedule and training."""
 
 import csv
+import html
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,20 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from pege_fx.dataflow import compact, to_networkx
-from pege_fx.draw import COLOURS, edge_label
+from pege_fx.dataflow import to_networkx
+from pege_fx.draw import COLOURS, FLOAT, PLAIN, PYTHON, colour_of, ink
 from pege_fx.errors import ExportError, InputError
 from pege_fx.fake_quant import FakeQuant, fake_quants
+from pege_fx.outline import edge_label, outline, rest, shape_label, title
 from pege_fx.scheduler import PEGEScheduler, plan_of
+from pege_fx.size import size_report
+from pege_fx.tables import totals
 
 BINS = 48
-NODE_FIELDS = ("name", "path", "module", "function", "weight_bits", "shape", "dtype", "code", "reason", "batch_norm")
+SAMPLE = 1 << 16
+"""Elements of a tensor that a histogram and its error are taken from, evenly spaced."""
+FIGURES = ("error", "clipped", "scale", "p", "weight_lambda", "activation_lambda")
+CURVES = ("replacement", "weight_lambda", "activation_lambda")
 
 
 def report(
@@ -38,12 +45,13 @@ def report(
         path: of the page.
         batches: inputs (a tensor, or a tuple of arguments) to measure histograms and errors on, in evaluation.
         scheduler: its curves and where it stands are drawn.
-        history: rows with "step", "site" and "error", or the path of a CSV file with these columns.
+        history: ``Telemetry.history``, or the path of the CSV file that it wrote: rows with "step", "site" and any of
+            "error", "clipped", "scale", "p", "weight_lambda", "activation_lambda".
 
     Raises:
         ModelError: if ``gm`` was not prepared.
         InputError: if the history can not be read.
-        ExportError: if the page can not be written.
+        ExportError: for another ending than .html, or if the page can not be written.
 
     >>> import tempfile
     >>> import pege_fx
@@ -52,41 +60,77 @@ def report(
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     report(gm, f"{folder}/report.html", batches=[torch.randn(8, 4)])
     """
-    plan_of(gm)
-    rows = _history(history)
-    graph = to_networkx(gm)
-    page = _page(_data(graph, _measured(gm, batches), scheduler, rows))
+    if Path(path).suffix.lower() not in (".html", ".htm"):
+        raise ExportError(f"{Path(path).name!r} has the ending {Path(path).suffix!r}: a report ends in .html.")
+    plan, rows = plan_of(gm), _history(history)
+    page = _page(
+        {
+            "title": f"{plan.model}, quantized",
+            "totals": [*totals(plan, size_report(gm))],
+            "captures": [vars(capture) for capture in plan.captures if capture.reason],
+            "colours": _colours(),
+            "schedule": _schedule(scheduler),
+            "history": rows,
+            **_graph(to_networkx(gm), _measured(gm, batches)),
+        }
+    )
     try:
         Path(path).write_text(page, encoding="utf-8")
     except OSError as error:
         raise ExportError(f"can not write {path}: {error.strerror or error}; choose another path.") from error
 
 
-def _data(
-    graph: nx.DiGraph, measured: dict[str, dict[str, Any]], scheduler: PEGEScheduler | None, rows: list[dict[str, Any]]
-) -> dict[str, Any]:
+def _colours() -> dict[str, dict[str, str]]:
+    words = {**{str(bits): f"{bits}-bit weight" for bits in COLOURS}, "float": "left in float", "python": "stays Python"}
+    fills = {**{str(bits): colour for bits, colour in COLOURS.items()}, "float": FLOAT, "python": PYTHON, "plain": PLAIN}
+    return {name: {"fill": fill, "ink": ink(fill), "words": words.get(name, "")} for name, fill in fills.items()}
+
+
+def _graph(graph: nx.DiGraph, measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
     sites = [
         {field: facts[field] for field in ("kind", "bits", "signed", "method", "estimator", "rule", "scale")}
-        | {"site": facts["path"], **measured.get(facts["target"], {}), **measured.get(facts["path"], {})}
+        | {"site": facts["path"], **measured.get(facts["path"], {})}
         for facts in graph.nodes.values()
         if facts["bits"] is not None
     ]
-    small = compact(graph)
-    reads = {key: [graph.nodes[s]["path"] for s in graph.predecessors(key) if graph.nodes[s]["bits"]] for key in small}
-    nodes = [
-        {"id": key, "sites": reads[key]} | {field: facts.get(field) for field in NODE_FIELDS}
-        for key, facts in small.nodes.items()
-    ]
-    edges = [(source, target, edge_label(facts)) for source, target, facts in small.edges(data=True)]
-    title = f"{graph.graph['model']}, quantized"
+    small = outline(graph)
+    nodes = [_node(graph, key, facts) for key, facts in small.nodes.items()]
+    edges = [(source, target, edge_label(facts), facts["kind"] == "graph") for source, target, facts in small.edges(data=True)]
+    return {"nodes": nodes, "edges": edges, "sites": sites, "used": sorted({node["paint"] for node in nodes} - {"plain"})}
+
+
+def _node(graph: nx.DiGraph, key: str, facts: dict[str, Any]) -> dict[str, Any]:
+    names = {colour: name for name, colour in (("float", FLOAT), ("python", PYTHON), ("plain", PLAIN))}
     return {
-        "title": title, "nodes": nodes, "edges": edges, "sites": sites, "colours": COLOURS,
-        "schedule": _schedule(scheduler), "history": rows,
-    }  # fmt: skip
+        "id": key,
+        "box": facts["box"],
+        "title": title(facts),
+        "rest": shape_label(facts) if facts["op"] == "placeholder" else rest(facts),
+        "bits": facts["weight_bits"],
+        "paint": str(facts["weight_bits"][0]) if facts["weight_bits"] else names[colour_of(facts)],
+        "operations": sum(member["quantized"] is not None for member in facts["members"]),
+        "members": [_member(graph, member) for member in facts["members"]],
+    }
+
+
+def _member(graph: nx.DiGraph, facts: dict[str, Any]) -> dict[str, Any]:
+    def sites(keys: Iterable[str]) -> list[str]:
+        return [graph.nodes[key]["path"] for key in keys if graph.nodes[key]["bits"] is not None]
+
+    kept = {field: facts.get(field) for field in ("path", "function", "code", "reason", "place", "batch_norm", "quantized")}
+    shape = " ".join(filter(None, (shape_label(facts), facts["dtype"])))
+    key = facts["key"]
+    return {
+        "id": key,
+        "shape": shape,
+        "sites": sites(graph.predecessors(key)),
+        "quantizes": sites(graph.successors(key)),
+        **kept,
+    }
 
 
 def _measured(gm: GraphModule, batches: Iterable[Any] | None) -> dict[str, dict[str, Any]]:
-    """Histogram and relative error of each site on the first batch, as evaluation computes it."""
+    """Histogram and relative error of each site on the first batch that reaches it, as evaluation computes it."""
     found: dict[str, dict[str, Any]] = {}
     modes = {module: module.training for module in gm.modules()}
 
@@ -102,12 +146,15 @@ def _measured(gm: GraphModule, batches: Iterable[Any] | None) -> dict[str, dict[
 
         return hook
 
-    hooks = [fq.register_forward_hook(watch(name)) for name, fq in fake_quants(gm).items()]
+    sites = fake_quants(gm)
+    hooks = [fq.register_forward_hook(watch(name)) for name, fq in sites.items()]
     try:
         gm.eval()
         with torch.no_grad():
             for batch in batches or ():
                 gm(*(batch if isinstance(batch, (tuple, list)) else (batch,)))
+                if len(found) == len(sites):
+                    break
     finally:
         for hook in hooks:
             hook.remove()
@@ -119,7 +166,8 @@ def _measured(gm: GraphModule, batches: Iterable[Any] | None) -> dict[str, dict[
 def _histogram(fq: FakeQuant, x: Tensor, y: Tensor) -> dict[str, Any]:
     if fq.fold is not None:
         x = x * fq.fold.broadcast(fq.fold.factor(), x).to(x.dtype)
-    x, y = x.float().flatten().cpu(), y.float().flatten().cpu()
+    stride = max(1, x.numel() // SAMPLE) | 1
+    x, y = (value.flatten()[::stride].float().cpu() for value in (x, y))
     low, high = min(float(x.min()), float(y.min())), max(float(x.max()), float(y.max()))
     error = float((x - y).norm() / x.norm().clamp_min(1e-12))
     if not all(map(math.isfinite, (low, high, error))):
@@ -132,10 +180,17 @@ def _schedule(scheduler: PEGEScheduler | None) -> dict[str, Any] | None:
     if scheduler is None:
         return None
     steps = sorted({round(i * scheduler.total_steps / 200) for i in range(201)})
+    groups = {"default": scheduler, **scheduler.groups}
     curves = {
-        name: [getattr(scheduler, name)(t) for t in steps] for name in ("replacement", "weight_lambda", "activation_lambda")
+        name: {group: [_curve(scheduler, own, name)(t) for t in steps] for group, own in groups.items()} for name in CURVES
     }
-    return {"t": steps, "curves": curves, "now": scheduler.t}
+    now = {group: {name: _curve(scheduler, own, name)(scheduler.t) for name in CURVES} for group, own in groups.items()}
+    return {"t": steps, "total": scheduler.total_steps, "now": scheduler.t, "curves": curves, "standing": now}
+
+
+def _curve(scheduler: PEGEScheduler, own: Any, name: str) -> Callable[[float], float]:
+    found: Callable[[float], float] = getattr(own, name) or getattr(scheduler, name)
+    return found
 
 
 def _history(history: Iterable[Mapping[str, Any]] | str | Path | None) -> list[dict[str, Any]]:
@@ -143,20 +198,29 @@ def _history(history: Iterable[Mapping[str, Any]] | str | Path | None) -> list[d
         if isinstance(history, (str, Path)):
             with open(history, newline="", encoding="utf-8") as file:
                 history = list(csv.DictReader(file))
-        return [{"step": float(r["step"]), "site": str(r["site"]), "error": float(r["error"])} for r in history or ()]
-    except (OSError, KeyError, TypeError, ValueError) as error:
+        return [_row(row) for row in history or ()]
+    except OSError as error:
+        raise InputError(f"can not read the history {error.filename}: {error.strerror}.") from error
+    except (KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"the history can not be read ({error}): give rows, or a CSV file, with step, site and error."
+            f"the history can not be read ({error}): give rows, or a CSV file, with step, site and {', '.join(FIGURES)}."
         ) from error
+
+
+def _row(row: Mapping[str, Any]) -> dict[str, Any]:
+    figures = {name: float(row[name]) for name in FIGURES if row.get(name) not in (None, "")}
+    known = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+    if not figures:
+        raise ValueError(f"step {row['step']} has none of the figures")
+    return {"step": float(row["step"]), "site": str(row["site"]), **known}
 
 
 def _page(data: dict[str, Any]) -> str:
     static = files("pege_fx") / "static"
     read = {name: (static / name).read_text("utf-8") for name in ("report.html", "report.js", "uPlot.min.css")}
     libraries = [(static / n).read_text("utf-8") for n in ("cytoscape.min.js", "cytoscape-dagre.min.js", "uPlot.iife.min.js")]
-    title = data["title"].replace("&", "&amp;").replace("<", "&lt;")
     parts = {
-        "title": title, "styles": read["uPlot.min.css"], "data": json.dumps(data).replace("<", "\\u003c"),
+        "title": html.escape(data["title"]), "styles": read["uPlot.min.css"], "data": json.dumps(data).replace("<", "\\u003c"),
         "libraries": "\n;".join(libraries), "script": read["report.js"],
     }  # fmt: skip
     page = read["report.html"]

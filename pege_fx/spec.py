@@ -158,6 +158,7 @@ class Channels:
     def rows(self, weight: Tensor) -> Tensor:
         """Return the weight with one row per output channel, shape ``(count, elements per channel)``."""
         if self.axis == 0:
-            return weight.reshape(self.count, -1)
-        split = weight.reshape(self.groups, weight.shape[0] // self.groups, self.count // self.groups, -1)
-        return split.transpose(1, 2).reshape(self.count, -1)
+            return weight.reshape(self.count, weight.shape[1:].numel())
+        rows, positions = weight.shape[0] // self.groups, weight.shape[2:].numel()
+        split = weight.reshape(self.groups, rows, self.count // self.groups, positions)
+        return split.transpose(1, 2).reshape(self.count, rows * positions)

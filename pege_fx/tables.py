@@ -45,6 +45,7 @@ def _verdict(operation: Operation) -> str:
     return operation.batch_norm.replace(f" {beside}.", " ") or "-"
 
 
+SIGNS = "sign: s signed, u unsigned, in the order weight / inputs"
 COLUMNS = (
     "path", "op", "weight", "input", "sign", "method", "estimator", "BatchNorm", "parameters", "MACs", "rule or reason",
 )  # fmt: skip
@@ -163,7 +164,7 @@ def _shares(counts: Mapping[str, int], unit: str = "") -> str:
 def totals(plan: Plan, size: SizeReport | None) -> Iterator[str]:
     edges = [edge for operation in plan.operations for edge in operation.edges]
     quantized = sum(edge.spec is not None for edge in edges)
-    yield f"{quantized} of {len(edges)} edges quantized; sign: s signed, u unsigned, in the order weight / inputs."
+    yield f"{quantized} of {len(edges)} edges quantized"
     if plan.parameters:
         yield f"parameters: {plan.parameters:,}, {_shares(bits_named(parameters_by_bits(plan)), ' bits')}"
     if (macs := macs_by_format(plan.operations)) is not None:

@@ -236,3 +236,20 @@ def test_a_plot_goes_where_and_as_far_as_told() -> None:
     assert first.get_xdata()[-1] == second.get_xdata()[-1] == 30
     with pytest.raises(ScheduleError, match="steps=0 must be a positive"):
         Constant(0.5).plot(steps=0)
+
+
+def test_lengths_and_starts_that_nobody_gave() -> None:
+    assert Constant(3.0).length == 1.0
+    assert LogReplacement(k=100)(1) == LogReplacement.reaching_one_at(100)(1) == 0.0
+
+
+@pytest.mark.parametrize("curve", TRANSITIONS)
+def test_before_the_beginning_is_the_beginning(curve: type[Curve]) -> None:
+    made = curve(0.25, 0.75, 10)  # type: ignore[call-arg]
+    assert made(-0.5) == made(0) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("start", [-0.5, -1e-9, 1.0])
+def test_a_start_that_is_no_rate_below_one_is_refused(start: float) -> None:
+    with pytest.raises(ScheduleError, match=r"must lie in \[0, 1\)"):
+        LogReplacement.reaching_one_at(10, start=start)

@@ -76,13 +76,3 @@ def test_graphs_inside_python_are_part_of_it() -> None:
     inside = dataflow.fake_quants_between(graph, "x", "output")
     assert any(key.startswith("middle.") for key in inside)
     assert all(dataflow.find(graph, operation.path) in graph for operation in dataflow.plan_of(gm).operations)
-
-
-def test_collapse_keeps_every_node_once(graph: nx.DiGraph) -> None:
-    small = dataflow.compact(graph)
-    assert not [key for key, facts in small.nodes.items() if facts["hidden"]]
-    assert small.nodes["_2"]["weight_bits"] == 4
-    assert small.edges["_1", "_2"] == {"bits": 4, "signed": False}
-    merged = dataflow.collapse(small, 0)
-    count = sum(len(facts.get("members", [None])) for facts in merged.nodes.values())
-    assert count == len(small)

@@ -3,6 +3,7 @@
 import copy
 from pathlib import Path
 
+import networkx as nx
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -11,7 +12,7 @@ from torch.fx import GraphModule
 
 import pege_fx
 from pege_fx import ModelError, OutputError, diff
-from pege_fx.diff_picture import changed_region
+from pege_fx.diff_picture import _places, changed_region
 from pege_fx.testing import Case, networks
 
 
@@ -202,3 +203,12 @@ def test_what_can_not_be_drawn_is_said(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     with pytest.raises(OutputError, match="can not write"):
         found.draw(str(tmp_path / "none" / "d.svg"))
+
+
+def test_parts_of_a_picture_lie_apart_and_not_in_one_endless_row() -> None:
+    region: nx.DiGraph[str] = nx.DiGraph((f"{part}a", f"{part}b") for part in range(20))
+    places = _places(region)
+    assert set(places) == set(region)
+    assert len(set(places.values())) == len(region)
+    assert max(x for x, _ in places.values()) < 6
+    assert all(places[target][1] == places[source][1] + 1 for source, target in region.edges)

@@ -48,6 +48,8 @@ def test_without_graphviz_the_dot_is_written(gm: GraphModule, tmp_path: Path, mo
     with pytest.raises(ExportError, match=r"needs Graphviz's dot.*\n.*apt install graphviz"):
         pege_fx.draw(gm, tmp_path / "graph.svg")
     assert "digraph" in (tmp_path / "graph.dot").read_text()
+    with pytest.raises(ExportError, match="can not write"):
+        pege_fx.draw(gm, tmp_path / "missing" / "graph.svg")
 
 
 def test_bad_arguments_are_refused(gm: GraphModule, tmp_path: Path) -> None:

@@ -65,6 +65,28 @@ def test_masks_are_what_python_integers_give(key: int, rate: float, shape: tuple
     assert torch.equal(got, mask_of(key, rate, shape))
 
 
+@given(st.integers(0, 2**32 - 1), st.integers(1, 300))
+def test_u_is_the_upper_bits_of_the_mixed_number_of_the_element(key: int, count: int) -> None:
+    upper = [mix32(i ^ key) >> 8 for i in range(count)]
+    assert torch.equal(uniform(key_of(key), (count,)) * 2**24, torch.tensor(upper, dtype=torch.float32))
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 2**31 - 1))
+def test_a_part_of_something_larger_has_its_elements_numbered_on(key: int, first: int) -> None:
+    part = uniform(torch.stack([key_of(key), key_of(first)]), (7,))
+    upper = [mix32((first + i) ^ key) >> 8 for i in range(7)]
+    assert torch.equal(part * 2**24, torch.tensor(upper, dtype=torch.float32))
+
+
+REFRESH = [0, -1000140750, 968997276]
+SITES = [1089608612, 2145660694, 2140880540]
+
+
+def test_keys_are_what_they_were_in_every_saved_run() -> None:
+    assert [refresh_key(count) for count in range(3)] == REFRESH
+    assert [site_key(0, "conv1.weight_fq"), site_key(1, "conv1.weight_fq"), site_key(-1, "")] == SITES
+
+
 def test_u_lies_in_the_unit_interval_in_steps_that_float32_holds() -> None:
     u = uniform(key_of(5), (1 << 18,))
     assert u.dtype == torch.float32

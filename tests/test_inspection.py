@@ -1,6 +1,8 @@
 """Tables and sizes: what a person reads is what the plan says, in plain text and in colour."""
 
 import io
+from collections import OrderedDict
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -161,3 +163,50 @@ def test_what_is_not_quantized_has_one_size() -> None:
 )
 def test_sizes_print_in_the_unit_that_reads_best(report: SizeReport, text: str) -> None:
     assert str(report) == text
+
+
+# --- answers for what is no operation -------------------------------------------------------------------------------
+
+
+class Gate(nn.Module):
+    """Stays Python, with two layers inside; nothing calls the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.unused = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Dropout()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.conv(x))
+        return y if y.mean() > 0 else x
+
+
+@pytest.mark.parametrize("look", [pege_fx.explain, lambda *given: pege_fx.summary(pege_fx.prepare(*given))])
+def test_every_module_has_an_answer(look: Callable[..., pege_fx.Summary]) -> None:
+    stem = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+    with pytest.warns(pege_fx.PegeWarning, match="stays Python"):
+        seen = look(nn.Sequential(OrderedDict(stem=stem, gate=Gate())), "W4A4", (torch.randn(2, 3, 4, 4),))
+    assert str(seen["stem"]).startswith(
+        "stem: module with 1 operation, 16 parameters, 384 multiply-accumulates\n  stem.0: conv2d"
+    )
+    assert seen["stem.1"].reason == "folded into stem.0"
+    assert seen["stem.2"].reason.startswith("not quantized itself")
+    stays, *inside = str(seen["gate"]).splitlines()[1:]
+    assert stays.startswith("  stays Python: ")
+    assert "test_inspection.py" in stays
+    assert inside[0].startswith("  gate.conv: conv2d")
+    assert seen["gate.norm"].reason.startswith("runs inside gate, which stays Python: ")
+    with pytest.raises(ModelError, match=r"no operation, module or node is called 'gate.cnv'; closest: gate.conv"):
+        seen["gate.cnv"]
+    whole = look(nn.Sequential(OrderedDict(conv=nn.Conv2d(3, 4, 1), pool=Pooled())), "W4A4", (torch.randn(2, 3, 4, 4),))
+    assert whole["pool.unused"].reason == "not in the graph: nothing calls it by itself"
+
+
+class Pooled(nn.Module):
+    """Does not call its only module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3))

@@ -39,8 +39,9 @@ def test_a_model_is_read_from_all_sides(
     for part in ("Sequential: dry run", "FoldBatchNorm", "Sequential: prepared", "Sensitivity", "At most 3.5 bits a weight"):
         assert part in printed
     assert QuantPolicy.from_toml(tmp_path / "out" / "mixed.toml").rules
-    for name in ("diff.png", "sensitivity.png", "summary.json"):
+    for name in ("diff.png", "sensitivity.png", "summary.json", "report.html"):
         assert (tmp_path / "out" / name).stat().st_size > 100
+    assert len([*(tmp_path / "out").glob("graph.*")]) == 1
 
 
 def test_a_pass_of_one_s_own_keeps_the_function(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,7 @@
 """Local kernels: the same values as plain operations, in the same memory format; without a compiler, a warning."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -69,3 +71,85 @@ def test_without_a_compiler_there_is_one_warning_and_the_right_result(monkeypatc
     assert len(caught) == 1
     with torch.no_grad():
         assert not kernels.worth_compiling(torch.zeros(kernels.SMALLEST))
+
+
+@pytest.mark.parametrize("error", [ValueError("two shapes that do not fit"), torch.OutOfMemoryError("no memory left")])
+def test_what_has_nothing_to_do_with_compiling_is_raised(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(x: Tensor) -> Tensor:
+        raise error
+
+    monkeypatch.setattr(kernels, "_enabled", True)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    with pytest.raises(type(error), match=str(error)):
+        kernels.LocalKernel(fails)(torch.zeros(3))
+    assert kernels._enabled
+
+
+# The two paths without the compiler in between: what a kernel sees, and how its result is put back.
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Every tensor goes through a kernel, which runs as plain operations; the shapes that kernels see are noted."""
+    shapes: list[tuple[int, ...]] = []
+
+    def call(kernel: kernels.LocalKernel, *args: Any) -> Any:
+        shapes.append(tuple(args[0].shape))
+        return kernel.function(*args)
+
+    monkeypatch.setattr(kernels, "SMALLEST", 0)
+    monkeypatch.setattr(kernels, "_enabled", True)
+    monkeypatch.setattr(kernels.LocalKernel, "__call__", call)
+    return shapes
+
+
+CHANNELS_LAST = torch.channels_last
+LAYOUTS: dict[str, tuple[tuple[int, ...], tuple[int, ...], Any, tuple[int, ...] | None]] = {
+    "flat": ((2, 3, 4), (), None, (24,)),
+    "one element of a scale": ((2, 3, 4), (1, 1, 1), None, (24,)),
+    "channels_last": ((2, 3, 4, 5), (), CHANNELS_LAST, (2, 20, 3)),
+    "channels_last, one image": ((1, 3, 4, 5), (), CHANNELS_LAST, None),
+    "channels_last, three of a kind": ((3, 3, 3, 3), (), CHANNELS_LAST, (3, 9, 3)),
+    "channels_last with rows": ((2, 3, 4, 5), (2, 1, 1, 1), CHANNELS_LAST, None),
+    "rows": ((4, 3, 2), (4, 1, 1), None, (4, 6)),
+    "rows of one": ((4,), (4,), None, None),
+    "columns": ((4, 3), (1, 3), None, None),
+    "columns of a square": ((3, 3), (1, 3), None, None),
+    "a scale with fewer dimensions": ((3, 3), (3,), None, None),
+    "more than one to a row": ((2, 3, 4), (2, 3, 1), None, None),
+    "not dense": ((2, 3, 8), (), "strided", None),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("zero", [False, True])
+def test_what_a_kernel_sees_is_the_same_tensor(layout: str, zero: bool, seen: list[tuple[int, ...]]) -> None:
+    shape, scale_shape, memory, expected = LAYOUTS[layout]
+    generator = torch.Generator().manual_seed(0)
+    x, scale = torch.randn(shape, generator=generator), torch.rand(scale_shape, generator=generator) + 0.1
+    x = x[..., ::2] if memory == "strided" else x if memory is None else x.contiguous(memory_format=memory)
+    zero_point = torch.randint(-2, 2, scale_shape, generator=generator).float() if zero else None
+    options: dict[str, Any] = {"rate": torch.tensor(0.5), "key": KEY, "strength": torch.tensor(1e-2), "zero_point": zero_point}
+    found = ran(x, scale, options)
+    assert seen == ([] if expected is None else [expected] * 2)
+    with kernels.eager_kernels():
+        wanted = ran(x, scale, options)
+    assert torch.equal(found[0], wanted[0])
+    assert torch.equal(found[1], wanted[1])
+    torch.testing.assert_close(found[2], wanted[2], rtol=1e-5, atol=1e-6)
+    assert found[0].stride() == x.stride() or memory == "strided"
+
+
+def ran(x: Tensor, scale: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    a, s = x.detach().requires_grad_(), scale.detach().requires_grad_()
+    y = functional.fake_quantize(a, s, QuantSpec(bits=3), **options)
+    gradient = torch.linspace(-1, 1, y.numel()).view(y.shape)
+    grad_x, grad_s = torch.autograd.grad(y, (a, s), torch.empty_like(y).copy_(gradient))
+    return y.detach(), grad_x, grad_s
+
+
+def test_a_zero_point_of_another_size_is_left_to_plain_operations(seen: list[tuple[int, ...]]) -> None:
+    zero_point = torch.zeros(4, 1)
+    y = functional.fake_quantize(torch.randn(4, 6), torch.tensor(0.3), QuantSpec(bits=3), zero_point=zero_point)
+    assert y.shape == (4, 6)
+    assert not seen

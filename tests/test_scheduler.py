@@ -362,3 +362,57 @@ def test_it_tells_where_it_stands() -> None:
     assert "step 0 of 5" in repr(growing)
     assert "masks growing" in repr(growing)
     assert "groups default, head" in repr(growing)
+
+
+@pytest.mark.parametrize("refresh", ["step", "never"])
+@pytest.mark.parametrize("steps", [0, 3, 25])
+def test_going_somewhere_is_stepping_there(refresh: Any, steps: int) -> None:
+    walked, jumped = prepared(), prepared()
+    a, b = (PEGEScheduler(gm, 10, refresh=refresh) for gm in (walked, jumped))
+    for _ in range(steps):
+        a.step()
+    b.go_to(steps)
+    assert a.state_dict() == b.state_dict()
+    for name, state in states(walked).items():
+        assert numbers(state) == numbers(states(jumped)[name])
+
+
+def test_every_process_sees_its_part_and_lambda_of_activations_makes_up_for_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pege_fx.scheduler, "rank_and_size", lambda: (2, 4))
+    gm = prepared()
+    PEGEScheduler(gm, 10, weight_lambda=Constant(0.5), activation_lambda=Constant(0.25))
+    for state in states(gm).values():
+        assert state.rank == 2
+        assert (state.weight_lambda.item(), state.activation_lambda.item()) == (0.5, 1.0)
+
+
+def test_the_plan_is_found_wherever_it_has_survived() -> None:
+    gm = prepared()
+    plan = pege_fx.scheduler.plan_of(gm)
+    gm.meta.clear()  # as pickle does
+    assert pege_fx.scheduler.plan_of(gm) == plan
+    with pytest.warns(pege_fx.PegeWarning, match="nothing is quantized"):
+        floats = pege_fx.prepare(model(), QuantPolicy(()))
+    assert pege_fx.scheduler.plan_of(floats) is floats.meta["plan"]
+    assert "0 sites)" in repr(PEGEScheduler(floats, 3))
+
+
+def test_the_curves_of_a_group_are_a_value_with_names() -> None:
+    curves = GroupCurves(replacement=Constant(1.0))
+    with pytest.raises(AttributeError):
+        curves.replacement = None  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        GroupCurves(Constant(1.0))  # type: ignore[misc]
+
+
+def test_the_first_of_several_unknown_groups_is_named() -> None:
+    with pytest.raises(ScheduleError, match="schedule group 'aa'"):
+        PEGEScheduler(prepared(), 10, groups={"zz": GroupCurves(), "aa": GroupCurves()})
+
+
+@pytest.mark.parametrize("at", [0, 1, 5, 10])
+def test_a_curve_is_tried_at_its_ends_and_in_the_middle(at: int) -> None:
+    with pytest.raises(ScheduleError, match=rf"replacement gives 2.0 at t = {at}: it must lie in \[0, 1.0\]\."):
+        PEGEScheduler(prepared(), 10, lambda t: 2.0 if t == at else 0.5)
+    with pytest.raises(ScheduleError, match=rf"weight_lambda gives inf at t = {at}: it must lie in \[0, inf\)\."):
+        PEGEScheduler(prepared(), 10, weight_lambda=lambda t: math.inf if t == at else 0.5)

@@ -105,7 +105,7 @@ def test_evaluation_deploys_copies_and_pickles_bit_for_bit(
     assert network.training
 
 
-@given(networks(max_layers=4, dims=[2]))
+@given(networks(max_layers=4, dims=[2], inputs=[1]))
 @settings(max_examples=25, suppress_health_check=[HealthCheck.filter_too_much])
 def test_at_p_1_it_is_plain_torch_on_values_of_the_grid(case: tuple[Network, tuple[Tensor, ...]]) -> None:
     """An independent reference: the original's own modules, with weights and inputs rounded by hooks."""
@@ -272,3 +272,15 @@ def test_experts_of_a_grouped_product_have_a_scale_each(turned: bool) -> None:
             assert torch.equal(other(x), gm(x))
     PEGEScheduler(gm.train(), 1, ZERO, ZERO, ZERO)
     assert_same_function(model, gm, (x,), tolerance=0)
+
+
+def test_a_fake_quant_is_made_where_its_model_is() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2)).to("meta")
+    gm = pege_fx.prepare(model, "W4A4", (torch.empty(2, 3, 6, 6, device="meta"),))
+    assert all(value.is_meta for value in [*gm.parameters(), *gm.buffers()])
+
+
+def test_the_seed_is_nought_unless_it_is_given() -> None:
+    assert pege_fx.passes.InsertFakeQuants() == pege_fx.passes.InsertFakeQuants(0)
+    with pytest.raises(AttributeError):
+        pege_fx.passes.InsertFakeQuants().seed = 3  # type: ignore[misc]

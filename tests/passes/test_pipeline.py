@@ -73,3 +73,40 @@ def test_the_pipelines_of_the_front_door_are_new_lists_each_time() -> None:
     assert len(pege_fx.prepare_passes("W4A4")) == 9
     assert len(pege_fx.convert_passes()) == 7
     assert all(": " in line for line in str(pege_fx.prepare_passes("W4A4")).splitlines())
+
+
+def test_only_the_first_line_of_a_description_is_shown() -> None:
+    def two_lines(gm: GraphModule) -> None:
+        """Do something.
+
+        And explain it.
+        """
+
+    assert str(Pipeline([two_lines, lambda gm: None])) == "1. two_lines: Do something.\n2. <lambda>: "
+
+
+def test_the_result_is_compiled() -> None:
+    graphs = [graph(), graph()]
+    run(graphs, [Replace()])
+    for gm in graphs:
+        assert "torch.abs" in gm.code
+        assert gm(torch.tensor(-2.0)) == 3
+
+
+def test_a_pass_of_one_s_own_is_blamed_although_ours_follows() -> None:
+    def tear(gm: GraphModule) -> None:
+        node = negated(gm)
+        next(iter(node.users)).append(node)  # used before it is made
+
+    with pytest.raises(RuntimeError) as found:
+        run(graph(), [tear, pege_fx.passes.infer_ranks])
+    assert found.value.__notes__ == ["in pass tear"]
+
+
+def test_our_own_passes_are_not_linted_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    linted: list[str] = []
+    monkeypatch.setattr(torch.fx.Graph, "lint", lambda self: linted.append("lint"))
+    run(graph(), [pege_fx.passes.infer_ranks, pege_fx.passes.infer_ranks])
+    assert len(linted) == 1
+    run(graph(), [lambda gm: None, pege_fx.passes.infer_ranks, lambda gm: None])
+    assert len(linted) == 4

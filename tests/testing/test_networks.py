@@ -1,4 +1,4 @@
-"""The strategies shrink, print as code and reach every layer; the assertion passes rounding and nothing else."""
+"""Values and networks shrink, print as code and reach every layer; the assertion passes rounding and nothing else."""
 
 import copy
 from typing import Any
@@ -9,11 +9,23 @@ from hypothesis import assume, find, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pege_fx import QuantPolicy, QuantSpec, SpecError, testing
-from pege_fx.testing import Case, Gradients, Network, as_trained, assert_same_function, networks, policies, specs, tensors
+from pege_fx import InputError, QuantPolicy, QuantSpec, SpecError, testing
+from pege_fx.testing import (
+    Case,
+    Gradients,
+    Network,
+    TwoInputs,
+    as_trained,
+    assert_same_function,
+    networks,
+    policies,
+    specs,
+    tensors,
+)
+from pege_fx.testing.layers import BLOCKS, HEADS, JOINS
 
 QUICK = settings(max_examples=200, database=None)
-LAYERS = [*testing._WEIGHTED, *testing._UNWEIGHTED, *testing._BLOCKS]
+LAYERS = [name for name in testing.layer_names() if name not in HEADS]
 
 
 # --- strategies ------------------------------------------------------------------------------------------------------
@@ -27,10 +39,39 @@ def test_networks_shrink_to_one_plain_convolution() -> None:
     assert repr(block) == "Case.of(Network(['conv', ('twice', ['conv'])], seed=0))"
 
 
+@pytest.mark.parametrize("join", JOINS)
+@pytest.mark.parametrize("others", [None, [], ["norm"]])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_two_inputs_have_gradients_each(join: str, others: Any, dims: int) -> None:
+    network = TwoInputs(["conv"], others, join, dims=dims)
+    found = Gradients(network)(*network.inputs())
+    assert all(value.any() for name, value in found.items() if name.startswith("input"))
+    assert len(found) == 2 + len([*network.parameters()])
+
+
+def test_a_classifier_ends_in_its_classes() -> None:
+    network = Network(["conv", "head"], dims=1)
+    assert network(*network.inputs()).shape == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Network(["cnov"]), "no layer is called 'cnov'; closest: conv"),
+        (lambda: Network([("twice", ["norm", "relx"])]), "no layer is called 'relx'; closest: relu"),
+        (lambda: TwoInputs(["conv"], ["xyz"]), "no layer is called 'xyz'"),
+        (lambda: TwoInputs(["conv"], join="divide"), "'divide' joins nothing"),
+    ],
+)
+def test_networks_that_do_not_exist_are_refused(make: Any, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        make()
+
+
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_every_layer_computes_and_trains_in_both_modes(name: str, dims: int) -> None:
-    layer: Any = (name, ["conv"]) if name in testing._BLOCKS else name
+    layer: Any = (name, ["conv"]) if name in BLOCKS else name
     network = Network(["conv", layer, "conv"], dims=dims)
     for training in (True, False):
         network.train(training)
@@ -45,18 +86,18 @@ def test_networks_reach_every_layer() -> None:
     seen: set[str] = set()
 
     @given(networks())
-    @settings(max_examples=100, database=None)
+    @settings(max_examples=150, database=None)
     def look(case: Case) -> None:
-        seen.update(name for name in LAYERS if case.network.contains(name))
+        seen.update(name for name in [*LAYERS, *HEADS, *JOINS] if case.network.contains(name))
 
     look()
-    assert seen == set(LAYERS)
+    assert seen == {*LAYERS, *HEADS, *JOINS}
 
 
 @given(networks())
 def test_a_network_prints_as_code_that_makes_it_again(case: Case) -> None:
     torch.manual_seed(torch.initial_seed() + 1)  # whatever the state of the generator is
-    again = eval(repr(case))
+    again = eval(repr(case), {"Case": Case, "Network": Network, "TwoInputs": TwoInputs})
     assert all(torch.equal(x, y) for x, y in zip(case.inputs, again.inputs, strict=True))
     state, other = case.network.state_dict(), again.network.state_dict()
     assert list(state) == list(other)
@@ -91,6 +132,18 @@ def test_tensors_are_finite_and_of_the_shape_and_dtype_asked_for(data: st.DataOb
     assert data.draw(tensors((2, 0, 5))).shape == (2, 0, 5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_hostile_tensors_reach_every_kind(dtype: torch.dtype) -> None:
+    kinds = {
+        "NaN": lambda x: x.isnan().any(),
+        "infinity": lambda x: x.isinf().any(),
+        "denormal": lambda x: ((x != 0) & (x.abs() < torch.finfo(dtype).smallest_normal)).any(),
+        "huge": lambda x: x.isfinite().all() and x.abs().max() > 0.5 * torch.finfo(dtype).max,
+    }
+    for holds in kinds.values():
+        find(tensors((64,), dtype, hostile=True), lambda x, holds=holds: bool(holds(x)), settings=QUICK)
+
+
 def test_tensors_shrink_to_a_zero() -> None:
     assert find(tensors(), lambda x: True, settings=QUICK).tolist() == [0.0]
 
@@ -114,9 +167,9 @@ def test_policies_survive_a_file(policy: QuantPolicy) -> None:
     assert QuantPolicy.from_json(policy.to_json()) == policy
 
 
-@pytest.mark.parametrize("wrong", [{"max_layers": 0}, {"dims": []}, {"dims": [4]}])
+@pytest.mark.parametrize("wrong", [{"max_layers": 0}, {"dims": []}, {"dims": [4]}, {"inputs": []}, {"inputs": [3]}])
 def test_networks_refuse_what_is_wrong_at_once(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="at least one layer"):
+    with pytest.raises(InputError, match="at least one layer"):
         networks(**wrong)
 
 
@@ -250,7 +303,7 @@ def test_keyword_arguments_are_passed_on() -> None:
 @given(networks())
 @settings(max_examples=10)
 def test_nothing_is_changed(case: Case) -> None:
-    network, (x,) = case
+    network, (x, *_) = case
     state, before = copy.deepcopy(network.state_dict()), x.clone()
     assert_same_function(network, copy.deepcopy(network), case.inputs)
     assert all(torch.equal(value, network.state_dict()[name]) for name, value in state.items())
@@ -260,13 +313,20 @@ def test_nothing_is_changed(case: Case) -> None:
 @given(networks())
 @settings(max_examples=10)
 def test_gradients_are_those_of_autograd(case: Case) -> None:
-    network, (x,) = case
-    found = Gradients(copy.deepcopy(network).eval())(x)
-    x.requires_grad_()
-    network.eval()(x).square().sum().backward()
-    assert list(found) == ["input 0", *(name for name, _ in network.named_parameters())]
-    assert torch.equal(found.pop("input 0"), x.grad)
+    network, inputs = case
+    found = Gradients(copy.deepcopy(network).eval())(*inputs)
+    for x in inputs:
+        x.requires_grad_()
+    network.eval()(*inputs).square().sum().backward()
+    names = [f"input {number}" for number in range(len(inputs))]
+    assert list(found) == [*names, *(name for name, _ in network.named_parameters())]
+    assert all(torch.equal(found.pop(name), x.grad) for name, x in zip(names, inputs, strict=True))
     assert all(torch.equal(value, network.get_parameter(name).grad) for name, value in found.items())
+
+
+def test_nothing_that_can_be_differentiated_has_no_gradients() -> None:
+    assert Gradients(Result(torch.tensor(3)))() == {}
+    assert not Gradients(Result(torch.tensor(3)))(X)["input 0"].any()
 
 
 def test_gradients_of_what_is_not_used_are_zero_and_names_choose() -> None:

@@ -1,0 +1,265 @@
+"""Every law is broken by a rewrite that breaks it, and by the right name; rewrites that keep them pass."""
+
+import copy
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import strategies as st
+from torch import nn
+from torch.fx import GraphModule
+from torch.fx.experimental.optimization import fuse
+
+import pege_fx
+from pege_fx import InputError, LawError, PegeError
+from pege_fx.passes.graph import calls, first_argument
+from pege_fx.testing import LAWS, Case, Network, check_pass, graph_modules
+from pege_fx.testing.laws import _KEPT
+
+GRAPHS = graph_modules()
+CONVS = graph_modules(max_nodes=4).filter(lambda case: "= conv_1" in case.code)
+
+
+def drop_relus(gm: GraphModule) -> None:
+    for node, _ in calls(gm, nn.ReLU):
+        node.replace_all_uses_with(first_argument(node))
+        gm.graph.erase_node(node)
+
+
+def fails(gm: GraphModule) -> None:
+    raise ValueError("no such thing")
+
+
+def returns_nothing_useful(gm: GraphModule) -> int:
+    return 3
+
+
+def leaves_the_graph_broken(gm: GraphModule) -> None:
+    for node, _ in calls(gm, nn.Conv2d):
+        node.target = "no.such.module"
+
+
+def forgets_to_recompile(gm: GraphModule) -> GraphModule:
+    for node, _ in calls(gm, nn.Conv2d):
+        node.target = "conv_other"
+        gm.add_module("conv_other", nn.Conv2d(4, 4, 1))
+    return gm
+
+
+def changes_its_argument(gm: GraphModule) -> GraphModule:
+    result = copy.deepcopy(gm)
+    for _, conv in calls(gm, nn.Conv2d):
+        conv.weight.data.zero_()
+    return result
+
+
+COUNT = itertools.count()
+
+
+def depends_on_a_counter(gm: GraphModule) -> None:
+    for node, _ in calls(gm, nn.Conv2d):
+        node.name = f"conv_{next(COUNT)}"
+
+
+def goes_to_eval(gm: GraphModule) -> None:
+    gm.eval()
+
+
+def adds_an_identity(gm: GraphModule) -> None:
+    gm.add_module("identity", nn.Identity())
+    for node, _ in calls(gm, nn.Conv2d):
+        with gm.graph.inserting_after(node):
+            again = gm.graph.call_module("identity", (node,))
+        node.replace_all_uses_with(again, lambda user, again=again: user is not again)
+
+
+def detaches(gm: GraphModule) -> None:
+    for node, _ in calls(gm, nn.Conv2d):
+        if any(user.target == "detach" for user in node.users):
+            continue
+        with gm.graph.inserting_after(node):
+            detached = gm.graph.call_method("detach", (node,))
+        node.replace_all_uses_with(detached, lambda user, detached=detached: user is not detached)
+
+
+def renames_a_module(gm: GraphModule) -> None:
+    for node, conv in calls(gm, nn.Conv2d):
+        if not str(node.target).startswith("renamed"):
+            gm.add_module(f"renamed_{node.target}", conv)
+            node.target = f"renamed_{node.target}"
+    gm.delete_all_unused_submodules()
+
+
+class Unpicklable(nn.ReLU):
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("not me")
+
+    def __deepcopy__(self, memo: Any) -> "Unpicklable":
+        return Unpicklable()
+
+
+def puts_in_what_can_not_be_pickled(gm: GraphModule) -> None:
+    for node, relu in calls(gm, nn.ReLU):
+        if type(relu) is nn.ReLU:
+            gm.set_submodule(str(node.target), Unpicklable())
+
+
+def computes_in_float32(gm: GraphModule) -> None:
+    for node, _ in calls(gm, nn.ReLU):
+        node.op, node.target = "call_function", relu_in_float32
+
+
+def relu_in_float32(x: torch.Tensor) -> torch.Tensor:
+    return torch.relu(x.float()).to(x.dtype)
+
+
+@pytest.mark.parametrize(
+    ("rewrite", "preserves", "law"),
+    [
+        (drop_relus, "function", "training"),
+        (drop_relus, "bits", "training"),
+        (drop_relus, "structure", "structure"),
+        (drop_relus, "evaluation", "evaluation"),
+        (fails, "nothing", "runs"),
+        (returns_nothing_useful, "nothing", "runs"),
+        (leaves_the_graph_broken, "nothing", "lint"),
+        (forgets_to_recompile, "function", "lint"),
+        (changes_its_argument, "function", "untouched"),
+        (depends_on_a_counter, "structure", "deterministic"),
+        (goes_to_eval, "function", "modes"),
+        (adds_an_identity, "bits", "idempotent"),
+        (detaches, "bits", "gradients"),
+        (renames_a_module, "bits", "state"),
+        (puts_in_what_can_not_be_pickled, "bits", "copies"),
+        (computes_in_float32, "bits", "dtype"),
+    ],
+)
+def test_a_broken_law_is_named(rewrite: Callable[[GraphModule], Any], preserves: Any, law: str) -> None:
+    with pytest.raises(LawError, match=f"^{rewrite.__name__} breaks a law: {law}. ") as found:
+        check_pass(rewrite, preserves, graphs=graph_modules(max_nodes=4), max_examples=100)
+    assert isinstance(found.value, AssertionError)
+    assert isinstance(found.value, PegeError)
+    assert "GraphCase.of(" in str(found.value)
+
+
+def test_every_law_can_be_broken_by_name() -> None:
+    (mark,) = test_a_broken_law_is_named.pytestmark  # type: ignore[attr-defined]
+    assert {law for _, _, law in mark.args[1]} == set(LAWS) - {"device"}
+
+
+def test_the_message_has_the_smallest_graph_as_code_and_what_happens_to_it() -> None:
+    with pytest.raises(LawError) as found:
+        check_pass(drop_relus, graphs=graph_modules())
+    lines = str(found.value).splitlines()
+    assert lines[0] == "drop_relus breaks a law: training. The same function in training mode."
+    assert "the output differs by" in lines[1]
+    code = '''
+    GraphCase.of("""
+    def forward(x):
+        a = relu_1(x)
+        return a
+    """)'''
+    assert code in str(found.value)
+    assert lines[-1] == "    - a = relu_1(x): ReLU()"
+
+
+def drop_dead_code(gm: GraphModule) -> None:
+    gm.graph.eliminate_dead_code()
+
+
+def take_notes(gm: GraphModule) -> None:
+    for number, node in enumerate(gm.graph.nodes):
+        node.meta["number"] = number
+
+
+def out_of_place(gm: GraphModule) -> GraphModule:
+    result = copy.deepcopy(gm)
+    result.graph.eliminate_dead_code()
+    result.recompile()
+    return result
+
+
+@pytest.mark.parametrize(
+    ("rewrite", "preserves", "skipped"),
+    [
+        (drop_dead_code, "bits", {"untouched"}),
+        (take_notes, "structure", {"untouched"}),
+        (out_of_place, "function", set()),
+    ],
+)
+def test_a_rewrite_that_keeps_every_law_passes(rewrite: Any, preserves: Any, skipped: set[str]) -> None:
+    verdict = check_pass(rewrite, preserves, graphs=GRAPHS, max_examples=24)
+    assert set(verdict.skipped) - {"device"} == skipped
+    assert set(verdict.laws) == _KEPT[preserves] - set(verdict.skipped)
+    assert verdict.graphs == 24
+    assert 0 < verdict.changed <= 24
+    assert str(verdict).startswith(f"{rewrite.__name__} keeps the ")
+
+
+def test_the_same_seed_gives_the_same_verdict() -> None:
+    first, again, other = (str(check_pass(drop_dead_code, graphs=GRAPHS, max_examples=12, seed=seed)) for seed in (1, 1, 2))
+    assert first == again
+    assert other.splitlines()[0].startswith("drop_dead_code keeps the function: 11 laws hold on 12 graphs")
+
+
+def test_a_law_may_be_left_out_and_nothing_is_promised_for_function() -> None:
+    verdict = check_pass(adds_an_identity, "bits", without=("idempotent", "copies"), graphs=CONVS, max_examples=10)
+    assert not {"idempotent", "copies"} & set(verdict.laws)
+    assert check_pass(drop_relus, "nothing", graphs=GRAPHS, max_examples=20).changed > 0
+
+
+def test_a_rewrite_that_never_changes_anything_has_not_been_checked() -> None:
+    with pytest.raises(InputError, match=r"<lambda> changed none of 10 graphs.*\n  give graphs="):
+        check_pass(lambda gm: None, graphs=GRAPHS, max_examples=10)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"preserves": "all"}, "give one of structure, bits"), ({"without": ["idempotence"]}, "closest: idempotent")],
+)
+def test_wrong_options_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        check_pass(drop_dead_code, **options)
+
+
+def test_modules_of_one_s_own_are_traced() -> None:
+    cases = st.sampled_from([nn.Sequential(nn.Tanh()), nn.Sequential(nn.Linear(3, 3), nn.ReLU())])
+    with pytest.raises(LawError, match=r"_1 = .*ReLU"):
+        check_pass(drop_relus, graphs=cases.map(lambda model: (model, (torch.randn(9, 3),))), max_examples=10)
+
+
+def test_torch_s_dead_code_elimination_takes_methods_in_place_for_dead() -> None:
+    """Found by ``check_pass`` itself."""
+    cases = st.sampled_from([Case.of(Network([layer])) for layer in ("conv", "in place")])
+    with pytest.raises(LawError, match=r"(?s)breaks a law: training.*'in place'.*- add_ = add_"):
+        check_pass(drop_dead_code, graphs=cases, max_examples=10)
+
+
+# --- torch's own pass, and ours ---------------------------------------------------------------------------------
+
+
+def test_torch_s_fuse_is_wrong_on_a_shared_convolution() -> None:
+    """What docs/testing.md shows."""
+    with pytest.raises(LawError, match=r"breaks a law: evaluation") as found:
+        check_pass(fuse, "evaluation", without=("idempotent",), graphs=graph_modules(4, inputs=1), max_examples=200)
+    code = str(found.value).split("the smallest graph found:")[1]
+    assert code.count("conv_1(") == 2 or code.count("norm_1(") == 2
+
+
+@pytest.mark.parametrize(
+    ("rewrite", "preserves", "without"),
+    [
+        (pege_fx.passes.normalize, "function", ()),
+        (pege_fx.passes.infer_ranks, "structure", ()),
+        (pege_fx.passes.analyse_signs, "structure", ()),
+        (pege_fx.passes.drop_unused, "bits", ("state",)),
+        (pege_fx.passes.FoldBatchNorm("keep"), "structure", ()),
+        (pege_fx.passes.FoldBatchNorm("freeze"), "evaluation", ()),
+    ],
+    ids=str,
+)
+def test_our_own_passes_keep_the_laws(rewrite: Any, preserves: Any, without: tuple[str, ...]) -> None:
+    verdict = check_pass(rewrite, preserves, without=without, graphs=GRAPHS, max_examples=20)
+    assert "evaluation" in verdict.laws
