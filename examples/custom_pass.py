@@ -39,7 +39,7 @@ def pool_before_relu(gm: GraphModule) -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(networks(dims=(2,)))
+@given(networks(dims=(2,), inputs=(1,)))
 def test_the_pass_keeps_the_function(case: Case) -> None:
     """A network of ``pege_fx.testing`` with the pattern behind it; outputs and gradients are those without the pass."""
     model = nn.Sequential(case.network, nn.ReLU(), nn.MaxPool2d(2))
