@@ -8,7 +8,7 @@ WORKERS ?= 2
 # One thread a worker: two cores shared by two workers go faster than four threads that fight.
 TEST := OMP_NUM_THREADS=1 PYTHONWARNINGS=default
 
-.PHONY: demo test test-oldest lint format docs bench coverage clean
+.PHONY: demo test test-oldest lint format docs bench coverage mutants clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py --output runs/quickstart
@@ -42,6 +42,11 @@ bench: $(VENV)/.installed
 coverage: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -e '.[coverage]'
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coverage.py $(ARGS)
+
+# Hours for all of it; ARGS="--only curves" or ARGS="--share 0.1" for less. The survivors are judged in docs/mutants.md.
+mutants: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet 'cosmic-ray>=8.4'
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/mutants.py $(ARGS)
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -88,7 +88,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(2).transpose(1, 2)
         out: Tensor = self.attention(tokens, tokens, tokens, need_weights=False)[0]
-        return out.transpose(1, 2).reshape_as(x)
+        return out.transpose(1, 2).reshape_as(x).contiguous()  # a dropout behind it draws in the order of memory
 
 
 class AttentionByHand(nn.Module):
@@ -101,7 +101,7 @@ class AttentionByHand(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(2).transpose(1, 2)
         scores = torch.softmax(self.query(tokens) @ self.key(tokens).transpose(1, 2) / 2, -1)
-        return torch.matmul(scores, self.value(tokens)).transpose(1, 2).reshape_as(x)
+        return torch.matmul(scores, self.value(tokens)).transpose(1, 2).reshape_as(x).contiguous()
 
 
 # The first of each shrinks best.

@@ -29,9 +29,10 @@ def traced(model: nn.Module) -> GraphModule:
 def test_the_function_is_kept_in_both_modes_whichever_it_was_traced_in(case: Case) -> None:
     network, inputs = case
     graphs = [traced(network.train(mode)) for mode in (True, False)]
+    tolerance = None if network.contains("attention") else 0  # torch's module is written out: other kernels, other rounding
     for mode in (True, False):
         for gm in graphs:
-            assert_same_function(network.train(mode), gm.train(mode), inputs, tolerance=0)
+            assert_same_function(network.train(mode), gm.train(mode), inputs, tolerance)
 
 
 # --- the mode --------------------------------------------------------------------------------------------------------

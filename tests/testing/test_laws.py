@@ -251,6 +251,7 @@ def test_torch_s_fuse_is_wrong_on_a_shared_convolution() -> None:
 @pytest.mark.parametrize(
     ("rewrite", "preserves", "without"),
     [
+        (pege_fx.passes.name_writes, "function", ()),
         (pege_fx.passes.normalize, "function", ()),
         (pege_fx.passes.infer_ranks, "structure", ()),
         (pege_fx.passes.analyse_signs, "structure", ()),
@@ -258,7 +259,7 @@ def test_torch_s_fuse_is_wrong_on_a_shared_convolution() -> None:
         (pege_fx.passes.FoldBatchNorm("keep"), "structure", ()),
         (pege_fx.passes.FoldBatchNorm("freeze"), "evaluation", ()),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_our_own_passes_keep_the_laws(rewrite: Any, preserves: Any, without: tuple[str, ...]) -> None:
     verdict = check_pass(rewrite, preserves, without=without, graphs=GRAPHS, max_examples=20)
