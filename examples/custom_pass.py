@@ -41,8 +41,8 @@ def pool_before_relu(gm: GraphModule) -> None:
 @settings(max_examples=30, deadline=None)
 @given(networks(dims=(2,), inputs=(1,)))
 def test_the_pass_keeps_the_function(case: Case) -> None:
-    """A network of ``pege_fx.testing`` with the pattern behind it; outputs and gradients are those without the pass."""
-    model = nn.Sequential(case.network, nn.ReLU(), nn.MaxPool2d(2))
+    """A network of ``pege_fx.testing`` with the pattern in front of it; outputs and gradients are those without the pass."""
+    model = nn.Sequential(nn.ReLU(), nn.MaxPool2d(2), case.network)
     passes = pege_fx.prepare_passes("W8")
     with_pass = pege_fx.passes.Pipeline([pool_before_relu, *passes])
     plain, swapped = (pege_fx.prepare(model, "W8", case.inputs, passes=steps) for steps in (passes, with_pass))
