@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,6 @@ ROOT = Path(__file__).parents[1]
 DOCS, RESULTS = ROOT / "docs", ROOT / "benchmarks" / "results"
 PAGES = {str(page.relative_to(ROOT)): page for page in [*ROOT.glob("*.md"), *sorted(DOCS.rglob("*.md"))]}
 ON_THEIR_OWN = ("README.md", "docs/tutorial.md", "docs/howto.md")  # the other pages take what howto.md defines for granted
-WARNING = ("docs/tracing.md",)  # shows what pege_fx warns of
 
 
 @pytest.fixture
@@ -37,10 +37,14 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(os.environ, name, str(value))
 
 
+MARKS = {
+    "docs/tracing.md": pytest.mark.filterwarnings("ignore::pege_fx.PegeWarning"),  # shows what pege_fx warns of
+    "docs/inspection.md": pytest.mark.skipif(shutil.which("dot") is None, reason="draws, which needs Graphviz"),
+}
 CODE = [
-    pytest.param(name, marks=[pytest.mark.filterwarnings("ignore::pege_fx.PegeWarning")] if name in WARNING else [])
+    pytest.param(name, marks=[MARKS[name]] if name in MARKS else [])
     for name, page in PAGES.items()
-    if "```python" in page.read_text()
+    if "```python" in page.read_text() and name != "docs/testing.md"  # tests/testing/test_tutorial.py has that, with its output
 ]
 
 
