@@ -27,6 +27,7 @@ from benchmarks.zoo import vision  # noqa: E402
 LIBRARIES = ("torch", "torchvision", "timm", "transformers", "pege_fx")
 LAYERS = ("convolution", "linear")
 ENOUGH = 0.99
+EXPORTED, DEPLOYED, VERIFIED = ("classification", "segmentation"), ("converts", "exports", "verified"), ("exact", "ties")
 PRELOADED = ["torch", "torchvision", "timm", "transformers", "benchmarks.zoo", "benchmarks.checks"]
 
 
@@ -38,6 +39,9 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for a row")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/coverage.json")
     parser.add_argument("--table", type=Path, default=ROOT / "docs/coverage.md")
+    parser.add_argument(
+        "--exports", type=Path, default=ROOT / "benchmarks/results/exports.json", help="of benchmarks/exports.py"
+    )
     args = parser.parse_args()
     known = json.loads(args.output.read_text())["rows"] if args.output.exists() else {}
     rows: dict[str, Any] = {}
@@ -53,9 +57,10 @@ def main() -> None:
             args.output.write_text(json.dumps({**machine(), "rows": known}, indent=1) + "\n")
         if name in known:
             rows[name] = known[name]
+    exports = json.loads(args.exports.read_text())
     result = {**machine(), "rows": rows}  # in the order of the zoo, and no row of a model that is gone
     args.output.write_text(json.dumps(result, indent=1) + "\n")
-    args.table.write_text(document(result))
+    args.table.write_text(document(result, exports))
 
 
 def in_process(context: Any, name: str, timeout: float) -> dict[str, Any]:
@@ -142,6 +147,11 @@ work), and hidden states inside of `torch.lstm` and `torch.gru`, whose weights a
 **Rung**: how the model was captured: `symbolic`; `specialised` on the example inputs; `python`: the model's own code runs, with
 graphs inside. "+ n python" are modules inside that stay Python.
 
+**Converts, exports, verified**: torchvision's classifiers and segmenters by `benchmarks/exports.py`, from
+[benchmarks/results/exports.json](../benchmarks/results/exports.json). `convert` equals `gm.eval()` bit for bit;
+`export_onnx` writes it; the verdict of `verify_export` in ONNX Runtime: *exact*, every code is equal; *ties*, those that
+differ lie on the border between two codes, where float rounding decides. {exported}
+
 {totals}
 {tables}
 ## Not in the table
@@ -153,8 +163,8 @@ SKIPPED = """- {giants} of torchvision, above 190 M parameters: their smaller si
 """
 
 
-def document(result: dict[str, Any]) -> str:
-    """Return the page for people."""
+def document(result: dict[str, Any], exports: dict[str, dict[str, Any]]) -> str:
+    """Return the page for people: from the rows of this file, and from those of ``benchmarks/exports.py`` by model."""
     rows: dict[str, dict[str, Any]] = result["rows"]
     families = {f: {n: row for n, row in rows.items() if row["family"] == f} for f in FAMILIES}
     head = "| family | models | all promises kept | ≥ 99 % of layers | no part stays Python |"
@@ -167,30 +177,49 @@ def document(result: dict[str, Any]) -> str:
             sum("rungs" in row and "python" not in row["rungs"] for row in members.values()),
         )
         totals.append(f"| {family} | {' | '.join(map(str, counts))} |")
-    tables = [_table(family, members) for family, members in families.items() if members]
+    tables = [_table(family, members, exports if family in EXPORTED else {}) for family, members in families.items() if members]
     return PAGE.format(
         **{key: result[key] for key in ("device", "python", "policy")},
         versions=", ".join(f"{name} {version}" for name, version in result["versions"].items()),
         claims="\n".join(f"- *{name}*: {words}" for name, words in CLAIMS.items()),
+        exported=_exported(exports),
         totals="\n".join(totals) + "\n",
         tables="\n".join(tables),
         skipped=SKIPPED.format(giants=", ".join(f"`{name}`" for name in sorted(vision.GIANTS))).strip(),
     )
 
 
-def _table(family: str, rows: dict[str, dict[str, Any]]) -> str:
-    lines = [f"## {family}", "", "| model | rung | layers, % | products, % | promises | remarks |", "|---|---|---|---|---|---|"]
+def _table(family: str, rows: dict[str, dict[str, Any]], exports: dict[str, dict[str, Any]]) -> str:
+    columns = ["model", "rung", "layers, %", "products, %", "promises", *(DEPLOYED if exports else ()), "remarks"]
+    lines = [f"## {family}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name, row in rows.items():
+        model = name.partition("/")[2]
         cells = [
-            name.partition("/")[2],
+            model,
             _rung(row),
             percent(share(row, *LAYERS)),
             percent(share(row, "product")),
             f"{len(row['passed'])}/{len(CLAIMS)}",
+            *(_deployed(exports.get(model)) if exports else ()),
             _remarks(row).replace("|", "\\|").replace("\n", " "),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _deployed(row: dict[str, Any] | None) -> tuple[str, str, str]:
+    """The cells of ``DEPLOYED``; a dash for what was not tried, or not reached."""
+    if row is None or "error" in row:
+        return "–", "–" if row is None else "**no**", "–"
+    verdict = row["verdict"]
+    return "yes" if row["converts"] else "**no**", "yes", f"**{verdict}**" if verdict not in VERIFIED else verdict
+
+
+def _exported(exports: dict[str, dict[str, Any]]) -> str:
+    verified = [name for name, row in exports.items() if row.get("verdict") in VERIFIED]
+    giants = [f"`{name}`" for name in sorted(vision.GIANTS & set(verified))]
+    beyond = f"; with {', '.join(giants)}, which have no row below" if giants else ""
+    return f"{len(verified)} of the {len(exports)} that were tried are verified{beyond}."
 
 
 def _rung(row: dict[str, Any]) -> str:

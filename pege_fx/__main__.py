@@ -32,6 +32,7 @@ policies: --policy W4A4   --policy policy.toml   --policy policy.json
   pege-fx explain torchvision:resnet18 --policy W4A4 --match 'layer1.0.*'
   pege-fx draw torchvision:resnet18 --policy W4A4 --output resnet18.svg
   pege-fx coverage torchvision:fasterrcnn_resnet50_fpn --input '[3x320x320]'
+  pege-fx export model.safetensors --input 1x3x224x224 --style qcdq -o model.onnx
 """
 
 
@@ -208,6 +209,40 @@ def _report(options: argparse.Namespace) -> None:
     pege_fx.report(_prepared(options), options.output, history=options.history)
 
 
+def _export(options: argparse.Namespace) -> None:
+    """The file is written, then verified on the inputs; one that computes something else stays for a look, and fails."""
+    inputs, path = tuple(options.input), Path(options.output or Path(options.file).with_suffix(".onnx"))
+    if path.resolve() == Path(options.file).resolve():
+        raise OutputError(f"{path} is the model itself: give another file with --output.")
+    deployed = pege_fx.load_deployed(options.file)
+    size = pege_fx.export_onnx(deployed, path, inputs, style=options.style, opset=options.opset)
+    print(f"{path}: {size:,} bytes, {options.style}")
+    if options.verify:
+        report = pege_fx.verify_export(deployed, path, [inputs])
+        print(report)
+        if not report.ok:
+            raise pege_fx.ExportError(f"{path} does not compute what {options.file} does: see the verdict.")
+
+
+def _add_export(commands: Any) -> None:
+    about = "a converted model, stored by save_deployed, as ONNX, verified in ONNX Runtime"
+    added = commands.add_parser("export", help=about, description=about)
+    added.set_defaults(run=_export)
+    added.add_argument("file", metavar="FILE", help="what save_deployed wrote")
+    added.add_argument(
+        "--input",
+        action="append",
+        type=parse_input,
+        required=True,
+        metavar="SHAPE",
+        help="1x3x224x224; repeat for each argument; its values are random",
+    )
+    added.add_argument("--style", default="qdq", metavar="STYLE", help="qdq or qcdq (default: %(default)s)")
+    added.add_argument("--opset", type=int, help="version of the operators (default: what the style and the bits need)")
+    added.add_argument("--no-verify", dest="verify", action="store_false", help="only write the file")
+    added.add_argument("-o", "--output", metavar="ONNX", help="default: FILE with the ending .onnx")
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     made = argparse.ArgumentParser(
@@ -244,6 +279,7 @@ def parser() -> argparse.ArgumentParser:
     drawn.add_argument("--depth", type=int, help="collapse modules below that many path components")
     reported = command("report", _report, "the graph as a page to explore offline", "report.html")
     reported.add_argument("--history", metavar="CSV", help="a run's telemetry, as CSVWriter leaves it")
+    _add_export(commands)
     return made
 
 

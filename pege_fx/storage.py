@@ -26,7 +26,7 @@ from pege_fx.files import atomic_write
 from pege_fx.packing import pack, unpack
 from pege_fx.passes.graph import arguments, register_buffer, set_parameter, where
 from pege_fx.size import stored_codes
-from pege_fx.vocabulary import functions, methods, name_of, read_attribute
+from pege_fx.vocabulary import READABLE, functions, methods, name_of, read_attribute
 
 FORMAT, VERSION = "pege_fx", 1
 
@@ -166,6 +166,8 @@ def _encode_node(node: Node) -> list[Any]:
             f"{node.name} calls {getattr(node.target, '__qualname__', node.target)}{where(node)}: only torch's own "
             "functions on tensors can be stored.\n  write it in torch's operations, so that torch.fx traces through it."
         )
+    if node.target is getattr and args[1] not in READABLE:
+        raise ExportError(f"{node.name} reads the attribute {args[1]!r}{where(node)}, which a stored graph may not.")
     return [node.name, node.op, target, _encode(args), _encode(kwargs)]
 
 

@@ -39,12 +39,13 @@ _TORCHVISION = {  # functions that torchvision keeps whole in a trace
     "torchvision.models.swin_transformer": ("_get_relative_position_bias", "_patch_merging_pad", "shifted_window_attention"),
 }
 _LEAVING_TORCH = {"numpy", "tolist", "share_memory_", "backward", "register_hook", "storage", "untyped_storage", "data_ptr"}
-_READABLE = {"shape", "dtype", "device", "ndim", "T", "mT", "H", "mH", "real", "imag", "is_cuda", "layout", "data"}
+READABLE = {"shape", "dtype", "device", "ndim", "T", "mT", "H", "mH", "real", "imag", "is_cuda", "layout", "data"}
+READABLE |= {"values", "indices"}  # of what max, sort and topk return
 
 
 def read_attribute(value: Any, name: str) -> Any:
-    """``getattr`` for the attributes that a graph reads of a tensor."""
-    if name not in _READABLE:
+    """``getattr`` for the attributes that a graph reads of a tensor, or of an operation's named results."""
+    if name not in READABLE:
         raise AttributeError(f"{name!r} is not an attribute that a stored graph may read")
     return getattr(value, name)
 

@@ -144,7 +144,7 @@ def test_a_row_says_what_fails() -> None:
     row = check(Case("own/forgetful", "own", lambda: Example(_Forgetful(), (torch.randn(2, 4),))))
     assert not passes(row)
     assert "outputs differ" in row["problems"]["deepcopy"]
-    page = coverage.document({**coverage.machine(), "rows": {"own/forgetful": row}})
+    page = coverage.document({**coverage.machine(), "rows": {"own/forgetful": row}}, {})
     assert "**deepcopy**: outputs differ" in page
     assert "| own | 1 | 0 | 1 | 0 |" in page
 
@@ -159,4 +159,23 @@ def test_what_stays_in_float_is_no_share() -> None:
 
 def test_the_page_is_made_from_the_results() -> None:
     result = json.loads((ROOT / "benchmarks/results/coverage.json").read_text())
-    assert (ROOT / "docs/coverage.md").read_text() == coverage.document(result)
+    exports = json.loads((ROOT / "benchmarks/results/exports.json").read_text())
+    assert (ROOT / "docs/coverage.md").read_text() == coverage.document(result, exports)
+
+
+def test_the_page_says_what_was_exported_and_what_was_not() -> None:
+    row = {"family": "classification", "passed": [], "problems": {}, "root rung": "symbolic"}
+    rows = {f"torchvision/{name}": row for name in ("good", "wrong", "refused", "untried")}
+    exports = {
+        "good": {"converts": True, "verdict": "ties"},
+        "wrong": {"converts": False, "verdict": "different"},
+        "refused": {"error": "ExportError: no such operator"},
+    }
+    page = coverage.document({**coverage.machine(), "rows": rows}, exports)
+    cells = {line.split(" | ")[0].strip("| "): line.split(" | ")[5:8] for line in page.splitlines() if line.startswith("| ")}
+    assert cells["model"] == ["converts", "exports", "verified"]
+    assert cells["good"] == ["yes", "yes", "ties"]
+    assert cells["wrong"] == ["**no**", "yes", "**different**"]
+    assert cells["refused"] == ["–", "**no**", "–"]
+    assert cells["untried"] == ["–", "–", "–"]
+    assert "1 of the 3 that were tried are verified." in page

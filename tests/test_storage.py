@@ -146,6 +146,29 @@ def test_python_code_can_not_be_stored_and_is_named(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+class Reading(nn.Module):
+    """Reads attributes of results: those of named tuples, and one that nobody needs."""
+
+    def __init__(self, more: bool) -> None:
+        super().__init__()
+        self.fc, self.more = nn.Linear(4, 4), more
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x)
+        named = y.max(1).values + torch.sort(y, 1).indices[:, 0]
+        return named + y.nbytes if self.more else named
+
+
+def test_named_results_are_stored_and_what_can_not_be_read_back_is_refused(tmp_path: Path) -> None:
+    x = torch.randn(2, 4)
+    model, refused = (pege_fx.convert(pege_fx.prepare(Reading(more), "W4A4", x)) for more in (False, True))
+    pege_fx.save_deployed(model, tmp_path / "model")
+    assert torch.equal(pege_fx.load_deployed(tmp_path / "model")(x), model(x))
+    with pytest.raises(ExportError, match="reads the attribute 'nbytes'"):
+        pege_fx.save_deployed(refused, tmp_path / "refused")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_a_prepared_model_is_not_stored(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"give the result of pege_fx\.convert"):
         pege_fx.save_deployed(pege_fx.prepare(nn.Linear(2, 2), "W4A4"), tmp_path / "model")

@@ -176,7 +176,7 @@ def check_deployed(deployed: Any, args: tuple[Any, ...]) -> Any:
         raise ExportError(f"{type(deployed).__name__} was not converted: give the result of pege_fx.convert.")
     try:
         with torch.no_grad():
-            return deployed(*args)
+            return deployed.forward(*args)  # a call of a GraphModule would print the traceback
     except Exception as error:
         shapes = [tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in args]
         raise InputError(f"the model fails on inputs of shapes {shapes}: {type(error).__name__}: {error}") from error
