@@ -102,6 +102,11 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
+@pytest.mark.parametrize("name", [name.removeprefix("docs/") for name in PAGES if name.startswith("docs/")])
+def test_a_page_is_in_the_menu_of_the_site(name: str) -> None:
+    assert f" {name}\n" in (ROOT / "mkdocs.yml").read_text(), f"add {name} to nav in mkdocs.yml"
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_links_lead_somewhere(name: str) -> None:
     prose = re.sub(r"^```.*?^```|`[^`\n]+`", "", PAGES[name].read_text(), flags=re.M | re.S)
