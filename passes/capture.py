@@ -6,6 +6,7 @@ quantized all the same. The result is a GraphModule in every case, and every par
 
 import contextlib
 import copy
+import copyreg
 import inspect
 import re
 import warnings
@@ -26,7 +27,7 @@ from pege_fx.explicit import make_explicit
 from pege_fx.fake_quant import FakeQuant
 from pege_fx.mode import PYTHON_FORWARD, TRAINING_MODE, PythonForward, TrainingMode
 from pege_fx.passes.branches import MergeError, merge_branches
-from pege_fx.passes.graph import hides_weights, join, parent_and_name, remove_dead_nodes, source_of
+from pege_fx.passes.graph import attribute_of, hides_weights, join, parent_and_name, remove_dead_nodes, source_of
 from pege_fx.passes.trace import Known, NotTraceableError, PegeTracer
 from pege_fx.plan import Capture
 from pege_fx.policy import path_pattern
@@ -111,23 +112,36 @@ def capture(model: nn.Module, example: Call | None = None, blocks: Iterable[str]
 def _copy(model: nn.Module) -> nn.Module:
     """``copy.deepcopy``, which takes longer than tracing, with short cuts for what modules are mostly made of.
 
-    Large parameters: memory from NumPy, which asks for huge pages; touching it costs a quarter. Plain modules: numbers,
-    strings and empty containers (a module has a dozen of them for hooks) need no look by ``deepcopy``.
+    Large parameters: memory from NumPy, which asks for huge pages; touching it costs a quarter. Modules that say nothing of
+    how they are copied, and in them tensors, numbers, tuples of numbers, and dictionaries (a module has a dozen).
     """
     copies: dict[int, Any] = {}
     for parameter in model.parameters():
         if type(parameter) is nn.Parameter and not vars(parameter):
             copies[id(parameter)] = nn.Parameter(_copy_tensor(parameter.detach()), parameter.requires_grad)
+    for buffer in model.buffers():
+        if type(buffer) is Tensor and not vars(buffer) and not buffer.requires_grad:
+            copies[id(buffer)] = _copy_tensor(buffer)
     try:
         for module in reversed(list(model.modules())):  # children first
-            if id(module) not in copies and type(module).__module__.startswith("torch.nn.modules."):
+            if id(module) not in copies and _is_copied_by_its_attributes(type(module)):
                 made = type(module).__new__(type(module))
                 copies[id(module)] = made
-                made.__dict__.update({name: _copy_value(value, copies) for name, value in vars(module).items()})
+                vars(made).update({name: _copy_value(value, copies) for name, value in vars(module).items()})
         return copy.deepcopy(model, copies)
     except Exception as error:
         hint = "torch.nn.utils.parametrizations.weight_norm can be." if "weight_norm" in str(error) else ""
         raise ModelError(f"the model can not be copied: {type(error).__name__}: {error}\n  {hint}".rstrip()) from error
+
+
+def _is_copied_by_its_attributes(cls: type[nn.Module]) -> bool:
+    """Tell whether ``deepcopy`` would copy a module attribute by attribute."""
+    if cls.__module__.startswith("torch.nn.modules."):
+        return True
+    hooks = ("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__copy__", "__new__")
+    as_usual = all(getattr(cls, hook, None) is getattr(nn.Module, hook, None) for hook in hooks)
+    others = ("__deepcopy__", "__getnewargs__", "__getnewargs_ex__")
+    return as_usual and not any(hasattr(cls, hook) for hook in others) and cls not in copyreg.dispatch_table
 
 
 def _copy_tensor(value: Tensor) -> Tensor:
@@ -136,11 +150,19 @@ def _copy_tensor(value: Tensor) -> Tensor:
     return value.clone(memory_format=torch.preserve_format)
 
 
+_PLAIN = {type(None), bool, int, float, str}
+
+
 def _copy_value(value: Any, copies: dict[int, Any]) -> Any:
-    if value is None or type(value) in (bool, int, float, str):
+    if type(value) in _PLAIN or (type(value) is tuple and all(type(part) in _PLAIN for part in value)):
         return value
-    if type(value) in (dict, OrderedDict) and not value:
-        return type(value)()
+    if id(value) in copies:
+        return copies[id(value)]
+    if type(value) in (dict, OrderedDict) and all(type(key) in _PLAIN for key in value):
+        made = type(value)()
+        copies[id(value)] = made
+        made.update({key: _copy_value(part, copies) for key, part in value.items()})
+        return made
     return copy.deepcopy(value, copies)
 
 
@@ -382,7 +404,7 @@ def _graph_module(root: nn.Module, graph: Graph, tracer: PegeTracer, prefix: str
     gm = (Grafted if prefix else GraphModule)(root, graph, class_name=type(root).__name__)
     gm.meta["prefix"] = prefix
     for node in gm.graph.find_nodes(op="call_module"):
-        only_normalizes(gm.get_submodule(str(node.target)))
+        only_normalizes(attribute_of(gm, node))
     gm.meta["is_operation"] = PegeTracer().is_leaf_module(root, prefix)
     remove_dead_nodes(gm)
     _keep_everything(root, gm)

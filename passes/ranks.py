@@ -119,6 +119,7 @@ def _try_in_training(gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str
 
 
 _BATCHED = {nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}
+_KEEPING_RANK = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Dropout, nn.Identity, nn.BatchNorm1d, nn.Sigmoid, nn.Tanh)
 
 
 def infer_ranks(gm: GraphModule) -> None:
@@ -131,24 +132,14 @@ def infer_ranks(gm: GraphModule) -> None:
 
 
 def _inferred(gm: GraphModule, node: Node) -> int | None:
-    source = rank_of(first_argument(node))
+    source, module = rank_of(first_argument(node)), module_of(gm, node, nn.Module)
     for cls, rank in _BATCHED.items():
-        if module_of(gm, node, cls) is not None:
+        if isinstance(module, cls):
             return rank
-    flatten = module_of(gm, node, nn.Flatten)
-    if flatten is not None:
-        return 2 if (flatten.start_dim, flatten.end_dim) == (1, -1) else None
+    if isinstance(module, nn.Flatten):
+        return 2 if (module.start_dim, module.end_dim) == (1, -1) else None
     if node.target in (torch.flatten, "flatten"):
         args, kwargs = arguments(node)
         start = kwargs.get("start_dim", args[1] if len(args) > 1 else 0)
         return 2 if start == 1 and len(args) < 3 and "end_dim" not in kwargs else None
-    if node.target is F.linear or (module_of(gm, node, nn.Module) is not None and _keeps_rank(gm, node)):
-        return source
-    return None
-
-
-def _keeps_rank(gm: GraphModule, node: Node) -> bool:
-    module = module_of(gm, node, nn.Module)
-    return isinstance(
-        module, (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Dropout, nn.Identity, nn.BatchNorm1d, nn.Sigmoid, nn.Tanh)
-    )
+    return source if node.target is F.linear or isinstance(module, _KEEPING_RANK) else None

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from pege_fx.passes.graph import arguments, call_sites, first_argument, module_of
+from pege_fx.passes.graph import arguments, attribute_of, call_sites, first_argument, module_of
 
 # Results that are never negative, whatever comes in.
 _NON_NEGATIVE_FUNCTIONS: set[Any] = {
@@ -79,7 +79,7 @@ def _through(node: Node, inner: GraphModule, proved: set[Node]) -> bool:
 
 def _is_non_negative(gm: GraphModule, node: Node, proved: set[Node]) -> bool:
     if node.op == "call_module":
-        module = gm.get_submodule(str(node.target))
+        module = attribute_of(gm, node)
         if type(module) is nn.Hardtanh:
             return module.min_val >= 0
         preserving = type(module) in _PRESERVING_MODULES and (getattr(module, "divisor_override", None) or 1) > 0
