@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
+from unittest import mock
 
 import numpy
 import torch
@@ -401,7 +402,11 @@ def _graph_module(root: nn.Module, graph: Graph, tracer: PegeTracer, prefix: str
     if tracer.mode_is_read():
         mode = TrainingMode().train(root.training)
         root.add_module(TRAINING_MODE, mode)  # not before: a Sequential would call it
-    gm = (Grafted if prefix else GraphModule)(root, graph, class_name=type(root).__name__)
+    if prefix:
+        gm: GraphModule = Grafted(root, graph, class_name=type(root).__name__)
+    else:  # the passes do not run it, and the runner compiles what they made of it
+        with mock.patch.object(GraphModule, "recompile"):
+            gm = GraphModule(root, graph, class_name=type(root).__name__)
     gm.meta["prefix"] = prefix
     for node in gm.graph.find_nodes(op="call_module"):
         only_normalizes(attribute_of(gm, node))

@@ -31,14 +31,16 @@ def _summary(step: Any) -> str:
 def run(graphs: GraphModule | Iterable[GraphModule], passes: Iterable[Pass]) -> None:
     """Apply each pass in place, to every graph before the next pass; an error names its pass.
 
-    Graphs are linted after every pass that is not this package's, before it, and at the end (a lint takes as long as a
-    pass), and recompiled at the end.
+    Graphs are linted after every pass that is not this package's, before it, and at the end, and recompiled before such a
+    pass, which may run them, and at the end: each takes as long as a pass.
     """
     family = [graphs] if isinstance(graphs, GraphModule) else list(graphs)
     steps = list(passes)
     for step, following in zip(steps, [*steps[1:], None], strict=True):
         for gm in family:
             try:
+                if not _is_own(step):
+                    gm.recompile()
                 step(gm)
                 if not (_is_own(step) and _is_own(following)):
                     gm.graph.lint()

@@ -41,10 +41,25 @@ class _Recorder(Interpreter):
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """Run on the arguments of ``forward``."""
         assert isinstance(self.module, GraphModule)
-        bound = inspect.signature(type(self.module).forward).bind(self.module, *args, **kwargs)
-        bound.apply_defaults()
         placeholders = self.module.graph.find_nodes(op="placeholder")
+        bound = inspect.Signature(list(_parameters(placeholders))).bind(*args, **kwargs)
+        bound.apply_defaults()
         return self.run(initial_env={n: _note(n, bound.arguments[str(n.target).lstrip("*")]) for n in placeholders})
+
+
+def _parameters(placeholders: Iterable[Node]) -> Iterator[inspect.Parameter]:
+    """What ``forward`` takes, which is not compiled yet."""
+    kind: Any = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    for node in placeholders:
+        name = str(node.target)
+        default: Any = node.args[0] if node.args else inspect.Parameter.empty
+        if name.startswith("**"):
+            yield inspect.Parameter(name[2:], inspect.Parameter.VAR_KEYWORD)
+        elif name.startswith("*"):
+            yield inspect.Parameter(name[1:], inspect.Parameter.VAR_POSITIONAL)
+            kind = inspect.Parameter.KEYWORD_ONLY
+        else:
+            yield inspect.Parameter(name, kind, default=default)
 
 
 def _versions(node: Node, values: Mapping[Node, Any]) -> dict[Node, list[int]]:

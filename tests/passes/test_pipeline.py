@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from torch import nn
 from torch.fx import GraphModule, Node, symbolic_trace
 
 import pege_fx
@@ -41,6 +42,15 @@ def test_what_a_pass_changes_is_compiled_before_the_next_one() -> None:
     seen: list[float] = []
     run(gm, [Replace(), lambda gm: seen.append(float(gm(torch.tensor(-2.0))))])
     assert seen == [3.0]
+
+
+def test_a_pass_of_one_s_own_runs_what_was_traced_and_what_ours_made_of_it() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.randn(2, 4)
+    expected, seen = model(x), []
+    first, *others = pege_fx.prepare_passes("W4A4")
+    pege_fx.prepare(model, "W4A4", passes=[lambda gm: seen.append(gm(x)), first, lambda gm: seen.append(gm(x)), *others])
+    assert all(torch.equal(y, expected) for y in seen)
+    assert len(seen) == 2
 
 
 def test_a_pass_that_breaks_the_graph_is_named_and_the_next_does_not_run() -> None:
