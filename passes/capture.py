@@ -8,6 +8,7 @@ import contextlib
 import copy
 import copyreg
 import inspect
+import math
 import re
 import warnings
 from collections import OrderedDict
@@ -58,7 +59,7 @@ def check_model(model: Any) -> None:
         if isinstance(parameter, (nn.UninitializedParameter, nn.UninitializedBuffer)):
             raise ModelError(f"{name} has no shape yet (a lazy module): run the model once on example inputs, then prepare.")
     for name, parameter in model.named_parameters():
-        if parameter.is_meta or not parameter.is_floating_point() or bool(torch.isfinite(parameter.detach().sum())):
+        if parameter.is_meta or not parameter.is_floating_point() or math.isfinite(parameter.detach().sum()):
             continue  # a finite sum has finite terms, and is one pass without a copy
         if count := int((~torch.isfinite(parameter)).sum()):
             raise ModelError(
@@ -128,7 +129,12 @@ def _copy(model: nn.Module) -> nn.Module:
             if id(module) not in copies and _is_copied_by_its_attributes(type(module)):
                 made = type(module).__new__(type(module))
                 copies[id(module)] = made
-                vars(made).update({name: _copy_value(value, copies) for name, value in vars(module).items()})
+                vars(made).update(
+                    {
+                        name: value if type(value) in _PLAIN else _copy_value(value, copies)
+                        for name, value in vars(module).items()
+                    }
+                )
         return copy.deepcopy(model, copies)
     except Exception as error:
         hint = "torch.nn.utils.parametrizations.weight_norm can be." if "weight_norm" in str(error) else ""
@@ -160,9 +166,9 @@ def _copy_value(value: Any, copies: dict[int, Any]) -> Any:
     if id(value) in copies:
         return copies[id(value)]
     if type(value) in (dict, OrderedDict) and all(type(key) in _PLAIN for key in value):
-        made = type(value)()
-        copies[id(value)] = made
-        made.update({key: _copy_value(part, copies) for key, part in value.items()})
+        copies[id(value)] = made = type(value)()
+        if value:
+            made.update({key: _copy_value(part, copies) for key, part in value.items()})
         return made
     return copy.deepcopy(value, copies)
 

@@ -35,9 +35,11 @@ def multiply_accumulates(gm: GraphModule, node: Node) -> int | None:
 
 
 def _shape(gm: GraphModule, source: Any) -> Shape | None:
+    if not isinstance(source, Node):
+        return None
     if (value := tensor_of(gm, unfolded(gm, source))) is not None:
         return tuple(value.shape)
-    shape: Shape | None = source.meta.get("shape") if isinstance(source, Node) else None
+    shape: Shape | None = source.meta.get("shape")
     return shape
 
 

@@ -87,8 +87,8 @@ class ContextError(Exception):
     """A ``with`` block or a call that means something to autograd and would be lost in a graph."""
 
 
-def _context() -> tuple[bool, ...]:
-    return torch.is_grad_enabled(), *(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+def _context() -> tuple[bool, bool, bool]:
+    return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
 
 
 class InPlaceProxy(Proxy):

@@ -3,6 +3,7 @@
 import dataclasses
 import enum
 import fnmatch
+import functools
 import json
 import os
 import re
@@ -154,6 +155,10 @@ class Rule:
     _pattern: re.Pattern[str] = field(init=False, repr=False, compare=False, default=re.compile(""))
 
     def __repr__(self) -> str:
+        return self._text  # every edge that is planned names its rule
+
+    @functools.cached_property
+    def _text(self) -> str:
         names = ("match", "module", "function", "role")
         words = [f"{name}={getattr(self, name)!r}" for name in names if getattr(self, name) is not None]
         words += [f"{name}={_short(getattr(self, name))}" for name in _FIELDS if getattr(self, name) is not UNSET]
