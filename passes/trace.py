@@ -576,7 +576,7 @@ _TRACE = PegeTracer.trace.__code__
 
 
 def _line() -> str | None:
-    """The line of the model's code that is running, as a stack trace says it; a node keeps that in copies, but not in pickle."""
+    """The line of the model's code that is running, as a stack trace says it; a node keeps it in copies, but not in pickle."""
     frame = inspect.currentframe()
     while frame is not None and frame.f_code is not _TRACE:  # behind it is who asked for the trace
         code = frame.f_code
