@@ -370,6 +370,8 @@ class PegeTracer(Tracer):
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Node:
         self._check_context()
         node = super().create_node(kind, target, args, kwargs, *rest, **more)
+        if self.live_training and (line := _line()):
+            node.stack_trace = line
         if self.evaluate and kind != "output" and target not in (TRAINING_MODE, check_argument, check_class, check_keys):
             self._values[node] = self._evaluate(node)
             self._note_origin(node)
@@ -558,7 +560,7 @@ def _is_user_code(filename: str) -> bool:
     return not filename.startswith(_LIBRARY) and filename not in _OWN_FILES
 
 
-_OWN_FILES = {__file__}
+_OWN_FILES = {__file__, multi_head_attention_forward.__code__.co_filename}
 _CHECKPOINT_FILE = torch.utils.checkpoint.__file__
 
 
@@ -568,6 +570,20 @@ def _here() -> str:
     while frame is not None and not _is_user_code(frame.f_code.co_filename):
         frame = frame.f_back
     return "" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+_TRACE = PegeTracer.trace.__code__
+
+
+def _line() -> str | None:
+    """The line of the model's code that is running, as a stack trace says it; a node keeps it in copies, but not in pickle."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not _TRACE:  # behind it is who asked for the trace
+        code = frame.f_code
+        if _is_user_code(code.co_filename):
+            return f'File "{code.co_filename}", line {frame.f_lineno}, in {code.co_name}'
+        frame = frame.f_back
+    return None
 
 
 def _called_by_checkpoint() -> bool:

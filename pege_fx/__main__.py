@@ -237,7 +237,7 @@ def _add_export(commands: Any) -> None:
         metavar="SHAPE",
         help="1x3x224x224; repeat for each argument; its values are random",
     )
-    added.add_argument("--style", default="qdq", metavar="STYLE", help="qdq or qcdq (default: %(default)s)")
+    added.add_argument("--style", default="qdq", metavar="STYLE", help="qdq, qcdq or qonnx (default: %(default)s)")
     added.add_argument("--opset", type=int, help="version of the operators (default: what the style and the bits need)")
     added.add_argument("--no-verify", dest="verify", action="store_false", help="only write the file")
     added.add_argument("-o", "--output", metavar="ONNX", help="default: FILE with the ending .onnx")

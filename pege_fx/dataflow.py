@@ -12,7 +12,7 @@ from pege_fx.batch_norm import BiasFold, WeightFold
 from pege_fx.errors import ModelError, closest
 from pege_fx.fake_quant import FakeQuant
 from pege_fx.mode import PYTHON_FORWARD, TRAINING_MODE, PythonForward, check_argument, check_class, check_keys
-from pege_fx.passes.graph import arguments, function_name, has_attribute, join, module_of, scope
+from pege_fx.passes.graph import arguments, function_name, has_attribute, join, module_of, scope, where
 from pege_fx.plan import Capture, Operation
 from pege_fx.scheduler import plan_of
 
@@ -37,6 +37,7 @@ def to_networkx(gm: GraphModule) -> nx.DiGraph:
     quantized  True or False for an operation that could be quantized, None for the others
     reason     why an operation, or one of its edges, stays float, or why a module stays Python; ``place`` is the line of
                code that made it so, "" for all that is no such module
+    line       "file:line" of the model's code that made the node, "" if it is not known (behind pickle, in torch's own layers)
     about      "values", or "sizes" for what computes shapes and checks arguments
     ========== ==========================================================================================
 
@@ -106,6 +107,7 @@ def _facts(prefix: str, gm: GraphModule, node: Node) -> dict[str, Any]:
         "quantized": None,
         "reason": "",
         "place": "",
+        "line": where(node).strip(" ()"),
         "about": _about(node),
         **_site(module),
     }

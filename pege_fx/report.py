@@ -117,7 +117,9 @@ def _member(graph: nx.DiGraph, facts: dict[str, Any]) -> dict[str, Any]:
     def sites(keys: Iterable[str]) -> list[str]:
         return [graph.nodes[key]["path"] for key in keys if graph.nodes[key]["bits"] is not None]
 
-    kept = {field: facts.get(field) for field in ("path", "function", "code", "reason", "place", "batch_norm", "quantized")}
+    kept = {
+        field: facts.get(field) for field in ("path", "function", "code", "reason", "place", "line", "batch_norm", "quantized")
+    }
     shape = " ".join(filter(None, (shape_label(facts), facts["dtype"])))
     key = facts["key"]
     return {

@@ -17,9 +17,9 @@ from pege_fx.passes.graph import arguments
 if TYPE_CHECKING:
     from pege_fx.export.verify import ExportReport
 
-Style: TypeAlias = Literal["qdq", "qcdq"]
+Style: TypeAlias = Literal["qdq", "qcdq", "qonnx"]
 MIN_OPSET = 17
-_DEFAULT_OPSETS = {"qdq": 21, "qcdq": 17}
+_DEFAULT_OPSETS = {"qdq": 21, "qcdq": 17, "qonnx": 17}
 
 __all__ = ["export_onnx", "to_program", "verify_export"]
 
@@ -43,8 +43,8 @@ def export_onnx(
         example_inputs: positional arguments of ``forward``; they fix every size but the first.
         style: "qdq": weights of 3 and 4 bits are INT4 (from opset 21), of 2 bits INT2 (from opset 25), really packed; other
             weights and all activations are int8, activations below 8 bits with a Clip. "qcdq": int8 and Clip, for any
-            runtime.
-        opset: version of the operators, from 17; by default 17 for "qcdq", for "qdq" 21, or 25 if something has 2 bits.
+            runtime. "qonnx": ``Quant`` nodes that say the bits, for FINN, hls4ml and their kin; weights are stored in float.
+        opset: version of the operators, from 17; by default 17, for "qdq" 21, or 25 if something has 2 bits.
         dynamic_batch: leave the first dimension of every input free, where the model allows it.
 
     Raises:
@@ -64,7 +64,7 @@ def export_onnx(
     True
     """
     if style not in get_args(Style):
-        raise ExportError(f'style={style!r}: give "qdq" or "qcdq".')
+        raise ExportError(f'style={style!r}: give "qdq", "qcdq" or "qonnx".')
     need_onnx()
     args = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     result = check_deployed(deployed, args)

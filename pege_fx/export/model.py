@@ -17,6 +17,7 @@ import pege_fx.export.pooling
 import pege_fx.export.quantization
 import pege_fx.export.shapes  # noqa: F401 (these fill the table)
 from pege_fx.errors import ExportError, PegeWarning
+from pege_fx.export import qonnx
 from pege_fx.export.arithmetic import SIZES
 from pege_fx.export.program import constants, origin, sizes_of
 from pege_fx.export.writer import TABLE, TYPES, UnmappedError, Value, Writer
@@ -31,7 +32,7 @@ def build(program: ExportedProgram, places: Mapping[str, str], outputs: list[str
         places: " (file:line)" of a converted graph's node by its name.
         outputs: names of the results, in order.
         opset: version of the operators.
-        style: "qdq" or "qcdq".
+        style: "qdq", "qcdq" or "qonnx".
 
     Raises:
         ExportError: for an operator that has no entry, with node, operator and line.
@@ -73,8 +74,12 @@ class _Build:
         stored = [tensor for name, tensor in self.w.initializers.items() if name in read]
         made = helper.make_graph(kept, "pege_fx", inputs, outputs, stored)
         opsets = [helper.make_opsetid("", self.w.opset)]
-        model = helper.make_model(made, opset_imports=opsets, producer_name="pege_fx")
-        model.ir_version = helper.find_min_ir_version_for(opsets)
+        functions = []
+        if self.w.style == "qonnx":
+            functions = [qonnx.definition(self.w.opset)]
+            opsets.append(helper.make_opsetid(qonnx.DOMAIN, qonnx.VERSION))
+        model = helper.make_model(made, opset_imports=opsets, functions=functions, producer_name="pege_fx")
+        model.ir_version = helper.find_min_ir_version_for(opsets, ignore_unknown=True)
         onnx.checker.check_model(model, full_check=True)
         return model
 

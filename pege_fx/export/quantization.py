@@ -6,8 +6,9 @@ import torch
 from onnx import TensorProto
 from torch import Tensor
 
+from pege_fx.export import qonnx
 from pege_fx.export.program import DEQUANTIZE, QUANTIZE
-from pege_fx.export.writer import CODE_TYPES, Codes, UnmappedError, Value, Writer, writes
+from pege_fx.export.writer import CODE_TYPES, Codes, Pending, UnmappedError, Value, Writer, writes
 from pege_fx.spec import bounds_of
 
 INT4_OPSET, INT2_OPSET = 21, 25
@@ -47,6 +48,8 @@ def quantize(
     dtype = torch.int8 if signed else torch.uint8
     if step.numel() != 1 or (zero is not None and (zero.numel() != 1 or float(zero) != round(float(zero)))):
         raise UnmappedError("an activation with more than one scale, or whose zero point is no integer")
+    if w.style == "qonnx":
+        return Value("", dtype, x.shape, pending=Pending(x, step, zero, bits, signed, narrow))
     start = w.constant(torch.tensor(0 if zero is None else int(zero), dtype=dtype))
     codes = w.op("QuantizeLinear", x, w.constant(step.reshape(())), start, dtype=dtype)
     return codes if (low, high) == bounds_of(8, signed=signed) else _clipped(w, codes, low, high)
@@ -69,11 +72,15 @@ def dequantize(
         value = dequantize_weight(w, made, codes.name)
         value.codes = made
         return value
+    if codes.pending is not None:
+        return w.cast(qonnx.activation(w, codes.pending, step, zero), wanted)
     return _dequantized(w, codes, None, step, zero, wanted)
 
 
 def dequantize_weight(w: Writer, made: Codes, name: str) -> Value:
     """Write a weight's codes, packed as the opset allows, and their value."""
+    if w.style == "qonnx":
+        return w.cast(qonnx.weight(w, made, name), made.dtype)
     signed = made.codes.dtype is not torch.uint8
     kind = TensorProto.INT32 if made.bits == 32 else CODE_TYPES[code_bits(w, made.bits), signed]
     codes = w.constant(made.codes, onnx_type=kind, name=name)

@@ -37,6 +37,7 @@ class Value:
     constant: Tensor | None = None
     onnx_type: int | None = None
     codes: "Codes | None" = None
+    pending: "Pending | None" = None
 
     @property
     def rank(self) -> int:
@@ -57,6 +58,18 @@ class Codes:
     zero_point: Tensor | None
     bits: int
     dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Pending:
+    """An activation's codes where they are no tensor of the graph (QONNX): what their value is written from."""
+
+    x: Value
+    scale: Tensor
+    zero_point: Tensor | None
+    bits: int
+    signed: bool
+    narrow: bool
 
 
 class UnmappedError(Exception):
@@ -90,7 +103,7 @@ class Writer:
 
     Args:
         opset: version of the ONNX operators.
-        style: "qdq" or "qcdq".
+        style: "qdq", "qcdq" or "qonnx".
     """
 
     opset: int
@@ -133,6 +146,8 @@ class Writer:
         """Return the name by which a node reads a value; a constant becomes an initializer."""
         if value is None:
             return ""
+        if value.pending is not None:
+            raise UnmappedError("it reads codes, which are no tensor in QONNX")
         if value.constant is not None and value.name not in self.initializers:
             self.initializers[value.name] = to_proto(value.name, value.constant, value.onnx_type)
         return value.name

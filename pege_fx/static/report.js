@@ -184,7 +184,7 @@ function details(id, chosen) {
     const head = make("h3", (member.id === chosen ? "▸ " : "") + (member.path || member.id));
     if (node.members.length > 1) box.append(head);
     if (member.id === chosen) requestAnimationFrame(() => { box.scrollTop = head.offsetTop - box.offsetTop; });
-    box.append(list([["path", member.path], ["does", member.function], ["shape", member.shape], ["code", member.code], ["BatchNorm", member.batch_norm], [member.place ? "why" : "why float", member.reason], ["line", member.place]]));
+    box.append(list([["path", member.path], ["does", member.function], ["shape", member.shape], ["code", member.code], ["BatchNorm", member.batch_norm], [member.place ? "why" : "why float", member.reason], ["line", member.place || member.line]]));
     for (const name of member.sites) describe(box, sites.get(name));
   }
   for (const name of new Set(node.members.flatMap(member => member.quantizes).filter(name => sites.has(name)))) describe(box, sites.get(name), "its result, read through ");

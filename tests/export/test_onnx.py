@@ -224,7 +224,7 @@ def test_a_module_that_stays_python_is_exported_where_torch_can_follow(tmp_path:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"style": "qonnx"}, r'style=\'qonnx\': give "qdq" or "qcdq"'),
+        ({"style": "qdqq"}, r'style=\'qdqq\': give "qdq", "qcdq" or "qonnx"'),
         ({"opset": 16}, "opset=16: give a whole number from 17 to"),
         ({"opset": 99}, "opset=99"),
         ({"opset": "21"}, "opset='21'"),

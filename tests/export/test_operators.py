@@ -287,6 +287,7 @@ def test_other_numbers_of_dimensions(dims: int, tmp_path: Path) -> None:
 def test_an_operator_without_a_mapping_is_named(function: Function, message: str, tmp_path: Path) -> None:
     x = torch.randn(2, 4, 6, 6)
     deployed = pege_fx.convert(pege_fx.prepare(After({"it": function}).eval(), "W4A4", (x,)))
-    with pytest.raises(ExportError, match=message):
+    with pytest.raises(ExportError, match=message) as caught:
         pege_fx.export_onnx(deployed, tmp_path / "model.onnx", (x,))
+    assert f" ({__file__}:{function.__code__.co_firstlineno})" in str(caught.value)
     assert not list(tmp_path.iterdir())

@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 import pege_fx
 from pege_fx import Constant, PEGEScheduler, QuantPolicy, Rule
 from pege_fx.passes.capture import capture
+from pege_fx.passes.graph import where
 from pege_fx.passes.trace import NotTraceableError, PegeTracer
 from pege_fx.testing import Case, assert_same_function, networks
 
@@ -279,3 +280,36 @@ def test_what_forward_keeps_on_itself_is_not_kept_while_tracing() -> None:
     gm = pege_fx.prepare(model, QuantPolicy((Rule(weight=None, input=None),)), (X,)).eval()
     for x in (X, X[:2]):
         assert torch.equal(gm(x), model(x))
+
+
+# --- where a node comes from ---------------------------------------------------------------------------------------
+
+
+class Lines(nn.Module):
+    """One operation to a line, some of them in torch's own code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.attention(x, x, x)[0]
+        x = self.head(x)
+        return x.softmax(-1)
+
+
+def test_a_node_knows_the_line_that_made_it() -> None:
+    gm = pege_fx.prepare(Lines().eval(), "W4A4", (torch.randn(2, 3, 8),))
+    first = Lines.forward.__code__.co_firstlineno
+
+    for model in (gm, pege_fx.convert(gm), pege_fx.convert(copy.deepcopy(gm))):
+        lines = {node.name: where(node) for node in model.graph.nodes}
+        for name, line in (("linear", 1), ("head_0", 2), ("head_1", 2), ("softmax_1", 3)):
+            assert lines[name] == f" ({__file__}:{first + line})", name
+    (x,) = gm.graph.find_nodes(op="placeholder")
+    assert where(x) == ""  # not the line that asked for the trace
+
+
+def test_a_model_of_torch_s_own_layers_has_no_line() -> None:
+    assert not any(where(node) for node in traced(nn.Sequential(nn.Linear(8, 8), nn.ReLU())).graph.nodes)
