@@ -214,6 +214,12 @@ def again(name: str, before: dict[str, Any], timeout: int) -> dict[str, Any]:
     return before | {"survivors": examine(name, drawn, timeout)}
 
 
+def stored() -> dict[str, Any]:
+    """Return the results so far, by module."""
+    found: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="*", help="modules, as a glob: 'curves', 'passes.*'")
@@ -240,17 +246,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in TARGETS:
         if not fnmatch.fnmatch(name, options.only):
             continue
-        results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
         if not options.survivors:
             result = sampled(name, options.share, options.seed, options.timeout)
-        elif name in results:
-            result = again(name, results[name], options.timeout)
+        elif name in stored():
+            result = again(name, stored()[name], options.timeout)
         else:
             continue
         result["killed"] = result["tried"] - len(result["survivors"])
         print(f"{name}: {result['tried']} tried, {result['killed']} killed ({result['killed'] / max(result['tried'], 1):.1%})")
-        results[name] = result | {"python": platform.python_version(), "torch": torch.__version__}
-        RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        result |= {"python": platform.python_version(), "torch": torch.__version__}
+        RESULTS.write_text(json.dumps(stored() | {name: result}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
