@@ -8,7 +8,7 @@ WORKERS ?= 2
 # One thread a worker: two cores shared by two workers go faster than four threads that fight.
 TEST := OMP_NUM_THREADS=1 PYTHONWARNINGS=default
 
-.PHONY: demo test test-oldest lint format docs bench coverage mutants clean
+.PHONY: demo test test-oldest lint format docs bench coverage test-coverage mutants long-run clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py --output runs/quickstart
@@ -43,10 +43,20 @@ coverage: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -e '.[coverage]'
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coverage.py $(ARGS)
 
+# Which lines and branches of pege_fx the tests reach, those of the processes they start too.
+test-coverage: $(VENV)/.installed
+	$(TEST) $(BIN)/coverage run -m pytest $(ARGS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --skip-covered
+
 # Hours for all of it; ARGS="--only curves" or ARGS="--share 0.1" for less. The survivors are judged in docs/mutants.md.
 mutants: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet 'cosmic-ray>=8.4'
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/mutants.py $(ARGS)
+
+# 100,000 training steps, alone and watched; about twenty minutes.
+long-run: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/long_run.py $(ARGS)
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

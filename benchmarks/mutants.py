@@ -1,6 +1,7 @@
 """Mutation testing: which changes to a source file does no test notice?
 
 python benchmarks/mutants.py [--only 'curves*'] [--share 0.2] [--seed 0]
+python benchmarks/mutants.py --survivors [--only 'curves*']    # those of the stored results again, with the tests of today
 
 The mutants are Cosmic Ray's. Each is tested in a fork of a process that has imported torch already and pege_fx not yet,
 so that one costs a second or two; nothing is written to the source files. What annotations say is left alone. Results:
@@ -21,6 +22,7 @@ import resource
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,19 +31,22 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "mutants.json"
 
-# What is tested, by which tests, and which of those take long for what they see.
+# What is tested, by which tests, the quickest first, and which of those take long for what they see.
 TARGETS: dict[str, list[str]] = {
     "curves": ["tests/test_curves.py"],
-    "functional": ["tests/test_functional.py", "tests/test_numbers.py"],
+    "functional": ["tests/test_functional.py", "tests/test_kernels.py"],
     "scheduler": ["tests/test_scheduler.py"],
     "quantizers": ["tests/test_quantizers.py", "tests/test_numbers.py"],
-    "passes.fold_bn": ["tests/passes/test_fold_bn.py"],
+    "passes.fold_bn": ["tests/passes/test_fold_bn.py", "tests/test_batch_norm.py"],
+    "passes.norms": ["tests/passes/test_fold_bn.py", "tests/test_batch_norm.py"],
     "passes.sign": ["tests/passes/test_sign.py"],
     "passes.pipeline": ["tests/passes/test_pipeline.py"],
+    "passes.plan": ["tests/passes/test_plan.py", "tests/test_policy.py", "tests/test_joining.py"],
     "passes.insert": ["tests/passes/test_insert.py"],
     "passes.normalize": ["tests/passes/test_normalize.py"],
+    "passes.effects": ["tests/passes/test_effects.py"],
 }
-SLOW = "compiled or compiles"
+SLOW = "compiled or compiles or kernels_equal or other_layouts or processes_evaluate"
 MEMORY = 24 * 2**30
 
 # Of a binary operator only the neighbours: that 1.0 << 2 raises shows nothing about the tests.
@@ -76,18 +81,18 @@ def mutants(path: Path) -> Iterator[Mutant]:
     from cosmic_ray.mutating import mutate_code
 
     source = path.read_text(encoding="utf-8")
-    annotated = set(_annotations(ast.parse(source)))
+    annotations = list(_annotations(ast.parse(source)))
     for name in sorted(plugins.operator_names()):
         operator_class = plugins.get_operator(name)
         if operator_class.arguments() or not _is_near(name):
             continue
         positions = [start for node in ast_nodes(get_ast(source)) for start, _ in operator_class().mutation_positions(node)]
-        for occurrence, (line, column) in enumerate(positions):
-            if (line, column) in annotated:
+        for occurrence, position in enumerate(positions):
+            if any(start <= position < end for start, end in annotations):
                 continue
             changed = mutate_code(source, operator_class(), occurrence)
             if changed is not None and changed != source and _compiles(changed):
-                yield Mutant(line, name.removeprefix("core/"), *_lines(source, changed), changed)
+                yield Mutant(position[0], name.removeprefix("core/"), *_lines(source, changed), changed)
 
 
 def _is_near(operator: str) -> bool:
@@ -99,12 +104,12 @@ def _is_near(operator: str) -> bool:
     return kind != "ReplaceComparisonOperator" or before.startswith("Is") == after.startswith("Is")
 
 
-def _annotations(tree: ast.AST) -> Iterator[tuple[int, int]]:
-    """Yield every position inside an annotation."""
+def _annotations(tree: ast.AST) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """Yield where every annotation starts and ends."""
     for node in ast.walk(tree):
         for field in ("annotation", "returns"):
-            if (inner := getattr(node, field, None)) is not None and inner.lineno == inner.end_lineno:
-                yield from ((inner.lineno, column) for column in range(inner.col_offset, inner.end_col_offset))
+            if (inner := getattr(node, field, None)) is not None:
+                yield (inner.lineno, inner.col_offset), (inner.end_lineno, inner.end_col_offset)
 
 
 def _compiles(source: str) -> bool:
@@ -148,7 +153,8 @@ def survives(name: str, source: str, tests: Sequence[str], timeout: int) -> bool
     """Run the tests on a mutant, in a fork; tell whether they pass. Running out of time or memory is failing."""
     child = os.fork()
     if child == 0:
-        signal.alarm(timeout)
+        signal.alarm(20 * timeout)  # for what waits forever; a machine that is busy is no reason
+        resource.setrlimit(resource.RLIMIT_CPU, (timeout, timeout))
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
@@ -167,25 +173,51 @@ def survives(name: str, source: str, tests: Sequence[str], timeout: int) -> bool
     return status == 0
 
 
-def examine(name: str, share: float, seed: int, timeout: int) -> dict[str, Any]:
-    """Return how many mutants of a module were made and killed, and those that survived."""
+def examine(name: str, drawn: Sequence[Mutant], timeout: int) -> list[dict[str, Any]]:
+    """Return the mutants among those drawn of a module that its tests do not notice."""
     tests = [test for test in TARGETS[name] if (ROOT / test).exists()]
     if not survives(name, file_of(name).read_text(encoding="utf-8"), tests, 10 * timeout):
         raise SystemExit(f"{name}: the tests fail without any mutant: {' '.join(tests)}")
-    found = list(mutants(file_of(name)))
-    drawn = random.Random(seed).sample(found, round(share * len(found)))
-    drawn.sort(key=lambda mutant: mutant.line)
-    survivors, started = [], time.monotonic()
+    survivors = []
     for number, mutant in enumerate(drawn, 1):
         if survives(name, mutant.source, tests, timeout):
             survivors.append({key: value for key, value in asdict(mutant).items() if key != "source"})
             print(f"  {name}:{mutant.line} {mutant.operator}\n    - {mutant.before}\n    + {mutant.after}", flush=True)
         if sys.stdout.isatty():
             print(f"{name}: {number}/{len(drawn)}, {number - len(survivors)} killed", end="\r", flush=True)
-    killed = len(drawn) - len(survivors)
-    print(f"{name}: {len(found)} mutants, {len(drawn)} tried, {killed} killed ({100 * killed / max(len(drawn), 1):.1f} %)")
+    return survivors
+
+
+def sampled(name: str, share: float, seed: int, timeout: int) -> dict[str, Any]:
+    """Examine a random sample of a module's mutants."""
+    found = list(mutants(file_of(name)))
+    drawn = sorted(random.Random(seed).sample(found, round(share * len(found))), key=lambda mutant: mutant.line)
+    started = time.monotonic()
+    survivors = examine(name, drawn, timeout)
     seconds = round(time.monotonic() - started)
-    return {"mutants": len(found), "tried": len(drawn), "killed": killed, "seconds": seconds, "survivors": survivors}
+    known = {"mutants": len(found), "share": share, "seed": seed, "tried": len(drawn), "seconds": seconds}
+    return known | {"killed at first": len(drawn) - len(survivors), "survivors": survivors}
+
+
+def again(name: str, before: dict[str, Any], timeout: int) -> dict[str, Any]:
+    """Examine the survivors of an earlier sample; lines may have moved meanwhile."""
+
+    def kind(mutant: dict[str, Any]) -> tuple[str, ...]:
+        return mutant["operator"], mutant["before"], mutant["after"]
+
+    wanted = Counter(map(kind, before["survivors"]))
+    drawn = []
+    for mutant in mutants(file_of(name)):
+        if wanted[key := kind(asdict(mutant))]:
+            wanted[key] -= 1
+            drawn.append(mutant)
+    return before | {"survivors": examine(name, drawn, timeout)}
+
+
+def stored() -> dict[str, Any]:
+    """Return the results so far, by module."""
+    found: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -193,27 +225,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", default="*", help="modules, as a glob: 'curves', 'passes.*'")
     parser.add_argument("--share", type=float, default=1.0, help="of the mutants of each module, drawn at random")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--timeout", type=int, default=60, help="seconds for the tests of one mutant")
+    parser.add_argument("--survivors", action="store_true", help="try the survivors in the stored results again")
+    parser.add_argument("--timeout", type=int, default=60, help="processor seconds for the tests of one mutant")
     options = parser.parse_args(arguments)
     os.chdir(ROOT)
     sys.dont_write_bytecode = True
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
 
     # What every fork would import again.
+    import graphviz  # noqa: F401
     import hypothesis  # noqa: F401
     import networkx  # noqa: F401
     import pytest  # noqa: F401
+    import rich.table  # noqa: F401
+    import safetensors.torch  # noqa: F401
     import torch
     import torch._dynamo
 
     torch.set_num_threads(1)
-    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     for name in TARGETS:
-        if fnmatch.fnmatch(name, options.only):
-            results[name] = examine(name, options.share, options.seed, options.timeout)
-            results[name] |= {"share": options.share, "seed": options.seed}
-            results[name] |= {"python": platform.python_version(), "torch": torch.__version__}
-            RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        if not fnmatch.fnmatch(name, options.only):
+            continue
+        if not options.survivors:
+            result = sampled(name, options.share, options.seed, options.timeout)
+        elif name in stored():
+            result = again(name, stored()[name], options.timeout)
+        else:
+            continue
+        result["killed"] = result["tried"] - len(result["survivors"])
+        print(f"{name}: {result['tried']} tried, {result['killed']} killed ({result['killed'] / max(result['tried'], 1):.1%})")
+        result |= {"python": platform.python_version(), "torch": torch.__version__}
+        RESULTS.write_text(json.dumps(stored() | {name: result}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node, Tracer
+from torch.fx import GraphModule, Node
 from torch.fx.proxy import TraceError
 
 from pege_fx.batch_norm import BatchNorm
@@ -19,6 +19,7 @@ from pege_fx.passes.graph import (
     replace_by_constant,
     write_out,
 )
+from pege_fx.passes.threads import LocalTracer
 
 
 def inline_modules(gm: GraphModule) -> None:
@@ -47,7 +48,7 @@ def _inline(gm: GraphModule, node: Node, module: nn.Module) -> None:
     write_out(gm, node, inner, lambda name: join(path, name.removeprefix("module.")))
 
 
-class _NoLeaves(Tracer):
+class _NoLeaves(LocalTracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return False
 

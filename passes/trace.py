@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch.fx import Graph, Node, Proxy, Tracer
+from torch.fx import Graph, Node, Proxy
 from torch.fx.node import map_arg
 from torch.fx.proxy import Attribute
 from torch.nn.utils.parametrize import is_parametrized
@@ -28,6 +28,7 @@ from pege_fx.attention import multi_head_attention_forward
 from pege_fx.batch_norm import NORM_THEN, BatchNorm
 from pege_fx.mode import TRAINING_MODE, check_argument, check_class, check_keys
 from pege_fx.passes.graph import arguments, is_leaf_function, is_matrix, plain, reads_size
+from pege_fx.passes.threads import TRACING, LocalTracer
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ class ExampleAttribute(Attribute, ExampleProxy):
     """An attribute of such a proxy: ``x.shape``, or a method about to be called."""
 
 
-class PegeTracer(Tracer):
+class PegeTracer(LocalTracer):
     """fx's tracer; with ``live_training``, ``self.training`` is a value of the graph.
 
     Unpickling a GraphModule makes one without: it traces the generated code, where that value is a module's call.
@@ -205,7 +206,7 @@ class PegeTracer(Tracer):
 
     def trace(self, root: Any, concrete_args: Any = None) -> Graph:
         """Trace, with the functions that make tensors of a size taking sizes of the graph."""
-        with ExitStack() as patches:
+        with TRACING, ExitStack() as patches:
             for forward_globals in _globals_of(root):
                 patches.enter_context(mock.patch.dict(forward_globals, {"isinstance": self._isinstance}))
             patches.enter_context(mock.patch.object(F, "grouped_mm", self._factory(F.grouped_mm)))
@@ -250,7 +251,7 @@ class PegeTracer(Tracer):
         return super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._evaluating:
+        if self._evaluating or not self.is_called:
             return forward(*args, **kwargs)
         if not self.live_training:
             return super().call_module(m, forward, args, kwargs)

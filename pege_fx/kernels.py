@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import threading
 import types
 import warnings
 from collections.abc import Callable, Hashable, Iterator
@@ -21,23 +22,28 @@ R = TypeVar("R")
 SMALLEST = 2**14
 
 _enabled = True
+_plain = 0  # how many ask for plain operations now, in any thread: autograd runs backward in threads of its own
+_counting = threading.Lock()
 
 
 @contextlib.contextmanager
 def eager_kernels() -> Iterator[None]:
     """Run plain torch operations within: nothing is compiled, results are the same to rounding."""
-    global _enabled
-    before, _enabled = _enabled, False
+    global _plain
+    with _counting:
+        _plain += 1
     try:
         yield
     finally:
-        _enabled = before
+        with _counting:
+            _plain -= 1
 
 
 def worth_compiling(x: Tensor) -> bool:
     """Tell whether a tensor is a plain one, large enough, and nothing else is tracing or differentiating at the moment."""
     return (
         _enabled
+        and not _plain
         and x.numel() >= SMALLEST
         and type(x) in (Tensor, nn.Parameter)
         and x.device.type in ("cpu", "cuda")

@@ -279,6 +279,14 @@ def test_codes_and_their_values_are_fake_quantize(case: tuple[Tensor, Tensor, Te
     assert torch.equal(value, fake_quantize(x, scale, spec, zero_point=zero))
 
 
+@pytest.mark.parametrize(
+    ("options", "ends"),
+    [({"signed": True}, [-4, 3]), ({"signed": True, "narrow": True}, [-3, 3]), ({"signed": False}, [0, 7])],
+)
+def test_codes_reach_both_ends_of_their_grid(options: dict[str, bool], ends: list[int]) -> None:
+    assert quantize(torch.tensor([-99.0, 99.0]), torch.tensor(1.0), bits=3, **options).tolist() == ends
+
+
 def test_an_interval_shifts_and_scales_before_rounding() -> None:
     x = torch.linspace(-3, 3, 41, dtype=torch.float64)
     lower, width = torch.tensor(-1.0), torch.tensor(2.0)

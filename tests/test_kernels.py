@@ -58,6 +58,17 @@ def test_small_tensors_and_other_kinds_are_not_compiled() -> None:
     assert not kernels.worth_compiling(torch.zeros(kernels.SMALLEST))  # under grad: a second derivative may be wanted
 
 
+def test_plain_operations_asked_for_in_two_threads_end_with_the_last_of_them() -> None:
+    first, second, x = kernels.eager_kernels(), kernels.eager_kernels(), torch.zeros(kernels.SMALLEST)
+    with torch.no_grad():
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)  # no nesting: the first is done before the second
+        assert not kernels.worth_compiling(x)
+        second.__exit__(None, None, None)
+        assert kernels.worth_compiling(x)
+
+
 def test_without_a_compiler_there_is_one_warning_and_the_right_result(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_compiler(*_: object, **__: object) -> None:
         raise RuntimeError("no C++ compiler found")

@@ -11,7 +11,7 @@ LAYERS: list[set[str]] = [
     {"errors", "spec", "listing", "files"},
     {"accumulators", "kernels", "functional", "packing", "curves", "policy", "processes", "container"},
     {"plan", "quantizers", "batch_norm", "fake_quant", "attention", "mode", "recurrent", "transformer", "explicit"},
-    {"passes.graph", "passes.pipeline", "passes.costs", "passes.values", "passes.norms"},
+    {"passes.graph", "passes.pipeline", "passes.costs", "passes.values", "passes.norms", "passes.threads"},
     {
         f"passes.{n}"
         for n in ("trace", "branches", "capture", "effects", "normalize", "ranks", "fold_bn", "sign", "plan", "insert")

@@ -1,0 +1,33 @@
+"""Tracing that other threads do not notice."""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.fx import Graph, Tracer
+
+# While it traces, fx has patched ``nn.Module`` for all threads: two tracers would restore each other's patches.
+TRACING = threading.RLock()
+
+
+class LocalTracer(Tracer):
+    """fx's tracer, one at a time; the modules that other threads call meanwhile are none of its business."""
+
+    _thread: int | None = None
+
+    def trace(self, root: Any, concrete_args: Any = None) -> Graph:
+        with TRACING:
+            self._thread = threading.get_ident()
+            return super().trace(root, concrete_args)
+
+    @property
+    def is_called(self) -> bool:
+        """Whether the thread that traces is the one that runs."""
+        return threading.get_ident() == self._thread
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return super().call_module(m, forward, args, kwargs) if self.is_called else forward(*args, **kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        return super().getattr(attr, attr_val, parameter_proxy_cache) if self.is_called else attr_val
