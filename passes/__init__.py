@@ -7,6 +7,7 @@ from pege_fx.passes.fold_bn import FoldBatchNorm, FoldLeadingNorms
 from pege_fx.passes.inline import inline_modules
 from pege_fx.passes.insert import InsertFakeQuants
 from pege_fx.passes.lower import (
+    call_originals,
     drop_unused,
     follow_norms,
     lower_activations,
@@ -31,6 +32,7 @@ __all__ = [
     "Pass",
     "Pipeline",
     "analyse_signs",
+    "call_originals",
     "capture",
     "drop_training_branches",
     "drop_unused",

@@ -20,6 +20,7 @@ from torch.fx.node import map_arg
 
 from pege_fx.batch_norm import BiasFold, BiasFoldBehind, Fold, WeightFold
 from pege_fx.mode import PythonForward, TrainingMode
+from pege_fx.recompute import REMAKING
 from pege_fx.recurrent import recurrent
 from pege_fx.spec import Channels
 
@@ -90,6 +91,7 @@ FUNCTIONS: dict[Any, Operator] = {
     torch.einsum: EINSUM,
     F.scaled_dot_product_attention: ATTENTION,
 }
+FUNCTIONS |= {remaking: FUNCTIONS[function] for function, remaking in REMAKING.items() if function in FUNCTIONS}
 METHODS: dict[str, Operator] = {
     "matmul": MATMUL,
     "__matmul__": MATMUL,
@@ -116,6 +118,7 @@ JOINING_FUNCTIONS: dict[Any, Operator] = {
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), CAT),
     torch.stack: STACK,
 }
+JOINING_FUNCTIONS[REMAKING[torch.mul]] = MUL
 JOINING_METHODS: dict[str, Operator] = {
     **dict.fromkeys(("add", "add_"), ADD),
     **dict.fromkeys(("sub", "sub_", "subtract", "subtract_"), SUB),
@@ -682,6 +685,47 @@ def make_out_of_place(gm: GraphModule, node: Node) -> None:
         module.inplace = False  # type: ignore[assignment]
     elif node.kwargs.get("inplace"):
         node.update_kwarg("inplace", False)
+
+
+# --- what backward makes again --------------------------------------------------------------------------------
+
+
+def can_remake(node: Node) -> bool:
+    """Tell whether there is a variant of a node's operation that keeps no fake-quantized operand for backward."""
+    return _remaking_of(node) is not None
+
+
+def remake_operands(node: Node) -> None:
+    """Let a node call that variant, in place."""
+    if node.target not in _ORIGINALS and (variant := _remaking_of(node)) is not None:
+        node.op, node.target = "call_function", variant
+        _mark_own(node)
+
+
+def keep_operands(gm: GraphModule) -> None:
+    """Undo ``remake_operands`` everywhere: torch's own functions again."""
+    for node in gm.graph.nodes:
+        if node.target in _ORIGINALS:
+            node.target = _ORIGINALS[node.target]
+            node.meta.pop("is_wrapped", None)
+
+
+_ORIGINALS: dict[Any, Any] = {variant: variant.__wrapped__ for variant in REMAKING.values()}  # type: ignore[attr-defined]
+_REMAKING_METHODS = {
+    "matmul": torch.matmul,
+    "__matmul__": torch.matmul,
+    "mm": torch.mm,
+    "bmm": torch.bmm,
+    "addmm": torch.addmm,
+    "baddbmm": torch.baddbmm,
+    "mul": torch.mul,
+    "multiply": torch.mul,
+}
+
+
+def _remaking_of(node: Node) -> Callable[..., Any] | None:
+    function = _REMAKING_METHODS.get(str(node.target)) if node.op == "call_method" else node.target
+    return REMAKING.get(function)
 
 
 # --- what training drops -------------------------------------------------------------------------------------

@@ -21,7 +21,9 @@ from pege_fx.passes.graph import (
     join,
     joining_of,
     make_out_of_place,
+    module_of,
     operand,
+    remake_operands,
     remove_unread_transposes,
     result_of,
     scope,
@@ -114,6 +116,9 @@ class _Insertion:
         set_operand(node, edge.operand, placed)
         if joining_of(node) is not None:
             make_out_of_place(self.gm, node)  # the original is still there for others
+        if edge.recompute and (made := module_of(self.gm, placed, FakeQuant)) is not None:
+            remake_operands(node)
+            made.recompute = True
 
     def _place_output(self, node: Node, edge: Edge, spec: QuantSpec) -> None:
         path = free_path(self.gm, join(scope(node), f"{short_name(node)}_fq"))

@@ -20,6 +20,7 @@ from pege_fx.passes.graph import (
     first_argument,
     free_path,
     get_attr,
+    keep_operands,
     operand,
     operator_of,
     parent_and_name,
@@ -50,6 +51,11 @@ def lower_weights(gm: GraphModule) -> None:
         read = get_attr(gm.graph, codes_path, node)
         grid = _constants(gm, path, Decoding(scale, zero_point), weight.dtype, node)
         _finish(gm, node, read, grid, fq.site.spec.bits, weight.dtype)
+
+
+def call_originals(gm: GraphModule) -> None:
+    """Call torch's own operations where training had variants that keep less for backward."""
+    keep_operands(gm)
 
 
 def follow_norms(gm: GraphModule) -> None:

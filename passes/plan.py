@@ -16,12 +16,14 @@ from pege_fx.passes.graph import (
     Operator,
     aliases_of,
     behind_transposes,
+    can_remake,
     changes_its_input,
     channels_of,
     entry_of,
     first_argument,
     function_name,
     hides_weights,
+    is_transpose,
     is_weight,
     join,
     joining_of,
@@ -171,6 +173,7 @@ def _operation(gm: GraphModule, node: Node, op: Op, choice: Choice) -> Operation
             edges.append(_activation_edge(source, name, "input", choice))
     if choice.shared_scale:
         edges = _with_one_scale(node, op, edges, choice)
+    edges = _recomputed(node, edges, choice)
     if choice.specs["output"] is not None:
         edges.append(_activation_edge(node, "output", "output", choice))
     parameters = sum(value.numel() for _, value in filter(None, (_parameter(gm, n) for n in node.all_input_nodes)))
@@ -187,6 +190,7 @@ def _joining(gm: GraphModule, node: Node, op: Op, choice: Choice, tensors: set[N
         edges = [dataclasses.replace(edge, spec=None, reason=reason) for edge in edges]
     if choice.shared_scale:
         edges = _with_one_scale(node, op, edges, choice)
+    edges = _recomputed(node, edges, choice)
     if choice.specs["output"] is not None:
         edges.append(_activation_edge(node, "output", "output", choice))
     parameters = sum(value.numel() for value in (tensor_of(gm, source) for source in sources.values()) if value is not None)
@@ -221,6 +225,16 @@ def _with_one_scale(node: Node, op: Op, edges: list[Edge], choice: Choice) -> li
     others = {edge.operand: tuple(member.operand for member in members if member is not edge) for edge in members}
     return [
         dataclasses.replace(edge, spec=spec, shared_with=others[edge.operand]) if edge.operand in others else edge
+        for edge in edges
+    ]
+
+
+def _recomputed(node: Node, edges: list[Edge], choice: Choice) -> list[Edge]:
+    """Say of quantized operands that they are made again in backward, if a rule asks for it and the operation can do it."""
+    if not choice.recompute or not can_remake(node):
+        return edges
+    return [
+        dataclasses.replace(edge, recompute=edge.spec is not None and not is_transpose(operand(node, edge.operand)))
         for edge in edges
     ]
 

@@ -71,6 +71,7 @@ def convert_passes(*, integer_bias: bool = False, packed: bool = False) -> Pipel
         [
             graph_passes.drop_training_branches,
             graph_passes.follow_norms,
+            graph_passes.call_originals,
             graph_passes.lower_weights,
             graph_passes.lower_folds,
             graph_passes.lower_activations,

@@ -2,11 +2,13 @@
 
 import weakref
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils.checkpoint import checkpoint
 
 from pege_fx import functional
 from pege_fx.batch_norm import Fold
@@ -116,6 +118,7 @@ class FakeQuant(nn.Module):
         super().__init__()
         spec = site.spec
         self.site, self.schedule, self.fold = site, schedule, fold
+        self.recompute = False  # y is not kept for backward, but made again there
         self.plan: Plan | None = None  # of the whole model; fx keeps modules through copies and pickles, and little else
         self.estimator = ESTIMATORS[str(spec.estimator)]
         shape = None if weight is None else tuple(weight.shape)
@@ -230,7 +233,11 @@ class FakeQuant(nn.Module):
             self.method.observe(torch.cat([value.flatten() for value in (x, *others)]) if others else x)
         continuous = self.method.transform(x)
         scale, zero_point = self.method.step()
-        replaced = functional.fake_quantize(
+        recompute, quantized = self.recompute and self.training, functional.fake_quantize
+        if recompute and torch.compiler.is_compiling():  # this is how a compiler is told, and it tells the operations behind
+            quantized = partial(checkpoint, functional.fake_quantize, use_reentrant=False, preserve_rng_state=False)
+            recompute = False
+        replaced = quantized(
             continuous,
             scale if sign is None else scale * sign,
             self.site.spec,
@@ -239,6 +246,7 @@ class FakeQuant(nn.Module):
             key=self._key_of(x, number) if self.training else None,
             strength=self._strength(),
             scale_gradient=self.method.scale_gradient(x),
+            recompute=recompute,
         )
         if self.training and not torch.compiler.is_compiling() and replaced.grad_fn is not None:
             before = _LAST_FORWARD.get(self, []) if number else []
@@ -321,7 +329,7 @@ class FakeQuant(nn.Module):
         """x_c and y of the last training forward, while autograd still keeps them; else None. Several inputs come flat."""
         nodes = [node for reference in _LAST_FORWARD.get(self, []) if (node := reference()) is not None]
         try:
-            seen = [tuple(node.saved_tensors[:2]) for node in nodes]
+            seen = [functional.continuous_and_replaced(node) for node in nodes]
         except RuntimeError:  # backward has freed them
             return None
         if len(seen) < 2:
@@ -335,6 +343,8 @@ class FakeQuant(nn.Module):
         words = [f"{spec.bits} bits", sign, f"per {spec.granularity}", str(spec.method), str(spec.estimator)]
         if self.site.inputs:
             words.append(f"one scale for {', '.join(self.site.inputs)}")
+        if self.recompute:
+            words.append("made again in backward")
         if self.site.group != "default":
             words.append(f"schedule {self.site.group!r}")
         return ", ".join(words)

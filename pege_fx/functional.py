@@ -268,6 +268,49 @@ def _view_of(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> _View | Non
     return None
 
 
+def _quantized(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    rate: Tensor | None,
+    key: Tensor | None,
+    q_min: int,
+    q_max: int,
+) -> Tensor:
+    """y, by a kernel where one fits, in the memory layout of ``x``."""
+    view = _view_of(x, scale, zero_point) if worth_compiling(x) else None
+    if view is None:
+        y = _forward(x, scale, zero_point, rate, key, False, q_min, q_max)
+        # What reads it should see the layout it would see without us.
+        return y if y.stride() == x.stride() else torch.empty_like(x).copy_(y)
+    zero = None if zero_point is None else view.of_scale(zero_point)
+    channels_last = view.order is not None
+    return view.back(_FORWARD(view.of(x), view.of_scale(scale), zero, rate, key, channels_last, q_min, q_max), x)
+
+
+def can_be_made_again(y: Tensor) -> bool:
+    """Tell whether a tensor comes right from a discretizer that did not keep it."""
+    return type(y) is Tensor and y.numel() > 0 and not y.is_meta and getattr(y.grad_fn, "recompute", False)
+
+
+def made_again(node: Any) -> Tensor:
+    """Return y of a discretizer's autograd node that did not keep it; from the first call to its backward it keeps it."""
+    if node.remembered is None:
+        x, _, scale, zero_point, strength, rate, key = node.saved_tensors  # once: activation checkpoints give them once
+        with torch.no_grad():
+            y = _quantized(x, scale, zero_point, rate, key, *node.bounds)
+        node.remembered = x, y, scale, zero_point, strength, rate, key
+    return cast(Tensor, node.remembered[1])
+
+
+def continuous_and_replaced(node: Any) -> tuple[Tensor, Tensor]:
+    """Return x_c and y of a discretizer's autograd node, while it has them."""
+    if node.recompute:
+        made_again(node)
+    x, y = (node.remembered or node.saved_tensors)[:2]
+    return x, y
+
+
 def _discretizer(estimator: "type[Estimator]") -> type[torch.autograd.Function]:
     """The discretizer with the backward of ``estimator``: a class each, made once, so that compilers see through it."""
 
@@ -298,36 +341,36 @@ def _discretizer(estimator: "type[Estimator]") -> type[torch.autograd.Function]:
             q_min: int,
             q_max: int,
             scale_gradient: float,
+            recompute: bool,
         ) -> Tensor:
-            view = _view_of(x, scale, zero_point) if worth_compiling(x) else None
-            if view is None:
-                y = _forward(x, scale, zero_point, rate, key, False, q_min, q_max)
-                if y.stride() != x.stride():  # what reads it should see the layout it would see without us
-                    y = torch.empty_like(x).copy_(y)
-            else:
-                zero = None if zero_point is None else view.of_scale(zero_point)
-                channels_last = view.order is not None
-                flat = _FORWARD(view.of(x), view.of_scale(scale), zero, rate, key, channels_last, q_min, q_max)
-                y = view.back(flat, x)
-            ctx.save_for_backward(x, y, scale, zero_point, strength)
-            ctx.q_min, ctx.q_max, ctx.scale_gradient = q_min, q_max, scale_gradient
+            y = _quantized(x, scale, zero_point, rate, key, q_min, q_max)
+            kept = (None, scale, zero_point, strength, rate, key) if recompute else (y, scale, zero_point, strength, None, None)
+            ctx.save_for_backward(x, *kept)
+            ctx.bounds, ctx.scale_gradient, ctx.recompute, ctx.remembered = (q_min, q_max), scale_gradient, recompute, None
             return y
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-            x, y, scale, zero_point, strength = ctx.saved_tensors
+            if ctx.recompute:
+                made_again(ctx)
+            x, y, scale, zero_point, strength, rate, key = ctx.remembered or ctx.saved_tensors
+            if ctx.recompute:
+                ctx.remembered = None
+                if torch.is_grad_enabled():  # for a second derivative y is a function of x, which adds no lambda again
+                    nothing = torch.zeros_like(strength)
+                    y = FakeQuantize.apply(x, scale, zero_point, rate, key, nothing, *ctx.bounds, ctx.scale_gradient, False)
             view = _view_of(x, scale, zero_point) if worth_compiling(x) else None
             if view is None:
-                grad_x, grad_scale = backward_of(grad, x, y, scale, zero_point, strength, ctx.q_min, ctx.q_max)
+                grad_x, grad_scale = backward_of(grad, x, y, scale, zero_point, strength, *ctx.bounds)
             else:
                 zero = None if zero_point is None else view.of_scale(zero_point)
                 flat, sums = backward_kernel(
-                    view.of(grad), view.of(x), view.of(y), view.of_scale(scale), zero, strength, ctx.q_min, ctx.q_max
+                    view.of(grad), view.of(x), view.of(y), view.of_scale(scale), zero, strength, *ctx.bounds
                 )
                 grad_x, grad_scale = view.back(flat, x), sums.view(scale.shape)
             wanted = ctx.needs_input_grad
             scaled = grad_scale * ctx.scale_gradient if wanted[1] else None
-            return grad_x if wanted[0] else None, scaled, None, None, None, None, None, None, None
+            return grad_x if wanted[0] else None, scaled, *(None,) * 8
 
     FakeQuantize.__name__ = FakeQuantize.__qualname__ = f"FakeQuantize{estimator.__name__}"
     return FakeQuantize
@@ -420,6 +463,7 @@ def fake_quantize(
     key: Tensor | None = None,
     strength: Tensor | None = None,
     scale_gradient: float = 1.0,
+    recompute: bool = False,
 ) -> Tensor:
     """Replace elements of ``x`` by their quantized values; forward and backward as in the module's docstring.
 
@@ -432,6 +476,7 @@ def fake_quantize(
         key: int32 key of the masks, see ``uniform``; needed with ``rate``.
         strength: λ for PEGE, δ for EWGS, 0-d; None is 0.
         scale_gradient: factor of the scale's gradient, LSQ's 1 / sqrt(N * q_max).
+        recompute: keep x_c alone for backward, and make y again there.
 
     Returns:
         y, of the shape and dtype of ``x``.
@@ -450,7 +495,7 @@ def fake_quantize(
     if strength is None:
         strength = scale.new_zeros(())
     result: Tensor = ESTIMATORS[str(spec.estimator)].discretizer.apply(
-        x, scale, zero_point, rate, key, strength, *spec.bounds, scale_gradient
+        x, scale, zero_point, rate, key, strength, *spec.bounds, scale_gradient, recompute
     )
     return result
 

@@ -34,6 +34,7 @@ class Edge:
         group: schedule group.
         elements: number of elements of the weight it reads; 0 for an activation.
         shared_with: the operands of the same operation that have one scale with it.
+        recompute: whether its quantized value is made again in backward, and not kept.
     """
 
     operand: str
@@ -44,6 +45,7 @@ class Edge:
     group: str = "default"
     elements: int = 0
     shared_with: tuple[str, ...] = ()
+    recompute: bool = False
 
     @property
     def is_weight(self) -> bool:
@@ -57,7 +59,8 @@ class Edge:
             by = f" by {self.rule}" if self.reason == FLOAT_BY_POLICY else f": {self.reason}"
             return f"{self.operand}{read}: float{by}"
         shared = f", one scale with {', '.join(self.shared_with)}" if self.shared_with else ""
-        return f"{self.operand}{read}: {in_words(self.spec)}{shared} by {self.rule}"
+        again = ", made again in backward" if self.recompute else ""
+        return f"{self.operand}{read}: {in_words(self.spec)}{shared}{again} by {self.rule}"
 
 
 def _widest(edges: tuple[Edge, ...]) -> int:

@@ -34,7 +34,7 @@ Setting: TypeAlias = QuantSpec | str | int | Literal[Unset.UNSET] | None
 EDGES: Final = ("weight", "input", "output")
 NO_RULE: Final = "no rule sets it"
 ROLES: Final = ("first", "last")
-_FIELDS: Final = (*EDGES, "schedule", "shared_scale")
+_FIELDS: Final = (*EDGES, "schedule", "shared_scale", "recompute")
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,8 @@ class Rule:
         weight, input, output: a ``QuantSpec``, or bits as ``"4"``.
         schedule: name of the schedule group.
         shared_scale: True gives all inputs of an operation with several one scale, as integer hardware needs it.
+        recompute: True makes quantized weights and inputs of an operation again in backward instead of keeping them: the
+            bytes of float training, for one more run of the quantizer.
 
     Raises:
         PolicyError: if the rule sets nothing or contradicts itself.
@@ -111,6 +113,7 @@ class Rule:
     output: Setting = UNSET
     schedule: str | Literal[Unset.UNSET] = UNSET
     shared_scale: bool | Literal[Unset.UNSET] = UNSET
+    recompute: bool | Literal[Unset.UNSET] = UNSET
 
     def __post_init__(self) -> None:
         if self.module is not None:
@@ -134,12 +137,13 @@ class Rule:
             object.__setattr__(self, edge, spec)
         if not (self.schedule is UNSET or (isinstance(self.schedule, str) and self.schedule)):
             raise PolicyError(f"schedule={self.schedule!r}: give the name of a schedule group.")
-        if not (self.shared_scale is UNSET or isinstance(self.shared_scale, bool)):
-            raise PolicyError(f"shared_scale={self.shared_scale!r}: give True or False.")
+        for name in ("shared_scale", "recompute"):
+            if not ((value := getattr(self, name)) is UNSET or isinstance(value, bool)):
+                raise PolicyError(f"{name}={value!r}: give True or False.")
         if self.shared_scale is True and self.input is None:
             raise PolicyError(f"{self!r}: inputs in float have no scale to share: drop shared_scale, or give input a format.")
         if all(getattr(self, name) is UNSET for name in _FIELDS):
-            raise PolicyError(f"{self!r} sets nothing: give weight, input, output, schedule or shared_scale.")
+            raise PolicyError(f"{self!r} sets nothing: give weight, input, output, schedule, shared_scale or recompute.")
         if self.match is not None:
             object.__setattr__(self, "_pattern", path_pattern(self.match))
 
@@ -192,13 +196,15 @@ def _short(value: Any) -> str:
 class Choice:
     """What a policy decides for one operation: a spec (or None for float) per edge, and the rule that set each.
 
-    ``shared_scale`` is the rule that asks for one scale for all inputs, "" if none does.
+    ``shared_scale`` is the rule that asks for one scale for all inputs, "" if none does. ``recompute``: its quantized
+    operands are made again in backward.
     """
 
     specs: Mapping[str, QuantSpec | None]
     rules: Mapping[str, str]
     schedule: str = "default"
     shared_scale: str = ""
+    recompute: bool = False
 
 
 _SHORTHAND = re.compile(r"(?:W(?P<weight>\d+))?(?:A(?P<input>\d+))?", re.IGNORECASE)
@@ -256,7 +262,7 @@ class QuantPolicy:
         """Run the cascade for one operation."""
         specs: dict[str, QuantSpec | None] = dict.fromkeys(EDGES)
         rules = dict.fromkeys(EDGES, NO_RULE)
-        schedule, shared_scale = "default", ""
+        schedule, shared_scale, recompute = "default", "", False
         for number, rule in enumerate(self.rules):
             if not rule.selects(op):
                 continue
@@ -267,7 +273,9 @@ class QuantPolicy:
                 schedule = str(rule.schedule)
             if rule.shared_scale is not UNSET:
                 shared_scale = f"rule {number}: {rule!r}" if rule.shared_scale else ""
-        return Choice(specs, rules, schedule, shared_scale)
+            if rule.recompute is not UNSET:
+                recompute = bool(rule.recompute)
+        return Choice(specs, rules, schedule, shared_scale, recompute)
 
     def is_about(self, op: Op) -> bool:
         """Tell whether any rule selects this operation."""
@@ -348,7 +356,7 @@ def _rule_to_dict(rule: Rule) -> dict[str, Any]:
             entry[edge] = "float"
         elif value is not UNSET:
             entry[edge] = _spec_to_dict(value)
-    for name in ("schedule", "shared_scale"):
+    for name in ("schedule", "shared_scale", "recompute"):
         if (value := getattr(rule, name)) is not UNSET:
             entry[name] = value
     return entry

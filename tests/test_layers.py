@@ -10,7 +10,8 @@ ROOT = Path(__file__).parents[1]
 LAYERS: list[set[str]] = [
     {"errors", "spec", "listing", "files"},
     {"accumulators", "kernels", "functional", "packing", "curves", "policy", "processes", "container"},
-    {"plan", "quantizers", "batch_norm", "fake_quant", "attention", "mode", "recurrent", "transformer", "explicit"},
+    {"plan", "quantizers", "batch_norm", "fake_quant", "attention", "mode", "recurrent", "transformer", "explicit"}
+    | {"recompute"},
     {"passes.graph", "passes.pipeline", "passes.costs", "passes.values", "passes.norms", "passes.threads"},
     {
         f"passes.{n}"

@@ -50,6 +50,7 @@ def rules(draw: st.DrawFn, match: st.SearchStrategy[str | None] | None = None) -
     fields: dict[str, Any] = {edge: draw(settings_of(edge)) for edge in EDGES}
     fields["schedule"] = draw(st.one_of(st.just(UNSET), texts.filter(bool)))
     fields["shared_scale"] = draw(st.sampled_from([UNSET, False, *([] if fields["input"] in (None, "float") else [True])]))
+    fields["recompute"] = draw(st.sampled_from([UNSET, False, True]))
     if all(value is UNSET for value in fields.values()):
         fields["weight"] = None
     anything = st.none() | st.sampled_from(PATTERNS) | texts.filter(lambda text: not text.startswith("re:"))
@@ -88,6 +89,8 @@ def test_the_last_rule_that_selects_and_sets_a_field_wins(found: list[Rule], op:
         else:
             assert choice.specs[edge] is None
             assert choice.rules[edge] == "no rule sets it"
+    again = [rule.recompute for rule in found if rule.selects(op) and rule.recompute is not UNSET]
+    assert choice.recompute == (again[-1] if again else False)
     groups = [rule.schedule for rule in found if rule.selects(op) and rule.schedule is not UNSET]
     assert choice.schedule == (groups[-1] if groups else "default")
     asking = [(i, rule) for i, rule in enumerate(found) if rule.selects(op) and rule.shared_scale is not UNSET]
@@ -333,7 +336,8 @@ def test_unknown_names_are_refused_in_the_short_form_too() -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({}, r"Rule\(\) sets nothing: give weight, input, output, schedule or shared_scale"),
+        ({}, r"Rule\(\) sets nothing: give weight, input, output, schedule, shared_scale or recompute"),
+        ({"recompute": 1}, r"recompute=1: give True or False"),
         ({"match": "conv1", "role": "first"}, r"Rule\(match='conv1', role='first'\) sets nothing"),
         ({"weight": "W4A4"}, r"weight='W4A4' is not a number format(.|\n)*\"W4A4\" is for QuantPolicy.parse"),
         ({"input": 4.0}, r"input=4.0 is not a number format"),

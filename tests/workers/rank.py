@@ -58,13 +58,13 @@ def part(x: Tensor, rank: int, size: int) -> Tensor:
     return x.chunk(size)[rank]
 
 
-def prepared(method: str, estimator: str = "pege", batch_norm: str = "freeze") -> Any:
+def prepared(method: str, estimator: str = "pege", batch_norm: str = "freeze", recompute: bool = False) -> Any:
     """Not calibrated."""
     torch.manual_seed(0)
     net = Net().double()  # so that rounding does not move an element over the edge of a step
     policy = QuantPolicy.parse("W3A3", first="4", last="4", method=method, estimator=estimator)
     sums = Rule(function="add", input=QuantSpec(bits=4, method=method, estimator=estimator), shared_scale=True)
-    policy = QuantPolicy((*policy.rules, sums))
+    policy = QuantPolicy((*policy.rules, sums, Rule(recompute=recompute)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", pege_fx.PegeWarning)  # that the block stays Python
         return pege_fx.prepare(net, policy, batch_norm=batch_norm)
@@ -109,14 +109,17 @@ def trained(
 def ddp(rank: int, size: int, folder: Path) -> dict[str, Any]:
     runs = {f"{method} pege": (method, "pege", True) for method in METHODS}
     runs |= {"lsq ste": ("lsq", "ste", True), "lsq at the first batch": ("lsq", "pege", False)}
-    return {
+    found = {
         name: trained(prepared(method, estimator), rank, size, DistributedDataParallel, calibrated)
         for name, (method, estimator, calibrated) in runs.items()
     }
+    again = trained(prepared("lsq", recompute=True), rank, size, DistributedDataParallel)
+    return found | {"lsq pege made again in backward": again}
 
 
 def fsdp(rank: int, size: int, folder: Path) -> dict[str, Any]:
-    return {f"{method} pege": trained(prepared(method), rank, size, pege_fx.shard) for method in METHODS}
+    found = {f"{method} pege": trained(prepared(method), rank, size, pege_fx.shard) for method in METHODS}
+    return found | {"lsq pege made again in backward": trained(prepared("lsq", recompute=True), rank, size, pege_fx.shard)}
 
 
 def resumed(rank: int, size: int, folder: Path) -> dict[str, Any]:
