@@ -15,7 +15,6 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
-from unittest import mock
 
 import numpy
 import torch
@@ -30,6 +29,7 @@ from pege_fx.fake_quant import FakeQuant
 from pege_fx.mode import PYTHON_FORWARD, TRAINING_MODE, PythonForward, TrainingMode
 from pege_fx.passes.branches import MergeError, merge_branches
 from pege_fx.passes.graph import attribute_of, hides_weights, join, parent_and_name, remove_dead_nodes, source_of
+from pege_fx.passes.threads import uncompiled
 from pege_fx.passes.trace import Known, NotTraceableError, PegeTracer
 from pege_fx.plan import Capture
 from pege_fx.policy import path_pattern
@@ -411,7 +411,7 @@ def _graph_module(root: nn.Module, graph: Graph, tracer: PegeTracer, prefix: str
     if prefix:
         gm: GraphModule = Grafted(root, graph, class_name=type(root).__name__)
     else:  # the passes do not run it, and the runner compiles what they made of it
-        with mock.patch.object(GraphModule, "recompile"):
+        with uncompiled():
             gm = GraphModule(root, graph, class_name=type(root).__name__)
     gm.meta["prefix"] = prefix
     for node in gm.graph.find_nodes(op="call_module"):

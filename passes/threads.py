@@ -1,11 +1,13 @@
 """Tracing that other threads do not notice."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 from torch import nn
-from torch.fx import Graph, Tracer
+from torch.fx import Graph, GraphModule, Tracer
 
 # While it traces, fx has patched ``nn.Module`` for all threads: two tracers would restore each other's patches.
 TRACING = threading.RLock()
@@ -31,3 +33,15 @@ class LocalTracer(Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         return super().getattr(attr, attr_val, parameter_proxy_cache) if self.is_called else attr_val
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Leave the GraphModules that this thread makes without code: whoever finishes the graph calls ``recompile``."""
+    thread, compiled = threading.get_ident(), GraphModule.recompile
+
+    def recompile(gm: GraphModule) -> Any:
+        return None if threading.get_ident() == thread else compiled(gm)
+
+    with TRACING, mock.patch.object(GraphModule, "recompile", recompile):
+        yield

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 import pege_fx
 from pege_fx.kernels import eager_kernels
+from pege_fx.passes.threads import uncompiled
 
 ROOT = Path(__file__).parents[1]
 DATA = torch.randn(8, 4, 1, 6, 6, generator=torch.Generator().manual_seed(5))
@@ -175,6 +176,16 @@ def test_threads_prepare_what_one_prepares() -> None:
         assert [str(gm.graph) for gm in models] == alone
     assert nn.Module.__call__.__module__ == "torch.nn.modules.module"
     assert torch.zeros(2).tolist() == [0.0, 0.0]
+
+
+def test_graphs_that_another_thread_makes_meanwhile_are_compiled() -> None:
+    gm = prepared()
+    with uncompiled():
+        (theirs,) = at_once(lambda: copy.deepcopy(gm))
+        ours = copy.deepcopy(gm)
+    assert theirs.code == gm.code
+    with pytest.raises(RuntimeError, match="Code has not been generated"):
+        _ = ours.code
 
 
 # --- the workers of a DataLoader -----------------------------------------------------------------------------------
