@@ -8,7 +8,7 @@ WORKERS ?= 2
 # One thread a worker: two cores shared by two workers go faster than four threads that fight.
 TEST := OMP_NUM_THREADS=1 PYTHONWARNINGS=default
 
-.PHONY: demo test test-oldest lint format docs bench coverage test-coverage mutants long-run clean
+.PHONY: demo test test-oldest lint format docs bench coverage test-coverage fuzz mutants long-run clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py --output runs/quickstart
@@ -57,6 +57,11 @@ mutants: $(VENV)/.installed
 # 100,000 training steps, alone and watched; about twenty minutes.
 long-run: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/long_run.py $(ARGS)
+
+# Random networks through everything; docs/fuzzing.md. ARGS="--seed 17" makes one batch again.
+MINUTES ?= 10
+fuzz: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fuzz.py --minutes $(MINUTES) --workers $(WORKERS) $(ARGS)
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

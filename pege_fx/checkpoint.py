@@ -19,6 +19,7 @@ from pege_fx import container
 from pege_fx.api import prepare
 from pege_fx.errors import CheckpointError, ModelError, PolicyError, closest
 from pege_fx.fake_quant import fake_quants
+from pege_fx.plan import Plan
 from pege_fx.policy import QuantPolicy
 from pege_fx.processes import gathered, laid_out_as, on_first_rank, rank_and_size, whole
 from pege_fx.scheduler import PEGEScheduler, plan_of
@@ -147,7 +148,7 @@ def load(
     tree = container.read(path, KIND)
     info = _info(tree, path)
     try:
-        gm = prepared_part(model) if fake_quants(model) else prepare(model, info.policy, **prepare_options)
+        gm = _prepared_in(model) or prepare(model, info.policy, **prepare_options)
     except PolicyError as error:
         raise CheckpointError(
             f"{path} is of another model ({info.model}): its policy does not fit this one.\n{error}"
@@ -194,10 +195,21 @@ def checkpoint_info(path: str | os.PathLike[str]) -> CheckpointInfo:
 
 def prepared_part(model: nn.Module) -> GraphModule:
     """The prepared graph inside whatever wraps it (DDP, a compiled module, an average)."""
-    for module in model.modules():
-        if isinstance(module, GraphModule) and fake_quants(module):
-            return module
+    if (gm := _prepared_in(model)) is not None:
+        return gm
     raise ModelError(f"{type(model).__name__} was not prepared: give what pege_fx.prepare returned, before convert.")
+
+
+def _prepared_in(model: nn.Module) -> GraphModule | None:
+    for module in model.modules():
+        if isinstance(module, GraphModule) and (fake_quants(module) or _is_all_float(module.meta.get("plan"))):
+            return module
+    return None
+
+
+def _is_all_float(plan: Plan | None) -> bool:
+    """Whether a policy left everything in float, as one of 32 bits does."""
+    return plan is not None and not any(plan.quantized)
 
 
 def versions() -> dict[str, str]:

@@ -295,3 +295,15 @@ def test_models_that_were_not_prepared_are_not_saved(tmp_path: Path) -> None:
         pege_fx.save(net(), tmp_path / "x")
     with pytest.raises(ModelError, match="was not prepared"):
         pege_fx.save(pege_fx.convert(pege_fx.prepare(net(), "W3A3", (X,))), tmp_path / "x")
+
+
+@pytest.mark.filterwarnings("ignore:nothing is quantized")
+def test_a_baseline_in_float_is_saved_and_resumed_by_the_same_code(tmp_path: Path) -> None:
+    run = made("W32A32")
+    train(run, 2)
+    pege_fx.save(run[0], tmp_path / "state", scheduler=run[1], optimizer=run[2])
+    losses, other = train(run, 2), made("W32A32")
+    pege_fx.load(tmp_path / "state", other[0], scheduler=other[1], optimizer=other[2])
+    assert train(other, 2) == losses
+    with pytest.raises(ModelError, match="was not prepared"):
+        pege_fx.save(pege_fx.convert(pege_fx.prepare(net(), "W3A3", (X,)).eval()), tmp_path / "deployed")
