@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 
 from pege_fx import container
 from pege_fx.api import prepare
-from pege_fx.errors import CheckpointError, ModelError, PolicyError, closest
+from pege_fx.errors import CheckpointError, ModelError, PegeError, PolicyError, closest
 from pege_fx.fake_quant import fake_quants
 from pege_fx.plan import Plan
 from pege_fx.policy import QuantPolicy
@@ -153,6 +153,23 @@ def load(
         raise CheckpointError(
             f"{path} is of another model ({info.model}): its policy does not fit this one.\n{error}"
         ) from error
+    try:
+        _take_over(path, tree, info, gm, scheduler, optimizer)
+    except PegeError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is not what save wrote: {type(error).__name__}: {error}") from error
+    return gm
+
+
+def _take_over(
+    path: Any,
+    tree: dict[str, Any],
+    info: CheckpointInfo,
+    gm: GraphModule,
+    scheduler: PEGEScheduler | None,
+    optimizer: torch.optim.Optimizer | None,
+) -> None:
     _check_sites(path, info, gm)
     _check_tensors(path, tree["model"], gm.state_dict())
     if optimizer is not None:
@@ -169,7 +186,6 @@ def load(
         optimizer.load_state_dict(_optimizer_state(tree["optimizer"], optimizer))
     if scheduler is not None or optimizer is not None:
         _set_random_state(tree["random"])
-    return gm
 
 
 def checkpoint_info(path: str | os.PathLike[str]) -> CheckpointInfo:

@@ -8,6 +8,7 @@ Weight codes are packed to their bits. A value of an argument that JSON does not
 
 import hashlib
 import json
+import keyword
 import math
 import os
 from collections.abc import Callable
@@ -99,7 +100,7 @@ def load_deployed(path: str | os.PathLike[str]) -> GraphModule:
         gm.graph = _decode_graph(header["nodes"], set(tensors))
         gm.graph.lint()
         gm.recompile()
-    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, IndexError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, IndexError, SyntaxError, OverflowError) as error:
         raise CheckpointError(f"{path} is broken: {type(error).__name__}: {error}") from error
     return gm.eval()
 
@@ -118,7 +119,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         header = json.loads(text)
         version, digest = header["version"], header["digest"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is broken: its header can not be read ({error}).") from error
     if version != VERSION:
         raise CheckpointError(f"{path} has format version {version}, this pege_fx reads {VERSION}: update pege_fx.")
@@ -211,10 +212,24 @@ def _decode_graph(rows: list[list[Any]], tensors: set[str]) -> Graph:
         elif op not in ("placeholder", "get_attr", "output", "call_method"):
             raise ValueError(f"{op!r} is not an operation of a stored graph")
         decoded = _decode(args, nodes)
+        named = _decode(kwargs, nodes)
+        if not (isinstance(decoded, tuple) and isinstance(named, dict)):
+            raise TypeError(f"{name} has no arguments")
         if found is getattr:
             read_attribute(torch.empty(()), decoded[1])
-        nodes[name] = graph.create_node(op, found, decoded, _decode(kwargs, nodes), name=name)
+        _check_names(op, target, named)
+        nodes[name] = graph.create_node(op, found, decoded, named, name=name)
     return graph
+
+
+def _check_names(op: str, target: str, kwargs: dict[str, Any]) -> None:
+    """fx writes these into Python code as they are: nothing but a name may be there."""
+    arguments_named = [*kwargs, *([target.lstrip("*")] if op == "placeholder" else [])]
+    for name in arguments_named:
+        if not name.isidentifier() or keyword.iskeyword(name):
+            raise ValueError(f"{name!r} is no name of an argument")
+    if op == "get_attr" and not (target.isprintable() and not set(target) & set("\"'\\")):
+        raise ValueError(f"{target!r} is no name of a tensor")
 
 
 def _decode(value: Any, nodes: dict[str, Node]) -> Any:

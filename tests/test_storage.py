@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from hypothesis import HealthCheck, given, settings
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import pege_fx
-from pege_fx import CheckpointError, ExportError, PegeWarning, QuantPolicy, testing
+from pege_fx import CheckpointError, ExportError, PegeError, PegeWarning, QuantPolicy, storage, testing
 from pege_fx.passes import inline_modules, pack_weights, run, unpack_weights
 from pege_fx.storage import _encode
 from pege_fx.vocabulary import functions
@@ -216,8 +217,6 @@ def test_other_tensors_are_no_model(tmp_path: Path) -> None:
 
 
 def with_header(path: Path, change: Any) -> None:
-    from safetensors import safe_open
-
     with safe_open(path, framework="pt") as file:
         header = json.loads(file.metadata()["pege_fx"])
     change(header)
@@ -240,6 +239,49 @@ def test_a_file_can_name_only_what_computes(written: Path, row: list[Any], messa
     with_header(written, lambda header: header["nodes"].insert(1, row))
     with pytest.raises(CheckpointError, match=message):
         pege_fx.load_deployed(written)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        ["bad", "placeholder", "y=HERE", {"tuple": []}, {"dict": []}],
+        ["bad", "placeholder", "y, z=HERE", {"tuple": []}, {"dict": []}],
+        ["bad", "placeholder", "class", {"tuple": []}, {"dict": []}],
+        ["bad", "placeholder", ["y"], {"tuple": []}, {"dict": []}],
+        ["bad", "call_function", "torch.relu", {"tuple": [{"node": "input_1"}]}, {"dict": [["inplace=HERE, out", None]]}],
+        ["bad", "call_function", "torch.relu", {"tuple": [{"node": "input_1"}]}, {"dict": [[3, None]]}],
+        ["bad HERE", "call_method", "relu", {"tuple": [{"node": "input_1"}]}, {"dict": []}],
+    ],
+)
+def test_a_file_can_not_bring_code_in_a_name(written: Path, row: list[Any], tmp_path: Path) -> None:
+    """fx writes names of arguments and attributes into Python code, and compiles it."""
+    trace = tmp_path / "code was run"
+    row = json.loads(json.dumps(row).replace("HERE", f"open({str(trace)!r}, 'w')"))
+    with_header(written, lambda header: header["nodes"].insert(1, row))
+    try:
+        pege_fx.load_deployed(written)(torch.randn(1, 3, 8, 8), *[torch.randn(1)] * (row[1] == "placeholder"))
+    except PegeError:
+        pass
+    else:
+        assert row[0] != "bad"
+    assert not trace.exists()
+
+
+def test_a_tensor_can_not_bring_code_in_its_name(tmp_path: Path) -> None:
+    trace, x = tmp_path / "code was run", torch.randn(2, 4)
+    pege_fx.save_deployed(pege_fx.convert(pege_fx.prepare(nn.Linear(4, 4), "W4A4", x)), tmp_path / "model")
+    tensors = load_file(tmp_path / "model")
+    name = f'a"), open({str(trace)!r}, "w'
+    tensors[name] = torch.ones(1)
+    with safe_open(tmp_path / "model", framework="pt") as file:
+        header = json.loads(file.metadata()["pege_fx"])
+    header["digest"] = storage._digest(tensors)
+    header["nodes"].insert(1, ["bad", "get_attr", name, {"tuple": []}, {"dict": []}])
+    header["nodes"].insert(2, ["used", "call_method", "relu", {"tuple": [{"node": "bad"}]}, {"dict": []}])
+    save_file(tensors, tmp_path / "model", {"pege_fx": json.dumps(header)})
+    with pytest.raises(CheckpointError, match="no name of a tensor"):
+        pege_fx.load_deployed(tmp_path / "model")(x)
+    assert not trace.exists()
 
 
 def test_a_newer_version_is_said(written: Path) -> None:

@@ -1,0 +1,251 @@
+"""Files of a broken disk, or of somebody who means ill: a ``PegeError`` or success, and nothing of them is run."""
+
+import ast
+import copy
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import pege_fx
+from pege_fx import PegeError, QuantPolicy, Rule, container
+
+QUICK = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+X = torch.randn(2, 4)
+POLICY = QuantPolicy((Rule(weight="4", input="4", schedule="slow"), Rule(match="re:0", weight="8", recompute=True)))
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
+
+
+PREPARED = pege_fx.prepare(network(), POLICY, (X,))
+
+
+def prepared() -> Any:
+    return copy.deepcopy(PREPARED)
+
+
+def write_checkpoint(path: Path) -> None:
+    gm = prepared()
+    scheduler, optimizer = pege_fx.PEGEScheduler(gm, 4), torch.optim.Adam(gm.parameters())
+    gm(X).sum().backward()
+    optimizer.step()
+    pege_fx.save(gm, path, scheduler=scheduler, optimizer=optimizer, extra={"epoch": 3})
+
+
+def read_checkpoint(path: Path) -> None:
+    gm = prepared()
+    pege_fx.checkpoint_info(path)
+    pege_fx.load(path, gm, scheduler=pege_fx.PEGEScheduler(gm, 4), optimizer=torch.optim.Adam(gm.parameters()))
+
+
+def read_json(data: bytes) -> QuantPolicy:
+    return QuantPolicy.from_json(data.decode(errors="replace"))
+
+
+FILES: dict[str, tuple[Callable[[Path], Any], Callable[[Path], Any]]] = {
+    "checkpoint": (write_checkpoint, read_checkpoint),
+    "deployed": (lambda path: pege_fx.save_deployed(pege_fx.convert(prepared().eval()), path), pege_fx.load_deployed),
+    "policy.toml": (POLICY.to_toml, QuantPolicy.from_toml),
+    "policy.json": (lambda path: path.write_text(POLICY.to_json()), lambda path: read_json(path.read_bytes())),
+}
+
+
+@pytest.fixture(scope="module", params=FILES)
+def kind(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes, Callable[[Path], Any]]:
+    write, read = FILES[request.param]
+    path = tmp_path_factory.mktemp("hostile") / request.param
+    write(path)
+    read(path)
+    return path, path.read_bytes(), read
+
+
+@st.composite
+def damages(draw: st.DrawFn) -> Callable[[bytes], bytes]:
+    """Bits flipped, a range cut out, zeroed, doubled or replaced, the end torn off; places as parts of the length."""
+    places = st.floats(0, 1, exclude_max=True)
+    what = draw(st.sampled_from(["flip", "tear", "cut", "zero", "double", "replace"]))
+    first, last, noise = draw(places), draw(places), draw(st.binary(min_size=1, max_size=12))
+
+    def damage(data: bytes) -> bytes:
+        a, b = sorted((int(first * len(data)), int(last * len(data))))
+        b = a + min(b - a, 64)
+        if what == "flip":
+            return data[:a] + bytes([data[a] ^ (noise[0] or 1)]) + data[a + 1 :]
+        middle = {"tear": None, "cut": b"", "zero": bytes(b - a), "double": 2 * data[a:b], "replace": noise}[what]
+        return data[:a] if middle is None else data[:a] + middle + data[b:]
+
+    return damage
+
+
+@given(damages())
+@QUICK
+def test_bytes_are_damaged(kind: tuple[Path, bytes, Callable[[Path], Any]], damage: Callable[[bytes], bytes]) -> None:
+    path, whole, read = kind
+    path.write_bytes(damage(whole))
+    try:
+        read(path)
+    except PegeError:
+        return
+
+
+# --- structure ---------------------------------------------------------------------------------------------------
+
+ODD = [
+    None,
+    True,
+    -1,
+    2**63,
+    1e308,
+    float("nan"),
+    "",
+    "../../etc/passwd",
+    "a.b.c",
+    "__class__",
+    "\ud800",
+    [],
+    {},
+    [[]],
+    {"dict": 3},
+]
+ODD += [
+    {"node": "input_1"},
+    {"float": "x"},
+    {"tensor": "none"},
+    {"tuple": [1]},
+    {"slice": [1]},
+    {"dtype": "load"},
+    {"a": 1, "b": 2},
+]
+ODD += ["x" * 5000, list(range(50))]
+
+
+def places(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield the way to every part of a tree."""
+    yield path
+    if isinstance(tree, (dict, list)):
+        for key, child in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from places(child, (*path, key))
+
+
+def replaced(tree: Any, path: tuple[Any, ...], value: Any) -> Any:
+    if not path:
+        return value
+    key, *rest = path
+    changed = replaced(tree[key], tuple(rest), value)
+    return tree | {key: changed} if isinstance(tree, dict) else [*tree[:key], changed, *tree[key + 1 :]]
+
+
+def altered(data: st.DataObject, tree: Any) -> Any:
+    """One part of a tree replaced by something odd, or by another part, or left out."""
+    ways = list(places(tree))
+    way = data.draw(st.sampled_from(ways))
+    if way and data.draw(st.booleans()):
+        parent = tree
+        for key in way[:-1]:
+            parent = parent[key]
+        left = {k: v for k, v in parent.items() if k != way[-1]} if isinstance(parent, dict) else parent[: way[-1]]
+        return replaced(tree, way[:-1], left)
+    other = tree
+    for key in data.draw(st.sampled_from(ways)):
+        other = other[key]
+    return replaced(tree, way, data.draw(st.sampled_from([*ODD, other])))
+
+
+def raw(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata())
+
+
+@given(st.data())
+@QUICK
+def test_the_graph_of_a_converted_file_is_altered(tmp_path: Path, data: st.DataObject) -> None:
+    path = tmp_path / "deployed"
+    if not path.exists():
+        pege_fx.save_deployed(pege_fx.convert(prepared().eval()), path)
+    header = altered(data, json.loads(raw(path)["pege_fx"]))
+    other = tmp_path / "altered"
+    save_file(load_file(path), other, {"pege_fx": json.dumps(header)})
+    try:
+        pege_fx.load_deployed(other)
+    except PegeError:
+        return
+
+
+@given(st.data())
+@QUICK
+def test_the_tree_of_a_checkpoint_is_altered_and_signed_again(tmp_path: Path, data: st.DataObject) -> None:
+    path = tmp_path / "checkpoint"
+    if not path.exists():
+        write_checkpoint(path)
+    found, tensors = raw(path), load_file(path)
+    text = json.dumps(altered(data, json.loads(found["tree"])))
+    try:
+        digest = container._digest(text, tensors)
+    except UnicodeEncodeError:
+        return
+    save_file(tensors, tmp_path / "altered", found | {"tree": text, "sha256": digest})
+    try:
+        read_checkpoint(tmp_path / "altered")
+    except PegeError:
+        return
+
+
+@given(st.data())
+@QUICK
+def test_a_policy_is_altered(data: st.DataObject) -> None:
+    changed = altered(data, POLICY.to_dict())
+    try:
+        QuantPolicy.from_json(json.dumps(changed))
+        QuantPolicy.from_dict(changed)
+    except PegeError:
+        return
+
+
+@pytest.mark.parametrize("nested", ['{"a":' * 100_000, "[" * 100_000, '{"rules": ' + "[" * 100_000 + "]" * 100_000 + "}"])
+def test_a_file_nested_without_end_is_refused(nested: str, tmp_path: Path) -> None:
+    with pytest.raises(PegeError):
+        QuantPolicy.from_json(nested)
+    (tmp_path / "policy.toml").write_text(f"rules = {nested}")
+    with pytest.raises(PegeError):
+        QuantPolicy.from_toml(tmp_path / "policy.toml")
+    save_file({"w": X}, tmp_path / "deployed", {"pege_fx": nested})
+    with pytest.raises(PegeError):
+        pege_fx.load_deployed(tmp_path / "deployed")
+
+
+@pytest.mark.parametrize("size", [2**40, 2**63 - 1, 2**64 - 1])
+def test_sizes_that_a_header_claims_are_not_believed(size: int, tmp_path: Path) -> None:
+    for name, read in (("checkpoint", read_checkpoint), ("deployed", pege_fx.load_deployed)):
+        true = b'{"w":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}'
+        (tmp_path / name).write_bytes(size.to_bytes(8, "little") + true + bytes(16))
+        with pytest.raises(PegeError):
+            read(tmp_path / name)
+        header = json.dumps({"w": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
+        (tmp_path / name).write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
+        with pytest.raises(PegeError):
+            read(tmp_path / name)
+
+
+def test_nothing_that_reads_files_can_run_what_is_in_them() -> None:
+    """No pickle, eval, exec, marshal or yaml anywhere in the package, and no ``torch.load``."""
+    package = Path(pege_fx.__file__).parent
+    for path in package.rglob("*.py"):
+        if path.parent.name == "testing":  # pickles what it made itself
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in ("eval", "exec", "torch.load", "pickle.load", "pickle.loads"), f"{path}: {called}"
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
+                assert not names & {"marshal", "shelve", "dill", "cloudpickle"}, path
