@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.nn.utils.parametrizations import weight_norm
 
 import pege_fx
 from pege_fx.passes import normalize, run
@@ -119,6 +120,7 @@ def test_layers_of_several_inputs_are_called_as_they_were(layer: nn.Module, x: T
 
 REFUSED: list[tuple[nn.Module, Tensor, Callable[..., Tensor], str]] = [
     (nn.Linear(4, 5), PAIRS, lambda m, x: m(input=x), "child is called with more than its input"),
+    (nn.ConvTranspose1d(3, 2, 3, 2), PAIRS, lambda m, x: m(x, [10]), "child is called with more than its input"),
     (nn.EmbeddingBag(7, 4, max_norm=1.0), WORDS.view(2, 4), lambda m, x: m(x), "changes its weight in place (max_norm)"),
     (nn.Embedding(7, 4, max_norm=1.0), WORDS, lambda m, x: m(x), "changes its weight in place (max_norm)"),
 ]
@@ -147,6 +149,12 @@ def test_a_forward_or_parameters_of_its_own_stay_a_module() -> None:
         "has hooks or a forward of its own",
         "computes its weight from other parameters",
     ]
+
+
+def test_operations_that_are_a_whole_module_have_its_path() -> None:
+    model = nn.Sequential(weight_norm(nn.Linear(4, 5)), nn.LSTM(5, 3))
+    paths = {op.path for op in pege_fx.explain(model, "W4A4", (PAIRS,)).operations}
+    assert paths == {"0", "1"}
 
 
 def test_functions_have_their_first_arguments_by_position() -> None:

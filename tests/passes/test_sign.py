@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from torch import Tensor, nn
-from torch.fx import GraphModule, Interpreter, Node, Tracer, symbolic_trace
+from torch.fx import Graph, GraphModule, Interpreter, Node, Tracer, symbolic_trace
 
 from pege_fx.passes import analyse_signs, name_writes
 from pege_fx.testing import Network, networks
@@ -86,6 +86,7 @@ NOT_PROVED: dict[str, Callable[[Tensor], Tensor]] = {
     "product with a number": lambda x: torch.mul(x, 2),
     "product with itself by another name": lambda x: x * x.relu(),
     "power of a fraction": lambda x: x**2.5,
+    "power by name": lambda x: torch.pow(x, exponent=2),
     "a base to the power": lambda x: torch.pow(2.0, x),
     "clamp from above": lambda x: x.clamp(max=1),
     "clamp by position below zero": lambda x: torch.clamp(x, -0.5),
@@ -99,6 +100,15 @@ NOT_PROVED: dict[str, Callable[[Tensor], Tensor]] = {
     "everything by name": lambda x: torch.flatten(input=x.relu()),
     "unknown function": lambda x: torch.sin(x.relu()),
 }
+
+
+def test_the_value_of_a_padding_may_come_by_position() -> None:
+    graph = Graph()  # fx writes what F.pad gets by name
+    relu = graph.call_function(F.relu, (graph.placeholder("x"),))
+    pads = [graph.call_function(F.pad, (relu, (1, 1), "constant", value)) for value in (-1.0, 0.0)]
+    graph.output(tuple(pads))
+    analyse_signs(GraphModule(nn.Module(), graph))
+    assert [bool(pad.meta.get("non_negative")) for pad in pads] == [False, True]
 
 
 @pytest.mark.parametrize("name", PROVED)
