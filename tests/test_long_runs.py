@@ -4,6 +4,7 @@ The lengths here take seconds; ``make long-run`` measures 100,000 steps, by benc
 """
 
 import gc
+import json
 import sys
 import tracemalloc
 import weakref
@@ -18,6 +19,8 @@ import pege_fx
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from benchmarks import long_run  # noqa: E402
+
+RESULT = ROOT / "benchmarks" / "results" / "long_run.json"
 
 
 @pytest.fixture
@@ -87,3 +90,14 @@ def test_preparing_again_and_again_holds_no_more_tensors() -> None:
     for _ in range(3):
         pege_fx.convert(long_run.prepared().eval())
     assert long_run.Size.now().tensors == before
+
+
+def test_the_stored_run_grew_neither_in_memory_nor_in_time() -> None:
+    stored = json.loads(RESULT.read_text(encoding="utf-8"))
+    assert stored["steps"] == 100_000
+    for name in ("alone", "with telemetry and guard"):
+        first, second, *_, last = stored[name]
+        assert last["steps"] == 100_000
+        assert last["seconds"] <= 1.5 * first["seconds"]  # a shared machine
+        assert last["size"]["tensors"] == second["size"]["tensors"]
+        assert last["size"]["resident"] - second["size"]["resident"] < 8 * 2**20
