@@ -664,6 +664,14 @@ def test_discretization_error_is_the_squared_distance_with_y_constant(dtype: tor
     torch.testing.assert_close(x.grad, 2 * (x - y).detach(), rtol=0.02, atol=0.02)
 
 
+def test_what_belongs_to_one_call_has_a_name() -> None:
+    x, scale, spec = torch.randn(4), torch.tensor(0.5), QuantSpec(bits=3)
+    named = fake_quantize(spec=spec, scale=scale, x=x, zero_point=torch.tensor(1.0))
+    assert torch.equal(named, fake_quantize(x, scale, spec, zero_point=torch.tensor(1.0)))
+    with pytest.raises(TypeError, match="positional"):
+        fake_quantize(x, scale, spec, torch.tensor(1.0))  # type: ignore[misc]
+
+
 # --- what is refused ---------------------------------------------------------------------------------------------
 
 
