@@ -115,8 +115,9 @@ def _is_non_negative_function(node: Node, proved: set[Node]) -> bool:
 
 
 def _inputs_are(node: Node, proved: set[Node]) -> bool:
-    args, _ = arguments(node)
+    args, kwargs = arguments(node)
     if node.target not in _JOINING:
         return bool(args) and isinstance(args[0], Node) and args[0] in proved
-    numbers = [value for value in args if isinstance(value, (int, float))]
+    operands = (*args, kwargs.get("other")) if node.target in _ARITHMETIC else ()  # a number elsewhere is a dimension
+    numbers = [value for value in operands if isinstance(value, (int, float))]
     return all(source in proved for source in node.all_input_nodes) and all(number >= 0 for number in numbers)

@@ -96,6 +96,24 @@ def test_figures_are_those_of_the_result_files() -> None:
     assert [row for row in rows_of_results() if row not in lines] == []
 
 
+def rows_about_tests() -> Iterator[str]:
+    """Rows of docs/mutants.md: the samples of mutants, and the long runs."""
+    for name, result in json.loads((RESULTS / "mutants.json").read_text()).items():
+        first, killed = (f"{n} ({n / result['tried']:.0%})" for n in (result["killed at first"], result["killed"]))
+        yield f"| `{name.replace('.', '/')}.py` | {result['mutants']} | {result['tried']} | {first} | {killed} |"
+    runs = json.loads((RESULTS / "long_run.json").read_text())
+    for name in ("alone", "with telemetry and guard"):
+        for part in (runs[name][0], runs[name][-1]):
+            size = part["size"]
+            memory, milliseconds = f"{size['resident'] / 2**20:.1f} MiB", f"{1e3 * part['seconds']:.1f} ms"
+            yield f"| {name} | {part['steps']:,} | {milliseconds} | {memory} | {size['objects']:,} | {size['tensors']} |"
+
+
+def test_the_page_about_tests_has_the_stored_figures() -> None:
+    lines = PAGES["docs/mutants.md"].read_text().splitlines()
+    assert [row for row in rows_about_tests() if row not in lines] == []
+
+
 def anchors(page: Path) -> set[str]:
     """The anchors of a page's headings, as GitHub and mkdocs both make them of plain words."""
     headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S), re.M)

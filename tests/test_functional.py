@@ -11,9 +11,11 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from pege_fx import QuantSpec, SpecError
 from pege_fx.functional import (
+    Estimator,
     codes_of,
     dequantize,
     discretization_error,
@@ -25,6 +27,7 @@ from pege_fx.functional import (
     site_key,
     uniform,
 )
+from pege_fx.spec import ESTIMATORS as KNOWN
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -285,6 +288,40 @@ def test_codes_and_their_values_are_fake_quantize(case: tuple[Tensor, Tensor, Te
 )
 def test_codes_reach_both_ends_of_their_grid(options: dict[str, bool], ends: list[int]) -> None:
     assert quantize(torch.tensor([-99.0, 99.0]), torch.tensor(1.0), bits=3, **options).tolist() == ends
+
+
+def test_a_packed_sequence_stays_one() -> None:
+    packed = pack_padded_sequence(torch.randn(3, 2, 4), torch.tensor([2, 3]), enforce_sorted=False)
+    scale = torch.tensor(0.25)
+    codes = quantize(packed, scale, bits=4, signed=True)  # type: ignore[arg-type]
+    values = dequantize(codes, scale, bits=4, dtype=torch.float64)
+    assert isinstance(codes, PackedSequence)
+    assert isinstance(values, PackedSequence)
+    assert torch.equal(codes.data, quantize(packed.data, scale, bits=4, signed=True))
+    assert torch.equal(values.data, dequantize(codes.data, scale, bits=4, dtype=torch.float64))
+    assert values.data.dtype == torch.float64
+    for found in (codes, values):
+        assert torch.equal(found.batch_sizes, packed.batch_sizes)
+        assert torch.equal(found.unsorted_indices, packed.unsorted_indices)
+
+
+def test_an_estimator_without_a_name_is_known_to_no_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(KNOWN, "_classes", dict(before := KNOWN._classes))
+
+    class Base(Estimator):
+        """What others derive from."""
+
+    assert list(KNOWN) == list(before)
+
+    class Derived(Base, name="derived-example"):
+        @staticmethod
+        def gradient(grad: Tensor, x: Tensor, y: Tensor, keep: Tensor, span: Tensor, strength: Tensor) -> Tensor:
+            return 3 * grad
+
+    x = torch.randn(5, requires_grad=True)
+    fake_quantize(x, torch.tensor(0.5), QuantSpec(bits=3, estimator="derived-example")).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [3.0] * 5
 
 
 def test_an_interval_shifts_and_scales_before_rounding() -> None:
@@ -625,6 +662,14 @@ def test_discretization_error_is_the_squared_distance_with_y_constant(dtype: tor
     assert y.grad is None
     assert x.grad is not None
     torch.testing.assert_close(x.grad, 2 * (x - y).detach(), rtol=0.02, atol=0.02)
+
+
+def test_what_belongs_to_one_call_has_a_name() -> None:
+    x, scale, spec = torch.randn(4), torch.tensor(0.5), QuantSpec(bits=3)
+    named = fake_quantize(spec=spec, scale=scale, x=x, zero_point=torch.tensor(1.0))
+    assert torch.equal(named, fake_quantize(x, scale, spec, zero_point=torch.tensor(1.0)))
+    with pytest.raises(TypeError, match="positional"):
+        fake_quantize(x, scale, spec, torch.tensor(1.0))  # type: ignore[misc]
 
 
 # --- what is refused ---------------------------------------------------------------------------------------------

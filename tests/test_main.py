@@ -138,6 +138,23 @@ def test_inputs_have_shapes_and_types(capsys: pytest.CaptureFixture[str]) -> Non
     assert (first.shape, second.shape, second.dtype) == ((3, 4), (5,), torch.int32)
 
 
+def test_models_of_torchvision_have_the_input_that_they_document(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torchvision")
+    first = ("explain", "torchvision:squeezenet1_1", "--match", "features.0")
+    _, documented, _ = called(capsys, *first)
+    assert f"{64 * 27 * 111**2:,} multiply-accumulates" in documented  # of an image of 224 x 224
+    _, given, _ = called(capsys, *first, "--input", "1x3x65x65")
+    assert f"{64 * 27 * 32**2:,} multiply-accumulates" in given
+
+
+def test_answers_for_single_modules_are_written_too(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    arguments = ("explain", SMALL, *IMAGE, "--match", "0", "--match", "1")
+    assert called(capsys, *arguments, "-o", "found.txt")[:2] == (0, "")
+    _, printed, _ = called(capsys, *arguments)
+    assert (tmp_path / "found.txt").read_text() == printed
+    assert len(printed.splitlines()) > 3
+
+
 def test_an_instance_is_a_model_too() -> None:
     assert isinstance(load_model(f"{CHILD}:made"), nn.Sequential)
 
@@ -155,6 +172,7 @@ def test_an_instance_is_a_model_too() -> None:
         (["explain", SMALL, "--policy", "none.toml"], "can not read the policy none.toml"),
         (["explain", SMALL, "--policy", "none.json"], "can not read the policy none.json: No such file"),
         (["explain", SMALL, *IMAGE, "--match", "conv"], "no operation, module or node is called 'conv'; closest"),
+        (["explain", SMALL, *IMAGE, "--match", "0", "-o", "none/out.txt"], "can not write none/out.txt: No such file"),
         (["summary", SMALL, *IMAGE, "--match", "conv*"], "selects none of 2 operations; closest"),
         (["summary", SMALL, "--input", "2x4x6x6"], "the model fails on the example inputs"),
         (["summary", SMALL, *IMAGE, "-o", "out.foo"], "out.foo: the ending '.foo' says no format"),

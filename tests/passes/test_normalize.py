@@ -1,11 +1,14 @@
 """Normal form: modules with weights become functions, and nothing else changes."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.nn.utils.parametrizations import weight_norm
 
 import pege_fx
 from pege_fx.passes import normalize, run
@@ -48,6 +51,128 @@ def test_every_layer_becomes_its_function_with_the_weight_as_an_edge(layer: nn.M
     (read,) = gm.graph.find_nodes(op="get_attr", target="0.weight")
     assert [user.op for user in read.users] == ["call_function"]
     assert set(gm.state_dict()) == {f"0.{name}" for name in layer.state_dict()}
+
+
+# Settings, and what of them is left in the graph: what the function takes for granted is not.
+X = torch.randn(2, 4, 12, 13)
+SETTINGS: list[tuple[nn.Module, Tensor, dict[str, object]]] = [
+    (nn.Conv2d(4, 6, 3), torch.randn(2, 4, 9, 8), {}),
+    (nn.Conv2d(4, 6, 3, stride=2), torch.randn(2, 4, 9, 8), {"stride": (2, 2)}),
+    (nn.Conv2d(4, 6, 3, stride=(1, 2)), torch.randn(2, 4, 9, 8), {"stride": (1, 2)}),
+    (nn.Conv2d(4, 6, 3, padding=1, dilation=2), torch.randn(2, 4, 9, 8), {"padding": (1, 1), "dilation": (2, 2)}),
+    (nn.Conv2d(4, 6, 3, padding="same"), torch.randn(2, 4, 9, 8), {"padding": "same"}),
+    (nn.Conv2d(4, 6, 3, padding="valid", groups=2), torch.randn(2, 4, 9, 8), {"padding": "valid", "groups": 2}),
+    (nn.Conv2d(4, 6, 3, padding="valid", padding_mode="reflect"), torch.randn(2, 4, 9, 8), {}),
+    (nn.Conv2d(4, 6, (4, 3), padding="same", padding_mode="replicate"), torch.randn(2, 4, 9, 8), {}),
+    (nn.Conv2d(4, 6, 4, padding="same", padding_mode="circular", dilation=(1, 3)), X, {"dilation": (1, 3)}),
+    (nn.ConvTranspose2d(4, 6, 3), torch.randn(2, 4, 5, 5), {}),
+    (nn.ConvTranspose2d(4, 6, 3, 3, 1, (0, 2)), X, {"stride": (3, 3), "padding": (1, 1), "output_padding": (0, 2)}),
+    (nn.Embedding(7, 4), torch.randint(7, (3, 5)), {}),
+    (nn.Embedding(7, 4, sparse=True), torch.randint(7, (3, 5)), {"sparse": True}),
+    (nn.Embedding(7, 4, padding_idx=2), torch.randint(7, (3, 5)), {"third": 2}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("layer", "x", "kwargs"), SETTINGS)
+def test_settings_other_than_the_defaults_are_in_the_graph(layer: nn.Module, x: Tensor, kwargs: dict[str, object]) -> None:
+    gm = normalized(nn.Sequential(layer))
+    assert torch.equal(gm(x), layer(x))
+    call = next(node for node in gm.graph.nodes if node.name == "_0")
+    third = [{"third": arg} for arg in call.args[2:3] if isinstance(arg, int)]  # of a convolution it is the bias
+    fourth = [{"stride": arg} for arg in call.args[3:]]
+    assert {name: value for part in (*third, *fourth, call.kwargs) for name, value in part.items()} == kwargs
+    if not kwargs.get("sparse"):
+        (gm(x).sum() * 2).backward()
+        gradient = layer.weight.grad
+        layer.weight.grad = None
+        (layer(x).sum() * 2).backward()
+        assert gradient is None or torch.equal(gradient, layer.weight.grad)
+
+
+class Calls(nn.Module):
+    """Calls its child as it is told to."""
+
+    def __init__(self, child: nn.Module, call: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.child, self.call = child, call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(self.child, x)
+
+
+WORDS, PAIRS = torch.randint(7, (8,)), torch.randn(3, 4)
+CALLS: list[tuple[nn.Module, Tensor, Callable[..., Tensor]]] = [
+    (nn.EmbeddingBag(7, 4, mode="sum"), WORDS, lambda m, x: m(x, torch.tensor([0, 3]), torch.arange(8.0))),
+    (nn.EmbeddingBag(7, 4, include_last_offset=True), WORDS, lambda m, x: m(input=x, offsets=torch.tensor([0, 3, 8]))),
+    (nn.EmbeddingBag(7, 4, padding_idx=1), WORDS.view(2, 4), lambda m, x: m(x)),
+    (nn.Bilinear(4, 4, 5), PAIRS, lambda m, x: m(x, x + 1)),
+    (nn.Bilinear(4, 4, 5, bias=False), PAIRS, lambda m, x: m(input2=x, input1=x + 1)),
+]
+
+
+@pytest.mark.parametrize(("layer", "x", "call"), CALLS)
+def test_layers_of_several_inputs_are_called_as_they_were(layer: nn.Module, x: Tensor, call: Callable[..., Tensor]) -> None:
+    model = Calls(layer, call)
+    gm = normalized(model)
+    assert torch.equal(gm(x), model(x))
+    assert not gm.graph.find_nodes(op="call_module", target="child")
+
+
+REFUSED: list[tuple[nn.Module, Tensor, Callable[..., Tensor], str]] = [
+    (nn.Linear(4, 5), PAIRS, lambda m, x: m(input=x), "child is called with more than its input"),
+    (nn.ConvTranspose1d(3, 2, 3, 2), PAIRS, lambda m, x: m(x, [10]), "child is called with more than its input"),
+    (nn.EmbeddingBag(7, 4, max_norm=1.0), WORDS.view(2, 4), lambda m, x: m(x), "changes its weight in place (max_norm)"),
+    (nn.Embedding(7, 4, max_norm=1.0), WORDS, lambda m, x: m(x), "changes its weight in place (max_norm)"),
+]
+
+
+@pytest.mark.parametrize(("layer", "x", "call", "reason"), REFUSED)
+def test_what_a_function_can_not_say_stays_a_module(
+    layer: nn.Module, x: Tensor, call: Callable[..., Tensor], reason: str
+) -> None:
+    model = Calls(layer, call)
+    gm = normalized(model)
+    (node,) = gm.graph.find_nodes(op="call_module", target="child")
+    assert reason in node.meta["not_normalized"]
+    assert torch.equal(gm(x), model(x))
+
+
+def test_a_forward_or_parameters_of_its_own_stay_a_module() -> None:
+    own, convolving, masked = nn.Linear(4, 4), nn.Conv1d(3, 3, 1), nn.Linear(4, 4)
+    own.forward = lambda x: x  # type: ignore[method-assign]
+    convolving._conv_forward = lambda x, *_: x  # type: ignore[method-assign]
+    masked.register_buffer("mask", torch.ones(4))
+    gm = normalized(nn.Sequential(own, convolving, masked))
+    reasons = [node.meta.get("not_normalized", "") for node in gm.graph.find_nodes(op="call_module")]
+    assert [reason.split(" ", 1)[1] for reason in reasons if reason] == [
+        "has hooks or a forward of its own",
+        "has hooks or a forward of its own",
+        "computes its weight from other parameters",
+    ]
+
+
+def test_operations_that_are_a_whole_module_have_its_path() -> None:
+    model = nn.Sequential(weight_norm(nn.Linear(4, 5)), nn.LSTM(5, 3))
+    paths = {op.path for op in pege_fx.explain(model, "W4A4", (PAIRS,)).operations}
+    assert paths == {"0", "1"}
+
+
+def test_functions_have_their_first_arguments_by_position() -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(3, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(weight=self.w, input=x) + F.linear(x, bias=None, weight=self.w)
+
+    model, x = Plain(), torch.randn(2, 4)
+    gm = normalized(model)
+    assert torch.equal(gm(x), model(x))
+    calls = gm.graph.find_nodes(op="call_function", target=F.linear)
+    (read,) = gm.graph.find_nodes(op="get_attr")  # once, though two functions read it
+    assert [[str(arg) for arg in call.args] for call in calls] == [["x", str(read)], ["x", str(read), "None"]]
+    assert all(not call.kwargs for call in calls)
 
 
 def test_what_stays_a_module_says_why() -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from torch import Tensor, nn
-from torch.fx import Interpreter, Node, symbolic_trace
+from torch.fx import Graph, GraphModule, Interpreter, Node, Tracer, symbolic_trace
 
 from pege_fx.passes import analyse_signs, name_writes
 from pege_fx.testing import Network, networks
@@ -48,6 +48,21 @@ PROVED: dict[str, Callable[[Tensor], Tensor]] = {
     "zero padding": lambda x: F.pad(x.relu(), (1, 1)),
     "bilinear": lambda x: F.interpolate(x.relu(), scale_factor=2.0, mode="bilinear"),
     "leaky of positive": lambda x: F.leaky_relu(x.relu(), -2.0),
+    "clamp by position": lambda x: torch.clamp(x, 0.5),
+    "clamp by its method": lambda x: x.clamp_min(0),
+    "hardtanh from zero": lambda x: F.hardtanh(x, min_val=0.0, max_val=6.0),
+    "square by its function": lambda x: torch.mul(x, x),
+    "power of zero": lambda x: torch.pow(x, 0),
+    "nothing added": lambda x: x.relu() + 0,
+    "a number before": lambda x: 2.0 * x.relu(),
+    "alpha of zero": lambda x: torch.add(x.relu(), x.relu(), alpha=0),
+    "padding with zeros": lambda x: F.pad(x.relu(), (1, 1), "constant", 0.0),
+    "padding by reflection": lambda x: F.pad(x.relu(), (1, 1, 1, 1), mode="reflect"),
+    "nearest": lambda x: F.interpolate(x.relu(), scale_factor=2.0),
+    "concatenation along the last dimension": lambda x: torch.cat([x.relu(), x.abs()], -1),
+    "stack along the last dimension": lambda x: torch.stack([x.relu(), x.abs()], dim=-1),
+    "average by another number": lambda x: F.avg_pool2d(x.relu(), 2, divisor_override=3),
+    "an operand by name": lambda x: torch.add(x.relu(), other=x.abs()),
 }
 NOT_PROVED: dict[str, Callable[[Tensor], Tensor]] = {
     "nothing": lambda x: x + 0,
@@ -62,7 +77,38 @@ NOT_PROVED: dict[str, Callable[[Tensor], Tensor]] = {
     "negative padding": lambda x: F.pad(x.relu(), (1, 1), value=-1.0),
     "bicubic": lambda x: F.interpolate(x.relu(), scale_factor=2.0, mode="bicubic"),
     "silu": F.silu,
+    "negative number added by name": lambda x: torch.add(x.relu(), other=-1.0),
+    "negative number added by a method": lambda x: x.relu().add(-1),
+    "negative factor by name": lambda x: x.relu().mul(other=-2),
+    "negative factor in front": lambda x: -2 * x.relu(),
+    "signed operand by name": lambda x: torch.add(x.relu(), other=x),
+    "product of two": lambda x: x * (x + 1),
+    "product with a number": lambda x: torch.mul(x, 2),
+    "product with itself by another name": lambda x: x * x.relu(),
+    "power of a fraction": lambda x: x**2.5,
+    "power by name": lambda x: torch.pow(x, exponent=2),
+    "a base to the power": lambda x: torch.pow(2.0, x),
+    "clamp from above": lambda x: x.clamp(max=1),
+    "clamp by position below zero": lambda x: torch.clamp(x, -0.5),
+    "clamp by nothing": lambda x: x.clamp(None, 1.0),
+    "hardtanh": lambda x: F.hardtanh(x),
+    "negative padding by position": lambda x: F.pad(x.relu(), (1, 1), "constant", -1.0),
+    "padding of signed values": lambda x: F.pad(x, (1, 1)),
+    "bicubic by position": lambda x: F.interpolate(x.relu(), None, 2.0, "bicubic"),
+    "nearest of signed values": lambda x: F.interpolate(x, scale_factor=2.0),
+    "average by a negative number": lambda x: F.avg_pool2d(x.relu(), 2, divisor_override=-3),
+    "everything by name": lambda x: torch.flatten(input=x.relu()),
+    "unknown function": lambda x: torch.sin(x.relu()),
 }
+
+
+def test_the_value_of_a_padding_may_come_by_position() -> None:
+    graph = Graph()  # fx writes what F.pad gets by name
+    relu = graph.call_function(F.relu, (graph.placeholder("x"),))
+    pads = [graph.call_function(F.pad, (relu, (1, 1), "constant", value)) for value in (-1.0, 0.0)]
+    graph.output(tuple(pads))
+    analyse_signs(GraphModule(nn.Module(), graph))
+    assert [bool(pad.meta.get("non_negative")) for pad in pads] == [False, True]
 
 
 @pytest.mark.parametrize("name", PROVED)
@@ -106,7 +152,53 @@ def test_a_marked_value_is_never_negative(case: tuple[Network, tuple[Tensor, ...
 
 @pytest.mark.parametrize(
     ("module", "proved"),
-    [(nn.ReLU(), True), (nn.Hardtanh(0, 6), True), (nn.Hardtanh(-1, 1), False), (nn.Tanh(), False), (nn.Softmax(1), True)],
+    [
+        (nn.ReLU(), True),
+        (nn.Hardtanh(0, 6), True),
+        (nn.Hardtanh(1, 6), True),
+        (nn.Hardtanh(-1, 1), False),
+        (nn.Tanh(), False),
+        (nn.Softmax(1), True),
+        (nn.MaxPool2d(2), False),
+        (nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)), True),
+        (nn.Sequential(nn.ReLU(), nn.AvgPool2d(2, divisor_override=1)), True),
+        (nn.Sequential(nn.ReLU(), nn.AvgPool2d(2, divisor_override=-1)), False),
+        (nn.Sequential(nn.ReLU(), nn.Conv2d(4, 4, 1)), False),
+    ],
 )
 def test_modules(module: nn.Module, proved: bool) -> None:
     assert is_proved(nn.Sequential(module, nn.Flatten(), nn.Dropout())) is proved
+
+
+class Inner(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+
+class Calls(nn.Module):
+    """Graphs inside a graph, one of them called with arguments by name, one twice, one of several results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.once, self.named, self.twice, self.other = (symbolic_trace(Inner()) for _ in range(4))
+        self.pair = symbolic_trace(Pair())
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        a, b = x.relu(), x.abs()
+        named, other = self.named(a, y=b), self.other(a, x)
+        return self.once(a, b), named, self.twice(a, b), self.twice(x, x), other, self.pair(a)
+
+
+class Pair(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x
+
+
+def test_a_graph_inside_is_followed_if_it_is_called_once() -> None:
+    tracer = Tracer()
+    tracer.is_leaf_module = lambda module, path: isinstance(module, GraphModule)  # type: ignore[method-assign]
+    model = Calls()
+    gm = GraphModule(model, tracer.trace(model))
+    analyse_signs(gm)
+    marked = {node.name for node in gm.graph.nodes if node.op == "call_module" and node.meta.get("non_negative")}
+    assert marked == {"once", "named"}

@@ -1,6 +1,9 @@
 """Values and networks shrink, print as code and reach every layer; the assertion passes rounding and nothing else."""
 
 import copy
+import importlib
+import re
+import sys
 from typing import Any
 
 import pytest
@@ -9,7 +12,7 @@ from hypothesis import assume, find, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pege_fx import InputError, QuantPolicy, QuantSpec, SpecError, testing
+from pege_fx import InputError, PackageError, QuantPolicy, QuantSpec, SpecError, testing
 from pege_fx.testing import (
     Case,
     Gradients,
@@ -336,3 +339,16 @@ def test_gradients_of_what_is_not_used_are_zero_and_names_choose() -> None:
     assert list(found) == ["input 0", "used.bias", "spare.bias"]
     assert not found["spare.bias"].any()
     assert found["used.bias"].any()
+
+
+@pytest.mark.parametrize(
+    ("missing", "error"), [("hypothesis", PackageError), ("pege_fx.testing.laws", ModuleNotFoundError)], ids=str
+)
+def test_without_hypothesis_the_extra_is_named_and_other_errors_are_their_own(
+    missing: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("pege_fx.testing")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)  # type: ignore[arg-type]
+    with pytest.raises(error, match=re.escape("pip install 'pege_fx[testing]'") if missing == "hypothesis" else "laws"):
+        importlib.import_module("pege_fx.testing")
