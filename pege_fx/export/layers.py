@@ -159,9 +159,34 @@ def _normalized(
     w: Writer, x: Value, weight: Value | None, bias: Value | None, mean: Value | None, var: Value | None, eps: float
 ) -> Value:
     if mean is None or var is None:
-        raise UnmappedError("batch statistics in evaluation (track_running_stats=False)")
+        return _normalized_by_batch(w, x, weight, bias, eps)
     one, zero = torch.ones(mean.shape, dtype=mean.dtype), torch.zeros(mean.shape, dtype=mean.dtype)
     return w.op("BatchNormalization", x, weight or w.constant(one), bias or w.constant(zero), mean, var, epsilon=eps)
+
+
+def _normalized_by_batch(w: Writer, x: Value, weight: Value | None, bias: Value | None, eps: float) -> Value:
+    """By the statistics of what comes in: a norm that keeps none."""
+    axes = [0, *range(2, x.rank)]
+    centred = binary(w, "Sub", x, reduce(w, "ReduceMean", x, axes, True))
+    variance = reduce(w, "ReduceMean", binary(w, "Mul", centred, centred), axes, True)
+    made = binary(w, "Div", centred, w.op("Sqrt", binary(w, "Add", variance, eps)))
+    return _scaled(w, made, weight, bias, x.rank)
+
+
+def _scaled(w: Writer, x: Value, weight: Value | None, bias: Value | None, rank: int) -> Value:
+    """Multiply each channel by a weight and add a bias, where there are any."""
+    trailing = w.constant([-1, *[1] * (rank - 2)])
+    for kind, part in (("Mul", weight), ("Add", bias)):
+        if part is not None:
+            x = binary(w, kind, x, w.op("Reshape", part, trailing))
+    return x
+
+
+@writes("_native_batch_norm_legit.no_stats")
+def batch_norm_without_statistics(
+    w: Writer, x: Value, weight: Value | None, bias: Value | None, training: bool, momentum: float, eps: float
+) -> list[Value]:
+    return [_normalized_by_batch(w, x, weight, bias, eps)]
 
 
 @writes("_native_batch_norm_legit_no_training")
@@ -203,17 +228,11 @@ def group_norm(
     eps: float = 1e-5, cudnn: bool = True,
 ) -> Value:  # fmt: skip
     """Normalised group by group as one long channel each, then scaled: no version of GroupNormalization is everywhere."""
-    channels = _fixed_size(x, 1)
     shape = w.op("Shape", x, dtype=torch.int64)
     flat = w.op("Reshape", x, w.constant([0, groups, -1]), shape=(x.shape[0], groups, None))
     ones, zeros = torch.ones(groups, dtype=x.dtype), torch.zeros(groups, dtype=x.dtype)
     made = w.op("InstanceNormalization", flat, w.constant(ones), w.constant(zeros), epsilon=eps)
-    made = w.op("Reshape", made, shape)
-    trailing = [channels, *[1] * (x.rank - 2)]
-    for kind, part in (("Mul", weight), ("Add", bias)):
-        if part is not None:
-            made = binary(w, kind, made, w.op("Reshape", part, w.constant(trailing)))
-    return made
+    return _scaled(w, w.op("Reshape", made, shape), weight, bias, x.rank)
 
 
 @writes("instance_norm")

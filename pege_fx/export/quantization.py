@@ -131,5 +131,22 @@ def transposed(w: Writer, weight: Value, name: str) -> Value:
     return dequantize_weight(w, turned, name)
 
 
+def rows(w: Writer, value: Value, order: list[int]) -> Value:
+    """Return a tensor with its rows in another order; one that is stored as codes is stored so."""
+    if order == sorted(order):
+        return value
+    made = value.codes
+    if made is None:
+        return w.op("Gather", value, w.constant(order), axis=0) if value.constant is None else w.constant(value.constant[order])
+
+    def moved(grid: Tensor | None) -> Tensor | None:
+        return grid[order] if grid is not None and grid.ndim and len(grid) > 1 else grid
+
+    scale = moved(made.scale)
+    assert scale is not None
+    ordered = Codes(made.codes[order], scale, moved(made.zero_point), made.bits, made.dtype)
+    return dequantize_weight(w, ordered, f"{value.name}_gates")
+
+
 def _turned(grid: Any) -> Any:
     return grid.t().contiguous() if isinstance(grid, Tensor) and grid.ndim == 2 else grid

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from onnx import helper
 from torch import Tensor
 from torch.fx import GraphModule
+from torch.utils._pytree import tree_map
 
 from pege_fx.errors import ExportError
 from pege_fx.export.program import Step, stepped, steps_of
@@ -44,8 +45,9 @@ class _Model:
         self.exact = stepped(deployed, {dequantize: _wide_dequantize}).double()
         self.scales: dict[str, float] = {}
         self._source = _sources(deployed)
+        self.takes = len(deployed.graph.find_nodes(op="placeholder"))
 
-    def __call__(self, args: tuple[Tensor, ...]) -> Reference:
+    def __call__(self, args: tuple[Any, ...]) -> Reference:
         codes: dict[str, Tensor] = {}
         values: dict[str, Tensor] = {}
         positions: dict[str, Tensor] = {}
@@ -66,7 +68,7 @@ class _Model:
             with _Hooks(self.plain, {quantize: keep_codes, dequantize: keep_values}):
                 outputs = flat_tensors(self.plain.forward(*args))  # a call would print the traceback of what fails
             with _Hooks(self.exact, {quantize: keep_positions}):
-                self.exact(*(x.double() if x.is_floating_point() else x for x in args))
+                self.exact(*tree_map(lambda x: x.double() if x.is_floating_point() else x, args))
         codes, positions = ({name: found[self._source[name]] for name in values} for found in (codes, positions))
         return Reference(outputs, values, codes, positions)
 
@@ -151,8 +153,8 @@ class Sessions:
         self.forced = _session(_forced(proto, self.names), optimized=False)
         self.optimized = _session(proto, optimized=True)
 
-    def feed(self, args: tuple[Tensor, ...]) -> dict[str, Array]:
-        return {name: x.detach().numpy() for name, x in zip(self.inputs, args, strict=True)}
+    def feed(self, tensors: list[Tensor]) -> dict[str, Array]:
+        return {name: x.detach().numpy() for name, x in zip(self.inputs, tensors, strict=True)}
 
 
 def _session(proto: onnx.ModelProto, *, optimized: bool) -> onnxruntime.InferenceSession:

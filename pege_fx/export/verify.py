@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 from torch.fx import GraphModule
+from torch.utils._pytree import tree_leaves
 
 from pege_fx.errors import InputError
 from pege_fx.export.runs import FORCED, Array, Reference, Sessions
@@ -118,25 +119,33 @@ def verify(deployed: GraphModule, path: str | os.PathLike[str], batches: Iterabl
     sessions = Sessions(Path(path), deployed)
     report = ExportReport()
     for batch in batches:
-        _compare(sessions, _arguments(batch, len(sessions.inputs)), report)
+        _compare(sessions, _arguments(batch, sessions), report)
     if not report.samples:
         raise InputError("verify_export got no batch: give at least one.")
     return report
 
 
-def _arguments(batch: Any, count: int) -> tuple[Tensor, ...]:
-    """The tensors of a batch; surplus ones, such as labels, are left out."""
-    values = [batch] if isinstance(batch, Tensor) else list(batch.values()) if isinstance(batch, Mapping) else list(batch)
-    if len(values) < count or not all(isinstance(value, Tensor) for value in values[:count]):
-        raise InputError(f"a batch has {len(values)} values, the model takes {count} tensors: give tensors or tuples of them.")
-    return tuple(values[:count])
+def _arguments(batch: Any, sessions: Sessions) -> tuple[Any, ...]:
+    """The arguments of ``forward`` in a batch; surplus ones, such as labels, are left out."""
+    count = len(sessions.inputs)
+    if isinstance(batch, Mapping):
+        batch = [batch] if sessions.model.takes == 1 < count else batch.values()  # forward takes a dict, or has its names
+    values = [batch] if isinstance(batch, Tensor) else list(batch)
+    args = tuple(values[: sessions.model.takes])
+    leaves = tree_leaves(args)
+    if len(leaves) != count or not all(isinstance(leaf, Tensor) for leaf in leaves):
+        raise InputError(
+            f"a batch has {len(tree_leaves(values))} values, the model takes {count} tensors: give tensors or tuples of them."
+        )
+    return args
 
 
 # --- the comparison --------------------------------------------------------------------------------------------
 
 
-def _compare(sessions: Sessions, args: tuple[Tensor, ...], report: ExportReport) -> None:
-    shapes = [tuple(x.shape) for x in args]
+def _compare(sessions: Sessions, args: tuple[Any, ...], report: ExportReport) -> None:
+    leaves: list[Tensor] = tree_leaves(args)
+    shapes = [tuple(x.shape) for x in leaves]
     try:
         reference = sessions.model(args)
     except Exception as error:
@@ -144,7 +153,7 @@ def _compare(sessions: Sessions, args: tuple[Tensor, ...], report: ExportReport)
     names = [name for name in reference.values if name in sessions.names]  # in the order of execution
     scales = sessions.model.scales
     unit = abs(scales[names[-1]]) if names else 1.0
-    feed = sessions.feed(args)
+    feed = sessions.feed(leaves)
     try:
         plain = sessions.plain.run([*sessions.outputs, *names], feed)
         optimized = sessions.optimized.run(sessions.outputs, feed)
@@ -153,7 +162,7 @@ def _compare(sessions: Sessions, args: tuple[Tensor, ...], report: ExportReport)
     except Exception as error:
         raise InputError(f"ONNX Runtime fails on inputs of shapes {shapes}: {error}") from error
     count = len(sessions.outputs)
-    report.samples += args[0].shape[0] if args[0].ndim else 1
+    report.samples += leaves[0].shape[0] if leaves[0].ndim else 1
     _add_outputs(report.plain, plain[:count], reference.outputs, unit)
     _add_outputs(report.optimized, optimized, reference.outputs, unit)
     report.output_steps = max(report.output_steps, _largest(forced[:count], reference.outputs, unit))

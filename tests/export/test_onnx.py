@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -51,10 +51,9 @@ def test_methods_and_widths_say_the_same(method: str, bits: int, style: str, tmp
 
 
 @pytest.mark.filterwarnings("ignore:nothing is quantized")
-@given(testing.networks(), testing.policies(), st.sampled_from(["qdq", "qcdq"]))
+@given(testing.networks(), testing.policies(), st.sampled_from(["qdq", "qcdq", "qonnx"]))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=8)
 def test_any_network_is_exported(tmp_path: Path, case: testing.Case, policy: QuantPolicy, style: Any) -> None:
-    assume(not case.network.contains("norm without statistics"))  # batch statistics in evaluation: refused, with the reason
     model = pege_fx.convert(pege_fx.prepare(case.network, policy, tuple(case.inputs)).eval())
     pege_fx.export_onnx(model, tmp_path / "any.onnx", tuple(case.inputs), style=style)
     report = pege_fx.verify_export(model, tmp_path / "any.onnx", [case.inputs])
@@ -104,6 +103,51 @@ def test_inputs_outputs_and_a_free_batch(tmp_path: Path) -> None:
     report = pege_fx.verify_export(model, tmp_path / "model.onnx", [inputs, (torch.randn(5, 4), torch.randn(5, 3))])
     assert report.ok
     assert report.samples == 6
+
+
+class Nested(nn.Module):
+    """Takes a dict of tensors, as many data loaders give it, and gives nested results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+        return {"all": {"left": self.left(batch["x"]), "right": [self.right(batch["y"])]}, "none": None}
+
+
+def test_a_dict_of_tensors_is_taken_apart(tmp_path: Path) -> None:
+    def batch(size: int) -> dict[str, Tensor]:
+        return {"x": torch.randn(size, 4), "y": torch.randn(size, 4)}
+
+    model = pege_fx.convert(pege_fx.prepare(Nested().eval(), "W4A4", (batch(2),)))
+    pege_fx.export_onnx(model, tmp_path / "model.onnx", (batch(1),))
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    assert [value.name for value in graph.input] == ["batch_x", "batch_y"]
+    assert [value.name for value in graph.output] == ["all_left", "all_right_0"]
+    report = pege_fx.verify_export(model, tmp_path / "model.onnx", [batch(3), (batch(4), torch.zeros(4))])
+    assert report.ok
+    assert report.samples == 7
+    with pytest.raises(InputError, match="a batch has 1 values, the model takes 2 tensors"):
+        pege_fx.verify_export(model, tmp_path / "model.onnx", [torch.randn(2, 4)])
+
+
+class Sized(nn.Module):
+    """Gives a number beside a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        return {"y": self.fc(x), "count": x.shape[0]}
+
+
+def test_a_result_that_is_no_tensor_is_refused(tmp_path: Path) -> None:
+    x = torch.randn(2, 4)
+    model = pege_fx.convert(pege_fx.prepare(Sized().eval(), "W4A4", (x,)))
+    with pytest.raises(ExportError, match="count is 2, not a tensor: leave it out"):
+        pege_fx.export_onnx(model, tmp_path / "model.onnx", (x,))
 
 
 class Fixed(nn.Module):
@@ -205,17 +249,41 @@ class Stubborn(nn.Module):
         return x if x.requires_grad and float(x.sum()) > 1e9 else x + 1
 
 
-def test_a_module_that_stays_python_is_exported_where_torch_can_follow(tmp_path: Path) -> None:
+@pytest.mark.parametrize("root", [True, False])
+def test_a_module_that_stays_python_is_exported_where_torch_can_follow(root: bool, tmp_path: Path) -> None:
     x = torch.randn(2, 4)
     with pytest.warns(PegeWarning):
-        gm = pege_fx.prepare(nn.Sequential(nn.Linear(4, 4), Stubborn()).eval(), "W4A4")
+        gm = pege_fx.prepare((Stubborn() if root else nn.Sequential(nn.Linear(4, 4), Stubborn())).eval(), "W4A4")
     with torch.no_grad():
         gm(x)
     model = pege_fx.convert(gm)
     pege_fx.export_onnx(model, tmp_path / "model.onnx", (x,))
     report = pege_fx.verify_export(model, tmp_path / "model.onnx", [x])
     assert report.ok, report
-    assert any(name.startswith("1.fc.") for name in report.checks)
+    assert any(name.startswith("fc." if root else "1.fc.") for name in report.checks)
+
+
+class Deciding(nn.Module):
+    """Stays Python, and what its tensors hold decides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc(x)
+        return x if float(x.sum()) > 0 else -x
+
+
+@pytest.mark.parametrize("root", [True, False])
+def test_python_that_asks_for_values_is_refused_with_its_line(root: bool, tmp_path: Path) -> None:
+    x = torch.randn(2, 4)
+    with pytest.warns(PegeWarning, match="stays Python"):
+        gm = pege_fx.prepare((Deciding() if root else nn.Sequential(Deciding())).eval(), "W4A4", (x,))
+    with pytest.raises(ExportError, match=r"torch\.export can not follow the model at Deciding\.forward") as caught:
+        pege_fx.export_onnx(pege_fx.convert(gm), tmp_path / "model.onnx", (x,))
+    assert f"({__file__}:{Deciding.forward.__code__.co_firstlineno + 2})" in str(caught.value)
+    assert not list(tmp_path.iterdir())
 
 
 # --- bad input ---------------------------------------------------------------------------------------------------
