@@ -1,6 +1,7 @@
 """Converted graphs as files: tensors in the safetensors format, the graph as JSON in its header, nothing else.
 
     {"format": "pege_fx", "version": 1, "name": ..., "digest": sha256 of the tensors,
+     "replacement": rate p that training had reached,
      "nodes": [[name, op, target, args, kwargs], ...], "parameters": [...], "packed": {name: [bits, signed, shape]}}
 
 Weight codes are packed to their bits. A value of an argument that JSON does not have is an object with one key, its kind.
@@ -59,6 +60,7 @@ def save_deployed(deployed: GraphModule, path: str | os.PathLike[str]) -> int:
         "version": VERSION,
         "name": type(deployed).__name__,
         "digest": _digest(tensors),
+        "replacement": deployed.meta.get("replacement", 1.0),
         "parameters": [name for name, _ in deployed.named_parameters()],
         "packed": packed,
         "nodes": [_encode_node(node) for node in deployed.graph.nodes],
@@ -99,6 +101,7 @@ def load_deployed(path: str | os.PathLike[str]) -> GraphModule:
         gm.graph = _decode_graph(header["nodes"], set(tensors))
         gm.graph.lint()
         gm.recompile()
+        gm.meta["replacement"] = float(header.get("replacement", 1.0))
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, IndexError) as error:
         raise CheckpointError(f"{path} is broken: {type(error).__name__}: {error}") from error
     return gm.eval()
