@@ -167,9 +167,9 @@ def _normalized(
 def _normalized_by_batch(w: Writer, x: Value, weight: Value | None, bias: Value | None, eps: float) -> Value:
     """By the statistics of what comes in: a norm that keeps none."""
     axes = [0, *range(2, x.rank)]
-    centred = binary(w, "Sub", x, reduce(w, "ReduceMean", x, axes, True))
-    variance = reduce(w, "ReduceMean", binary(w, "Mul", centred, centred), axes, True)
-    made = binary(w, "Div", centred, w.op("Sqrt", binary(w, "Add", variance, eps)))
+    centred = w.op("Sub", x, reduce(w, "ReduceMean", x, axes, True))
+    variance = reduce(w, "ReduceMean", w.op("Mul", centred, centred), axes, True)
+    made = w.op("Div", centred, w.op("Sqrt", w.op("Add", variance, w.constant(eps, x.dtype))))
     return _scaled(w, made, weight, bias, x.rank)
 
 
@@ -178,7 +178,7 @@ def _scaled(w: Writer, x: Value, weight: Value | None, bias: Value | None, rank:
     trailing = w.constant([-1, *[1] * (rank - 2)])
     for kind, part in (("Mul", weight), ("Add", bias)):
         if part is not None:
-            x = binary(w, kind, x, w.op("Reshape", part, trailing))
+            x = w.op(kind, x, w.op("Reshape", part, trailing))
     return x
 
 

@@ -81,7 +81,10 @@ class _Build:
             opsets.append(helper.make_opsetid(qonnx.DOMAIN, qonnx.VERSION))
         model = helper.make_model(made, opset_imports=opsets, functions=functions, producer_name="pege_fx")
         model.ir_version = helper.find_min_ir_version_for(opsets, ignore_unknown=True)
-        onnx.checker.check_model(model, full_check=True)
+        try:
+            onnx.checker.check_model(model, full_check=True)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+            raise ExportError(f"onnx's own checker refuses what was written: {error}") from error
         return model
 
     def _input(self, node: Node) -> onnx.ValueInfoProto:

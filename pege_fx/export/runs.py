@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,12 @@ class Sessions:
         self.plain = _session(_exposed(proto, self.names), optimized=False)
         self.forced = _session(_forced(proto, self.names), optimized=False)
         self.optimized = _session(proto, optimized=True)
+        self._proto = proto
+
+    @cached_property
+    def optimized_plain(self) -> onnxruntime.InferenceSession:
+        """Optimized as far as codes that have to be seen allow."""
+        return _session(_exposed(self._proto, self.names), optimized=True)
 
     def feed(self, tensors: list[Tensor]) -> dict[str, Array]:
         return {name: x.detach().numpy() for name, x in zip(self.inputs, tensors, strict=True)}

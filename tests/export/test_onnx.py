@@ -334,6 +334,26 @@ def test_a_model_that_was_not_converted(tmp_path: Path) -> None:
             pege_fx.export_onnx(model, tmp_path / "model.onnx", (torch.randn(2, 4),))  # type: ignore[arg-type]
 
 
+def test_the_float64_that_onnx_does_not_quantize(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"_q: .* can not be written: ONNX quantizes no float64"):
+        pege_fx.export_onnx(deployed(), tmp_path / "model.onnx", (X.double(),))
+    assert not list(tmp_path.iterdir())
+
+
+# --- in another tool ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("policy", "style", "opset"), [("W4A4", "qdq", 21), ("W2A2", "qdq", 25), ("W3A5", "qcdq", 19), ("W5A3", "qonnx", 17)]
+)
+def test_the_reference_evaluator_of_onnx_gives_the_same(policy: str, style: str, opset: int, tmp_path: Path) -> None:
+    reference = pytest.importorskip("onnx.reference")
+    model = deployed(policy)
+    proto = written(model, tmp_path, style=style, opset=opset)
+    (found,) = reference.ReferenceEvaluator(proto).run(None, {proto.graph.input[0].name: X.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), model(X), rtol=1e-5, atol=1e-6)
+
+
 # --- the verdict -------------------------------------------------------------------------------------------------
 
 
@@ -358,6 +378,66 @@ def test_files_that_are_no_export_of_the_model(tmp_path: Path) -> None:
     pege_fx.export_onnx(other, tmp_path / "other.onnx", (torch.randn(2, 4),), dynamic_batch=False)
     with pytest.raises(ExportError, match="is not an export of this model"):
         pege_fx.verify_export(deployed(), tmp_path / "other.onnx", [X])
+
+
+class Sequence(nn.Module):
+    """Signed codes behind which the optimizer repeats Q and DQ: keys of an attention, transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.head(self.fc(x.transpose(0, 1)).tanh())
+        return nn.functional.scaled_dot_product_attention(y, y - 1, y)
+
+
+def sequence(method: str = "lsq") -> tuple[GraphModule, Tensor]:
+    policy = QuantPolicy.parse("W4A4", method=method)
+    x = torch.randn(5, 2, 4, generator=torch.Generator().manual_seed(0))
+    with pege_fx.kernels.eager_kernels():
+        return pege_fx.convert(pege_fx.prepare(Sequence().eval(), policy, (x,)), integer_bias=True), x
+
+
+@pytest.mark.parametrize("method", ["lsq", "minmax", "interval"])
+@pytest.mark.parametrize(("style", "opset"), [("qdq", 20), ("qdq", 21), ("qcdq", 17), ("qcdq", 25), ("qonnx", 17)])
+def test_signed_codes_survive_the_optimizer(style: Any, opset: int, method: str, tmp_path: Path) -> None:
+    """Found by fuzzing: the optimizer repeats Q and DQ behind a Reshape or Transpose, as uint8 where nothing says otherwise.
+
+    From opset 21 on a file with signed zero points did not load.
+    """
+    model, x = sequence(method)
+    pege_fx.export_onnx(model, tmp_path / "model.onnx", (x,), style=style, opset=opset)
+    report = pege_fx.verify_export(model, tmp_path / "model.onnx", [x])
+    assert report.verdict == "exact", report
+    assert report.optimized.steps < 1e-3
+
+
+def test_a_file_that_the_optimizer_spoils_is_found_out(tmp_path: Path) -> None:
+    model, x = sequence()
+    pege_fx.export_onnx(model, tmp_path / "model.onnx", (x,), style="qcdq")
+    proto = onnx.load(tmp_path / "model.onnx")
+    for node in proto.graph.node:
+        if node.op_type == "DequantizeLinear":
+            del node.input[2:]  # zero by default, in the type of the codes
+    onnx.save(proto, tmp_path / "spoiled.onnx")
+    report = pege_fx.verify_export(model, tmp_path / "spoiled.onnx", [x])
+    if report.optimized.steps < 1e-3:
+        pytest.skip("this ONNX Runtime keeps the type")
+    assert report.plain.first == ""
+    assert report.verdict == "different"
+    assert str(report).endswith("what the optimizer made of the file is not what the model computes.")
+
+
+def test_nan_is_no_tie(tmp_path: Path) -> None:
+    model = deployed()
+    written(model, tmp_path)
+    x = X.clone()
+    x[0, 0, 0, 0] = torch.nan
+    report = pege_fx.verify_export(model, tmp_path / "model.onnx", [x])
+    assert sum(check.undefined for check in report.checks.values()) > 0
+    assert "NaN where they are quantized: no code is right for them" in str(report)
 
 
 def test_a_tie_is_called_a_tie(tmp_path: Path) -> None:
