@@ -142,7 +142,9 @@ def attention(
     factor = scale if scale is not None else _fixed_size(query, -1) ** -0.5
     order = list(range(key.rank))
     order[-2:] = order[-1], order[-2]
-    scores = w.op("MatMul", binary(w, "Mul", query, factor), w.op("Transpose", key, perm=order))
+    # The factor last: ONNX Runtime's optimizer folds it in, and where the query is a product too (a value of codes), as one of
+    # its factors it takes that product away, even from others who read it.
+    scores = binary(w, "Mul", w.op("MatMul", query, w.op("Transpose", key, perm=order)), factor)
     if is_causal:
         size = _fixed_size(query, -2), _fixed_size(key, -2)
         mask = w.constant(torch.full(size, -math.inf).triu(1))

@@ -169,7 +169,12 @@ def _session(proto: onnx.ModelProto, *, optimized: bool) -> onnxruntime.Inferenc
     levels = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
     options.log_severity_level = 3
-    return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    try:
+        return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise ExportError(
+            f"ONNX Runtime can not load the file, optimizations {'on' if optimized else 'off'}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _exposed(proto: onnx.ModelProto, names: list[str]) -> onnx.ModelProto:

@@ -400,12 +400,21 @@ def sequence(method: str = "lsq") -> tuple[GraphModule, Tensor]:
         return pege_fx.convert(pege_fx.prepare(Sequence().eval(), policy, (x,)), integer_bias=True), x
 
 
-@pytest.mark.parametrize("method", ["lsq", "minmax", "interval"])
-@pytest.mark.parametrize(("style", "opset"), [("qdq", 20), ("qdq", 21), ("qcdq", 17), ("qcdq", 25), ("qonnx", 17)])
+@pytest.mark.parametrize(
+    ("method", "style", "opset"),
+    [
+        ("lsq", "qcdq", 17),
+        ("lsq", "qdq", 21),
+        ("minmax", "qdq", 20),
+        ("minmax", "qdq", 21),
+        ("lsq", "qonnx", 17),
+        ("interval", "qcdq", 25),
+    ],
+)
 def test_signed_codes_survive_the_optimizer(style: Any, opset: int, method: str, tmp_path: Path) -> None:
     """Found by fuzzing: the optimizer repeats Q and DQ behind a Reshape or Transpose, as uint8 where nothing says otherwise.
 
-    From opset 21 on a file with signed zero points did not load.
+    From opset 21 on a file with signed zero points did not load, nor did a value of codes that a factor and others read.
     """
     model, x = sequence(method)
     pege_fx.export_onnx(model, tmp_path / "model.onnx", (x,), style=style, opset=opset)
@@ -424,7 +433,7 @@ def test_a_file_that_the_optimizer_spoils_is_found_out(tmp_path: Path) -> None:
     onnx.save(proto, tmp_path / "spoiled.onnx")
     report = pege_fx.verify_export(model, tmp_path / "spoiled.onnx", [x])
     if report.optimized.steps < 1e-3:
-        pytest.skip("this ONNX Runtime keeps the type")
+        pytest.skip("an ONNX Runtime that keeps the type")  # 1.32 does not
     assert report.plain.first == ""
     assert report.verdict == "different"
     assert str(report).endswith("what the optimizer made of the file is not what the model computes.")
