@@ -3,7 +3,7 @@
     python examples/deploy.py --output runs/deploy
 
 Trains a small network on scikit-learn's digits in W2A4 for a few seconds, converts it, and then: stores it packed and reads
-it back; writes ONNX in both styles and verifies each in ONNX Runtime; runs the reference engine, in integers; exports a
+it back; writes ONNX in three styles and verifies each in ONNX Runtime; runs the reference engine, in integers; exports a
 PyTorch program. Prints one table of bytes and accuracy. Needs the extras `examples` and `export`.
 """
 
@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{name:22}{size or '':>10}{accuracy:>10.2%}  {float((logits - rows[0][2]).abs().max()):.1e}")
     print(f"reference engine: {pege_fx.integer_coverage(engine)}\n")
 
-    for style in ("qdq", "qcdq"):
+    for style in ("qdq", "qcdq", "qonnx"):
         path = options.output / f"model-{style}.onnx"
         size = pege_fx.export_onnx(deployed, path, (test_x[:1],), style=style)
         report = pege_fx.verify_export(deployed, path, test_x.split(128))

@@ -4,6 +4,7 @@ import functools
 import inspect
 import math
 import operator
+import os
 import re
 import string
 import sys
@@ -554,14 +555,19 @@ def _keywords_behind_star(graph: Graph, forward: Any) -> None:
 
 # --- where things happen -------------------------------------------------------------------------------------
 
-_LIBRARY = (f"{sys.modules['torch'].__path__[0]}/", "<")
+_PACKAGE = os.path.dirname(multi_head_attention_forward.__code__.co_filename)
+_LIBRARY = (
+    f"{sys.modules['torch'].__path__[0]}/",
+    "<",
+    *(f"{_PACKAGE}/{name}.py" for name in ("attention", "recurrent", "transformer")),  # torch's layers, written out
+)
 
 
 def _is_user_code(filename: str) -> bool:
     return not filename.startswith(_LIBRARY) and filename not in _OWN_FILES
 
 
-_OWN_FILES = {__file__, multi_head_attention_forward.__code__.co_filename}
+_OWN_FILES = {__file__}
 _CHECKPOINT_FILE = torch.utils.checkpoint.__file__
 
 

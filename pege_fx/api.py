@@ -225,18 +225,21 @@ def convert(gm: GraphModule, *, integer_bias: bool = False, packed: bool = False
             PegeWarning,
             stacklevel=2,
         )
-    for name, site in sites.items():
-        if float(site.schedule.rate) < 1.0:
-            warnings.warn(
-                f"replacement is not complete: {name} was trained at p = {float(site.schedule.rate):.3f}; "
-                "the deployed model is fully quantized.",
-                PegeWarning,
-                stacklevel=2,
-            )
-            break
+    rates = {name: float(site.schedule.rate) for name, site in sites.items()}
+    behind = min(rates, key=rates.__getitem__, default="")
+    if rates.get(behind, 1.0) < 1.0:
+        warnings.warn(
+            f"replacement is not complete: {behind} was trained at p = {rates[behind]:.3f}; "
+            "the deployed model is fully quantized.",
+            PegeWarning,
+            stacklevel=2,
+        )
     deployed = copy.deepcopy(gm).eval()
     inner = [module for module in deployed.modules() if isinstance(module, GraphModule) and not stays_python(module)]
     run(reversed(inner), convert_passes(integer_bias=integer_bias, packed=packed))
+    if deployed not in inner:  # it stays Python, and has what its graphs leave behind
+        run([deployed], [graph_passes.drop_unused])
+    deployed.meta["replacement"] = rates.get(behind, 1.0)
     return deployed
 
 

@@ -1,9 +1,10 @@
 """Converted graphs as files: tensors in the safetensors format, the graph as JSON in its header, nothing else.
 
-    {"format": "pege_fx", "version": 1, "name": ..., "digest": sha256 of the tensors,
+    {"format": "pege_fx", "version": 2, "name": ..., "replacement": rate p that training had reached,
      "nodes": [[name, op, target, args, kwargs], ...], "parameters": [...], "packed": {name: [bits, signed, shape]}}
 
-Weight codes are packed to their bits. A value of an argument that JSON does not have is an object with one key, its kind.
+A SHA-256 over that text and the tensors says whether what is read is what was written. Weight codes are packed to their
+bits. A value of an argument that JSON does not have is an object with one key, its kind.
 """
 
 import hashlib
@@ -29,7 +30,7 @@ from pege_fx.passes.graph import arguments, register_buffer, set_parameter, wher
 from pege_fx.size import stored_codes
 from pege_fx.vocabulary import READABLE, functions, methods, name_of, read_attribute
 
-FORMAT, VERSION = "pege_fx", 1
+FORMAT, VERSION, CHECKSUM = "pege_fx", 2, "sha256"
 
 
 def save_deployed(deployed: GraphModule, path: str | os.PathLike[str]) -> int:
@@ -59,13 +60,14 @@ def save_deployed(deployed: GraphModule, path: str | os.PathLike[str]) -> int:
         "format": FORMAT,
         "version": VERSION,
         "name": type(deployed).__name__,
-        "digest": _digest(tensors),
+        "replacement": deployed.meta.get("replacement", 1.0),
         "parameters": [name for name, _ in deployed.named_parameters()],
         "packed": packed,
         "nodes": [_encode_node(node) for node in deployed.graph.nodes],
     }
     with atomic_write(path) as temporary:
-        save_file(tensors, temporary, {FORMAT: json.dumps(header, separators=(",", ":"), allow_nan=False)})
+        text = json.dumps(header, separators=(",", ":"), allow_nan=False)
+        save_file(tensors, temporary, {FORMAT: text, CHECKSUM: checksum(text, tensors)})
         return temporary.stat().st_size
 
 
@@ -100,6 +102,7 @@ def load_deployed(path: str | os.PathLike[str]) -> GraphModule:
         gm.graph = _decode_graph(header["nodes"], set(tensors))
         gm.graph.lint()
         gm.recompile()
+        gm.meta["replacement"] = float(header.get("replacement", 1.0))
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, IndexError, SyntaxError, OverflowError) as error:
         raise CheckpointError(f"{path} is broken: {type(error).__name__}: {error}") from error
     return gm.eval()
@@ -108,23 +111,26 @@ def load_deployed(path: str | os.PathLike[str]) -> GraphModule:
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(FORMAT)
+            found = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
     except FileNotFoundError as error:
         raise CheckpointError(f"there is no file {path}.") from error
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is broken or no safetensors file: {error}") from error
+    text = found.get(FORMAT)
     if text is None:
         raise CheckpointError(f"{path} holds tensors but no converted graph: write it with pege_fx.save_deployed.")
     try:
         header = json.loads(text)
-        version, digest = header["version"], header["digest"]
+        version = header["version"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is broken: its header can not be read ({error}).") from error
     if version != VERSION:
-        raise CheckpointError(f"{path} has format version {version}, this pege_fx reads {VERSION}: update pege_fx.")
-    if digest != _digest(tensors):
-        raise CheckpointError(f"{path} is broken: its tensors are not those that were written.")
+        newer = isinstance(version, int) and version > VERSION
+        advice = "update pege_fx" if newer else "store the model again with pege_fx.save_deployed"
+        raise CheckpointError(f"{path} has format version {version}, this pege_fx reads {VERSION}: {advice}.")
+    if found.get(CHECKSUM) != checksum(text, tensors):
+        raise CheckpointError(f"{path} is broken: its content is not what was written.")
     return header, tensors
 
 
@@ -142,8 +148,9 @@ def _packed_state(deployed: GraphModule) -> tuple[dict[str, Tensor], dict[str, t
     return tensors, packed
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
-    sha = hashlib.sha256()
+def checksum(text: str, tensors: dict[str, Tensor]) -> str:
+    """Return the SHA-256 of a file's header and tensors."""
+    sha = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         value = tensors[name]
         sha.update(f"{name} {value.dtype} {list(value.shape)}".encode())

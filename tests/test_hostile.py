@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import pege_fx
-from pege_fx import PegeError, QuantPolicy, Rule, container
+from pege_fx import PegeError, QuantPolicy, Rule, container, storage
 
 QUICK = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 X = torch.randn(2, 4)
@@ -168,13 +168,14 @@ def raw(path: Path) -> dict[str, str]:
 
 @given(st.data())
 @QUICK
-def test_the_graph_of_a_converted_file_is_altered(tmp_path: Path, data: st.DataObject) -> None:
+def test_the_graph_of_a_converted_file_is_altered_and_signed_again(tmp_path: Path, data: st.DataObject) -> None:
     path = tmp_path / "deployed"
     if not path.exists():
         pege_fx.save_deployed(pege_fx.convert(prepared().eval()), path)
     header = altered(data, json.loads(raw(path)["pege_fx"]))
     other = tmp_path / "altered"
-    save_file(load_file(path), other, {"pege_fx": json.dumps(header)})
+    text, tensors = json.dumps(header), load_file(path)
+    save_file(tensors, other, {"pege_fx": text, "sha256": storage.checksum(text, tensors)})
     try:
         pege_fx.load_deployed(other)
     except PegeError:
@@ -218,7 +219,7 @@ def test_a_file_nested_without_end_is_refused(nested: str, tmp_path: Path) -> No
     (tmp_path / "policy.toml").write_text(f"rules = {nested}")
     with pytest.raises(PegeError):
         QuantPolicy.from_toml(tmp_path / "policy.toml")
-    save_file({"w": X}, tmp_path / "deployed", {"pege_fx": nested})
+    save_file({"w": X}, tmp_path / "deployed", {"pege_fx": nested, "sha256": storage.checksum(nested, {"w": X})})
     with pytest.raises(PegeError):
         pege_fx.load_deployed(tmp_path / "deployed")
 

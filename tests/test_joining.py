@@ -560,7 +560,7 @@ def test_the_dataflow_has_an_edge_from_what_is_quantized_alone() -> None:
     assert pege_fx.size_report(gm).quantized_bytes == pege_fx.size_report(pege_fx.convert(gm)).quantized_bytes
 
 
-@pytest.mark.parametrize("style", ["qdq", "qcdq"])
+@pytest.mark.parametrize("style", ["qdq", "qcdq", "qonnx"])
 def test_onnx_has_one_scale_for_both(tmp_path: Path, style: Any) -> None:
     onnx = pytest.importorskip("onnx")
     gm = pege_fx.prepare(Residual().eval(), policy("add", "cat"), (X,))

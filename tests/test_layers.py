@@ -24,7 +24,7 @@ LAYERS: list[set[str]] = [
     | {"vocabulary", "integer", "storage"},
     {"export.program", "export.writer", "export.qonnx"},
     {"export.arithmetic", "export.quantization", "export.shapes"},
-    {"export.layers"},
+    {"export.layers", "export.recurrent"},
     {"export.pooling", "export.runs"},
     {"export.model", "export.verify"},
     {"export"},

@@ -11,14 +11,15 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import pege_fx
-from pege_fx import CheckpointError, ExportError, PegeError, PegeWarning, QuantPolicy, storage, testing
+from pege_fx import CheckpointError, ExportError, PegeError, PegeWarning, QuantPolicy, testing
 from pege_fx.passes import inline_modules, pack_weights, run, unpack_weights
-from pege_fx.storage import _encode
+from pege_fx.storage import _encode, checksum
 from pege_fx.vocabulary import functions
 
 X = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -202,11 +203,24 @@ def test_a_file_cut_short_is_broken(written: Path, keep: int) -> None:
         pege_fx.load_deployed(written)
 
 
-def test_a_flipped_bit_is_noticed(written: Path) -> None:
+@given(st.data())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+def test_a_flipped_bit_is_noticed(written: Path, data: st.DataObject) -> None:
+    """Wherever it is, in a tensor or in the graph: a setting of an operation that changes is no other model."""
+    whole = written.read_bytes()
+    broken = bytearray(whole)
+    broken[data.draw(st.integers(0, len(whole) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    copy = written.with_name("broken")
+    copy.write_bytes(broken)
+    with pytest.raises(CheckpointError):
+        pege_fx.load_deployed(copy)
+
+
+def test_what_was_changed_is_said(written: Path) -> None:
     data = bytearray(written.read_bytes())
     data[-3] ^= 4
     written.write_bytes(data)
-    with pytest.raises(CheckpointError, match="its tensors are not those that were written"):
+    with pytest.raises(CheckpointError, match="its content is not what was written"):
         pege_fx.load_deployed(written)
 
 
@@ -220,7 +234,8 @@ def with_header(path: Path, change: Any) -> None:
     with safe_open(path, framework="pt") as file:
         header = json.loads(file.metadata()["pege_fx"])
     change(header)
-    save_file(load_file(path), path, {"pege_fx": json.dumps(header)})
+    text, tensors = json.dumps(header), load_file(path)
+    save_file(tensors, path, {"pege_fx": text, "sha256": checksum(text, tensors)})
 
 
 @pytest.mark.parametrize(
@@ -275,10 +290,10 @@ def test_a_tensor_can_not_bring_code_in_its_name(tmp_path: Path) -> None:
     tensors[name] = torch.ones(1)
     with safe_open(tmp_path / "model", framework="pt") as file:
         header = json.loads(file.metadata()["pege_fx"])
-    header["digest"] = storage._digest(tensors)
     header["nodes"].insert(1, ["bad", "get_attr", name, {"tuple": []}, {"dict": []}])
     header["nodes"].insert(2, ["used", "call_method", "relu", {"tuple": [{"node": "bad"}]}, {"dict": []}])
-    save_file(tensors, tmp_path / "model", {"pege_fx": json.dumps(header)})
+    text = json.dumps(header)
+    save_file(tensors, tmp_path / "model", {"pege_fx": text, "sha256": checksum(text, tensors)})
     with pytest.raises(CheckpointError, match="no name of a tensor"):
         pege_fx.load_deployed(tmp_path / "model")(x)
     assert not trace.exists()
@@ -286,7 +301,10 @@ def test_a_tensor_can_not_bring_code_in_its_name(tmp_path: Path) -> None:
 
 def test_a_newer_version_is_said(written: Path) -> None:
     with_header(written, lambda header: header.update(version=99))
-    with pytest.raises(CheckpointError, match="format version 99, this pege_fx reads 1: update"):
+    with pytest.raises(CheckpointError, match="format version 99, this pege_fx reads 2: update"):
+        pege_fx.load_deployed(written)
+    with_header(written, lambda header: header.update(version=1))
+    with pytest.raises(CheckpointError, match=r"format version 1, .*: store the model again"):
         pege_fx.load_deployed(written)
 
 

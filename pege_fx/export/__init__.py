@@ -2,13 +2,14 @@
 
 import importlib.util
 import os
+import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from torch import Tensor
 from torch.fx import GraphModule
 
-from pege_fx.errors import ExportError
+from pege_fx.errors import ExportError, PegeWarning
 from pege_fx.export.program import check_deployed, stepped, steps_of_all, to_program
 from pege_fx.files import atomic_write
 from pege_fx.functional import dequantize
@@ -47,6 +48,8 @@ def export_onnx(
         opset: version of the operators, from 17; by default 17, for "qdq" 21, or 25 if something has 2 bits.
         dynamic_batch: leave the first dimension of every input free, where the model allows it.
 
+    Warns if replacement was not complete (p < 1) when the model was converted, and where the model fixes the batch size.
+
     Raises:
         ExportError: an unknown style or opset; a model that was not converted; an operator that has no mapping (node,
             operator and line are named); a file that can not be written.
@@ -71,6 +74,12 @@ def export_onnx(
     chosen = _opset(opset, style, deployed)
     from pege_fx.export.model import build, output_names, warn_if_batch_is_fixed
 
+    if (rate := deployed.meta.get("replacement", 1.0)) < 1.0:
+        warnings.warn(
+            f"the model was converted at p = {rate:.3f}, before its training was finished; it is deployed fully quantized.",
+            PegeWarning,
+            stacklevel=2,
+        )
     program = to_program(deployed, args, operators="pege_fx", dynamic_batch=dynamic_batch)
     if dynamic_batch:
         warn_if_batch_is_fixed(program)

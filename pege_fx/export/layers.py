@@ -142,7 +142,9 @@ def attention(
     factor = scale if scale is not None else _fixed_size(query, -1) ** -0.5
     order = list(range(key.rank))
     order[-2:] = order[-1], order[-2]
-    scores = w.op("MatMul", binary(w, "Mul", query, factor), w.op("Transpose", key, perm=order))
+    # The factor last: ONNX Runtime's optimizer folds it in, and where the query is a product too (a value of codes), as one of
+    # its factors it takes that product away, even from others who read it.
+    scores = binary(w, "Mul", w.op("MatMul", query, w.op("Transpose", key, perm=order)), factor)
     if is_causal:
         size = _fixed_size(query, -2), _fixed_size(key, -2)
         mask = w.constant(torch.full(size, -math.inf).triu(1))
@@ -159,9 +161,34 @@ def _normalized(
     w: Writer, x: Value, weight: Value | None, bias: Value | None, mean: Value | None, var: Value | None, eps: float
 ) -> Value:
     if mean is None or var is None:
-        raise UnmappedError("batch statistics in evaluation (track_running_stats=False)")
+        return _normalized_by_batch(w, x, weight, bias, eps)
     one, zero = torch.ones(mean.shape, dtype=mean.dtype), torch.zeros(mean.shape, dtype=mean.dtype)
     return w.op("BatchNormalization", x, weight or w.constant(one), bias or w.constant(zero), mean, var, epsilon=eps)
+
+
+def _normalized_by_batch(w: Writer, x: Value, weight: Value | None, bias: Value | None, eps: float) -> Value:
+    """By the statistics of what comes in: a norm that keeps none."""
+    axes = [0, *range(2, x.rank)]
+    centred = w.op("Sub", x, reduce(w, "ReduceMean", x, axes, True))
+    variance = reduce(w, "ReduceMean", w.op("Mul", centred, centred), axes, True)
+    made = w.op("Div", centred, w.op("Sqrt", w.op("Add", variance, w.constant(eps, x.dtype))))
+    return _scaled(w, made, weight, bias, x.rank)
+
+
+def _scaled(w: Writer, x: Value, weight: Value | None, bias: Value | None, rank: int) -> Value:
+    """Multiply each channel by a weight and add a bias, where there are any."""
+    trailing = w.constant([-1, *[1] * (rank - 2)])
+    for kind, part in (("Mul", weight), ("Add", bias)):
+        if part is not None:
+            x = w.op(kind, x, w.op("Reshape", part, trailing))
+    return x
+
+
+@writes("_native_batch_norm_legit.no_stats")
+def batch_norm_without_statistics(
+    w: Writer, x: Value, weight: Value | None, bias: Value | None, training: bool, momentum: float, eps: float
+) -> list[Value]:
+    return [_normalized_by_batch(w, x, weight, bias, eps)]
 
 
 @writes("_native_batch_norm_legit_no_training")
@@ -203,17 +230,11 @@ def group_norm(
     eps: float = 1e-5, cudnn: bool = True,
 ) -> Value:  # fmt: skip
     """Normalised group by group as one long channel each, then scaled: no version of GroupNormalization is everywhere."""
-    channels = _fixed_size(x, 1)
     shape = w.op("Shape", x, dtype=torch.int64)
     flat = w.op("Reshape", x, w.constant([0, groups, -1]), shape=(x.shape[0], groups, None))
     ones, zeros = torch.ones(groups, dtype=x.dtype), torch.zeros(groups, dtype=x.dtype)
     made = w.op("InstanceNormalization", flat, w.constant(ones), w.constant(zeros), epsilon=eps)
-    made = w.op("Reshape", made, shape)
-    trailing = [channels, *[1] * (x.rank - 2)]
-    for kind, part in (("Mul", weight), ("Add", bias)):
-        if part is not None:
-            made = binary(w, kind, made, w.op("Reshape", part, w.constant(trailing)))
-    return made
+    return _scaled(w, w.op("Reshape", made, shape), weight, bias, x.rank)
 
 
 @writes("instance_norm")

@@ -15,6 +15,7 @@ from torch.fx.node import map_arg
 import pege_fx.export.layers
 import pege_fx.export.pooling
 import pege_fx.export.quantization
+import pege_fx.export.recurrent
 import pege_fx.export.shapes  # noqa: F401 (these fill the table)
 from pege_fx.errors import ExportError, PegeWarning
 from pege_fx.export import qonnx
@@ -80,7 +81,10 @@ class _Build:
             opsets.append(helper.make_opsetid(qonnx.DOMAIN, qonnx.VERSION))
         model = helper.make_model(made, opset_imports=opsets, functions=functions, producer_name="pege_fx")
         model.ir_version = helper.find_min_ir_version_for(opsets, ignore_unknown=True)
-        onnx.checker.check_model(model, full_check=True)
+        try:
+            onnx.checker.check_model(model, full_check=True)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+            raise ExportError(f"onnx's own checker refuses what was written: {error}") from error
         return model
 
     def _input(self, node: Node) -> onnx.ValueInfoProto:
@@ -191,6 +195,9 @@ def output_names(result: Any, prefix: str = "") -> list[str]:
     >>> import torch
     >>> output_names({"out": torch.ones(1), "aux": torch.ones(1)}), output_names((torch.ones(1), None, torch.ones(1)))
     (['out', 'aux'], ['output_0', 'output_2'])
+
+    Raises:
+        ExportError: for what is neither a tensor nor None.
     """
     if isinstance(result, Tensor):
         return [prefix or "output"]
@@ -201,6 +208,8 @@ def output_names(result: Any, prefix: str = "") -> list[str]:
     if isinstance(result, (list, tuple)):
         start = prefix or "output"
         return [name for i, value in enumerate(result) for name in output_names(value, f"{start}_{i}")]
+    if result is not None:
+        raise ExportError(f"{prefix or 'the output'} is {result!r}, not a tensor: leave it out, or make it one.")
     return []
 
 

@@ -6,6 +6,8 @@ it comes from; quantize and dequantize become operators of their own, which no d
 
 import copy
 import importlib
+import os
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, TypeAlias
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_map
 
 from pege_fx import functional
 from pege_fx.errors import ExportError, InputError, PegeWarning
@@ -24,6 +27,7 @@ from pege_fx.passes.lower import unpack_weights
 from pege_fx.passes.pipeline import run
 from pege_fx.spec import bounds_of
 
+_NOT_THE_MODEL = (f"{os.path.dirname(torch.__file__)}/", f"{os.path.dirname(os.path.dirname(__file__))}/", "<")
 _STEPS = "steps"
 _STEP = f"{_STEPS}.node_"  # a bare name could be a module's own: "to"
 
@@ -117,6 +121,7 @@ class Step(nn.Module):
 
     def __init__(self, node: Node, function: Callable[..., Any] | None) -> None:
         super().__init__()
+        self.name = node.name
         self.function = function
         self.method = None if function is not None else str(node.target)
         self.place = where(node)
@@ -210,19 +215,45 @@ def to_program(
 
 
 def _export(module: nn.Module, args: tuple[Any, ...], dynamic_batch: bool) -> ExportedProgram:
+    fixed = ""
     if dynamic_batch:
         # An example of one is fixed by torch.export, like every dimension of size one.
-        doubled = tuple(torch.cat([x, x]) if isinstance(x, Tensor) and x.ndim and x.shape[0] == 1 else x for x in args)
-        shapes = tuple({0: Dim.AUTO} if isinstance(x, Tensor) and x.ndim else None for x in args)
+        doubled = tree_map(lambda x: torch.cat([x, x]) if _has_batch(x) and x.shape[0] == 1 else x, args)
+        shapes = tree_map(lambda x: {0: Dim.AUTO} if _has_batch(x) else None, args)
         try:
             return _exported(module, doubled, shapes)
         except Exception as error:
-            cause = str(error).splitlines()[0] if str(error) else type(error).__name__
-            warnings.warn(f"the batch size is fixed to that of the example inputs: {cause}", PegeWarning, stacklevel=5)
+            fixed = f"the batch size is fixed to that of the example inputs: {_first_line(error)}"
     try:
-        return _exported(module, args, None)
+        program = _exported(module, args, None)
     except Exception as error:
-        raise ExportError(f"torch.export can not follow the model: {type(error).__name__}: {error}") from error
+        raise ExportError(
+            f"torch.export can not follow the model{_where_failed(error)}: {type(error).__name__}: {_first_line(error)}"
+        ) from error
+    if fixed:
+        warnings.warn(fixed, PegeWarning, stacklevel=5)
+    return program
+
+
+def _has_batch(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _where_failed(error: BaseException) -> str:
+    """The node that ``torch.export`` could not follow, with its line, or the line of a module that stays Python."""
+    found = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        code = frame.f_code
+        if code is Step.forward.__code__:
+            step: Step = frame.f_locals["self"]
+            found = f" at {step.name}{step.place}"
+        elif not code.co_filename.startswith(_NOT_THE_MODEL):
+            found = f" at {code.co_qualname} ({code.co_filename}:{line})"
+    return found
 
 
 def _exported(module: nn.Module, args: tuple[Any, ...], shapes: Any) -> ExportedProgram:

@@ -1,5 +1,6 @@
 """Quantize and dequantize in ONNX: weights in real 4-bit and 2-bit types where the opset has them, else int8 and Clip."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from pege_fx.export.writer import CODE_TYPES, Codes, Pending, UnmappedError, Val
 from pege_fx.spec import bounds_of
 
 INT4_OPSET, INT2_OPSET = 21, 25
+_TYPED_OPSET = 21  # QuantizeLinear has an output type of its own
+_OFFSET = 128  # of signed codes that are written as uint8
 
 
 def code_bits(w: Writer, bits: int) -> int:
@@ -39,6 +42,8 @@ def quantize(
     Activations below 8 bits stay int8: ONNX Runtime moves a QuantizeLinear in front of a Reshape, for which it has no 2-bit
     kernel, and a narrower type would make nothing faster or smaller.
     """
+    if x.dtype is torch.float64:
+        raise UnmappedError("ONNX quantizes no float64, give the model and its inputs in float32")
     x = w.cast(x, torch.promote_types(x.dtype, torch.float32))
     if lower is not None and width is not None:
         x = w.op("Div", w.op("Sub", x, lower), width)
@@ -50,9 +55,14 @@ def quantize(
         raise UnmappedError("an activation with more than one scale, or whose zero point is no integer")
     if w.style == "qonnx":
         return Value("", dtype, x.shape, pending=Pending(x, step, zero, bits, signed, narrow))
-    start = w.constant(torch.tensor(0 if zero is None else int(zero), dtype=dtype))
+    offset = _OFFSET if signed and zero is not None and w.opset >= _TYPED_OPSET else 0
+    dtype = torch.uint8 if offset else dtype
+    start = w.constant(torch.tensor(offset + (0 if zero is None else int(zero)), dtype=dtype))
     codes = w.op("QuantizeLinear", x, w.constant(step.reshape(())), start, dtype=dtype)
-    return codes if (low, high) == bounds_of(8, signed=signed) else _clipped(w, codes, low, high)
+    if (low, high) != bounds_of(8, signed=signed):
+        codes = _clipped(w, codes, low + offset, high + offset)
+    codes.offset = offset
+    return codes
 
 
 def _clipped(w: Writer, codes: Value, low: int, high: int) -> Value:
@@ -74,7 +84,23 @@ def dequantize(
         return value
     if codes.pending is not None:
         return w.cast(qonnx.activation(w, codes.pending, step, zero), wanted)
-    return _dequantized(w, codes, None, step, zero, wanted)
+    return _dequantized_activation(w, codes, step, zero, wanted)
+
+
+def _dequantized_activation(w: Writer, codes: Value, step: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Value:
+    """Write the value of an activation's codes in the one way that ONNX Runtime's optimizer leaves right.
+
+    It repeats a pair of Q and DQ behind a Transpose or Reshape. Before opset 21 the new Q gives uint8, unless a zero point
+    says otherwise; from 21 on it has a type, and a signed zero point is taken for one of uint8: the file does not load.
+    """
+    if w.opset < _TYPED_OPSET:
+        zero = torch.zeros_like(step) if zero is None else zero
+    elif codes.offset:
+        zero = codes.offset + (torch.zeros_like(step) if zero is None else zero)
+        codes = replace(codes, dtype=torch.uint8)
+    elif zero is not None and codes.dtype is torch.int8:
+        return w.cast(_shifted(w, codes, step, zero), dtype)
+    return _dequantized(w, codes, None, step, zero, dtype)
 
 
 def dequantize_weight(w: Writer, made: Codes, name: str) -> Value:
@@ -93,17 +119,21 @@ def _dequantized(w: Writer, codes: Value, kind: int | None, scale: Tensor, zero:
     axis = _axis(scale)
     fits = zero is None or (bool((zero == zero.round()).all()) and _in_range(zero, kind, codes.dtype))
     if axis is None or not fits:
-        one = w.constant(torch.ones((), dtype=scale.dtype))
-        value = w.op("DequantizeLinear", codes, one, dtype=scale.dtype)
-        if zero is not None:
-            value = w.op("Sub", value, w.constant(zero))
-        return w.cast(w.op("Mul", value, w.constant(scale)), dtype)
+        return w.cast(_shifted(w, codes, scale, zero), dtype)
     steps = scale.reshape(()) if scale.numel() == 1 else scale.flatten()
     start = None
     if zero is not None:
         start = w.constant(zero.to(codes.dtype).expand(scale.shape).reshape(steps.shape), onnx_type=kind)
     value = w.op("DequantizeLinear", codes, w.constant(steps), start, dtype=scale.dtype, axis=None if steps.ndim == 0 else axis)
     return w.cast(value, dtype)
+
+
+def _shifted(w: Writer, codes: Value, scale: Tensor, zero: Tensor | None) -> Value:
+    """Write (code - z) * s in float."""
+    value = w.op("DequantizeLinear", codes, w.constant(torch.ones((), dtype=scale.dtype)), dtype=scale.dtype)
+    if zero is not None:
+        value = w.op("Sub", value, w.constant(zero))
+    return w.op("Mul", value, w.constant(scale))
 
 
 def _axis(scale: Tensor) -> int | None:
@@ -129,6 +159,23 @@ def transposed(w: Writer, weight: Value, name: str) -> Value:
         return w.op("Transpose", weight, perm=[1, 0])
     turned = Codes(made.codes.t().contiguous(), _turned(made.scale), _turned(made.zero_point), made.bits, made.dtype)
     return dequantize_weight(w, turned, name)
+
+
+def rows(w: Writer, value: Value, order: list[int]) -> Value:
+    """Return a tensor with its rows in another order; one that is stored as codes is stored so."""
+    if order == sorted(order):
+        return value
+    made = value.codes
+    if made is None:
+        return w.op("Gather", value, w.constant(order), axis=0) if value.constant is None else w.constant(value.constant[order])
+
+    def moved(grid: Tensor | None) -> Tensor | None:
+        return grid[order] if grid is not None and grid.ndim and len(grid) > 1 else grid
+
+    scale = moved(made.scale)
+    assert scale is not None
+    ordered = Codes(made.codes[order], scale, moved(made.zero_point), made.bits, made.dtype)
+    return dequantize_weight(w, ordered, f"{value.name}_gates")
 
 
 def _turned(grid: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from onnx import helper
 from torch import Tensor
 from torch.fx import GraphModule
+from torch.utils._pytree import tree_map
 
 from pege_fx.errors import ExportError
 from pege_fx.export.program import Step, stepped, steps_of
@@ -44,8 +46,9 @@ class _Model:
         self.exact = stepped(deployed, {dequantize: _wide_dequantize}).double()
         self.scales: dict[str, float] = {}
         self._source = _sources(deployed)
+        self.takes = len(deployed.graph.find_nodes(op="placeholder"))
 
-    def __call__(self, args: tuple[Tensor, ...]) -> Reference:
+    def __call__(self, args: tuple[Any, ...]) -> Reference:
         codes: dict[str, Tensor] = {}
         values: dict[str, Tensor] = {}
         positions: dict[str, Tensor] = {}
@@ -66,7 +69,7 @@ class _Model:
             with _Hooks(self.plain, {quantize: keep_codes, dequantize: keep_values}):
                 outputs = flat_tensors(self.plain.forward(*args))  # a call would print the traceback of what fails
             with _Hooks(self.exact, {quantize: keep_positions}):
-                self.exact(*(x.double() if x.is_floating_point() else x for x in args))
+                self.exact(*tree_map(lambda x: x.double() if x.is_floating_point() else x, args))
         codes, positions = ({name: found[self._source[name]] for name in values} for found in (codes, positions))
         return Reference(outputs, values, codes, positions)
 
@@ -150,9 +153,15 @@ class Sessions:
         self.plain = _session(_exposed(proto, self.names), optimized=False)
         self.forced = _session(_forced(proto, self.names), optimized=False)
         self.optimized = _session(proto, optimized=True)
+        self._proto = proto
 
-    def feed(self, args: tuple[Tensor, ...]) -> dict[str, Array]:
-        return {name: x.detach().numpy() for name, x in zip(self.inputs, args, strict=True)}
+    @cached_property
+    def optimized_plain(self) -> onnxruntime.InferenceSession:
+        """Optimized as far as codes that have to be seen allow."""
+        return _session(_exposed(self._proto, self.names), optimized=True)
+
+    def feed(self, tensors: list[Tensor]) -> dict[str, Array]:
+        return {name: x.detach().numpy() for name, x in zip(self.inputs, tensors, strict=True)}
 
 
 def _session(proto: onnx.ModelProto, *, optimized: bool) -> onnxruntime.InferenceSession:
@@ -160,7 +169,12 @@ def _session(proto: onnx.ModelProto, *, optimized: bool) -> onnxruntime.Inferenc
     levels = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
     options.log_severity_level = 3
-    return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    try:
+        return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise ExportError(
+            f"ONNX Runtime can not load the file, optimizations {'on' if optimized else 'off'}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _exposed(proto: onnx.ModelProto, names: list[str]) -> onnx.ModelProto:

@@ -38,6 +38,7 @@ class Value:
     onnx_type: int | None = None
     codes: "Codes | None" = None
     pending: "Pending | None" = None
+    offset: int = 0  # added to codes, to write signed ones as uint8
 
     @property
     def rank(self) -> int:

@@ -1,5 +1,6 @@
 """pege-fx export: a stored model becomes a verified ONNX file, or one line says why not."""
 
+import copy
 import tempfile
 from pathlib import Path
 
@@ -78,6 +79,22 @@ def test_an_input_for_each_argument(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", "two.safetensors", *INPUT, "--input", "2x4:int64", "-o", "made.onnx", "--no-verify"]) == 0
     assert [value.name for value in onnx.load("made.onnx").graph.input] == ["x", "ids"]
     assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_training_that_was_not_finished_is_said_at_every_step(capsys: pytest.CaptureFixture[str]) -> None:
+    """By convert, which knows the site; and from then on by whoever exports, from a file too."""
+    gm = pege_fx.prepare(nn.Linear(4, 4), "W4A4", (torch.randn(2, 4),))
+    pege_fx.PEGEScheduler(gm, 10, pege_fx.Constant(0.25))
+    with pytest.warns(pege_fx.PegeWarning, match=r"weight_fq was trained at p = 0\.250"):
+        deployed = copy.deepcopy(pege_fx.convert(gm))
+    with pytest.warns(pege_fx.PegeWarning, match=r"converted at p = 0\.250, before its training was finished"):
+        pege_fx.export_onnx(deployed, "early.onnx", (torch.randn(2, 4),))
+    pege_fx.save_deployed(deployed, "early.safetensors")
+    assert main(["export", "early.safetensors", *INPUT]) == 0
+    out, err = capsys.readouterr()
+    assert err.startswith("pege-fx: warning: the model was converted at p = 0.250")
+    assert err.count("\n") == 1
+    assert "early.onnx: " in out
 
 
 @pytest.mark.parametrize(

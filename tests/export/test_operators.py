@@ -197,6 +197,9 @@ LAYERS: dict[str, Function] = {
     "instance norm": nn.InstanceNorm2d(4, affine=True),
     "batch norm": nn.Sequential(nn.ReLU(), seeded(lambda: nn.BatchNorm2d(4))),
     "rms norm": seeded(lambda: nn.RMSNorm(6)),
+    "batch norm without statistics": nn.Sequential(
+        seeded(lambda: nn.BatchNorm2d(4, track_running_stats=False)), nn.BatchNorm2d(4, affine=False, track_running_stats=False)
+    ),
     "prelu": nn.PReLU(4),
     "conv same": seeded(lambda: nn.Conv2d(4, 3, 3, padding="same", dilation=2)),
     "conv asymmetric": seeded(lambda: nn.Conv2d(4, 6, (3, 2), (2, 1), (0, 1), (1, 2), groups=2)),

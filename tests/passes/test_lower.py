@@ -86,6 +86,28 @@ def test_unfinished_replacement_warns() -> None:
         pege_fx.convert(gm)
 
 
+class Undecided(nn.Module):
+    """Stays Python as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc(x)
+        return x if float(x.sum()) > 0 else -x
+
+
+def test_a_root_that_stays_python_keeps_nothing_of_training() -> None:
+    x = torch.randn(2, 4)
+    with pytest.warns(PegeWarning, match="stays Python"):
+        gm = pege_fx.prepare(Undecided().eval(), "W4A4", (x,))
+    deployed = pege_fx.convert(gm)
+    assert set(deployed.state_dict()) == {"fc.bias", "fc.weight_codes", "fc.weight_scale", "fc.input_1_fq_scale"}
+    with torch.no_grad():
+        assert torch.equal(deployed(x), gm(x))
+
+
 class Bent(ForwardMethod, name="bent-for-this-test"):
     """A transform without a word on how it is deployed."""
 
