@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pege_fx
-from pege_fx import Constant, PEGEScheduler, QuantPolicy, QuantSpec, functional
+from pege_fx import Constant, PEGEScheduler, QuantPolicy, QuantSpec, Rule, functional
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from cifar10 import ResNet20
@@ -102,9 +102,9 @@ def training_step(model: nn.Module, compiled: bool, batch: int) -> Callable[[], 
     return step
 
 
-def prepared(rate: float | None) -> nn.Module:
+def prepared(rate: float | None, recompute: bool = False) -> nn.Module:
     torch.manual_seed(0)
-    policy = QuantPolicy.parse("W2A2", first=None, last=None)
+    policy = QuantPolicy((*QuantPolicy.parse("W2A2", first=None, last=None).rules, Rule(recompute=recompute)))
     gm = pege_fx.prepare(ResNet20(10), policy, (torch.randn(8, 3, 32, 32),))
     if rate is not None:
         PEGEScheduler(gm, 10, Constant(rate), Constant(1e-7), Constant(1e-9))
@@ -127,6 +127,8 @@ def steps(batch: int) -> list[dict[str, object]]:
             "float": training_step(ResNet20(10), compiled, batch),
             "W2A2 p=0.5": training_step(prepared(0.5), compiled, batch),
             "W2A2 p=1": training_step(prepared(None), compiled, batch),
+            "W2A2 p=0.5 recompute": training_step(prepared(0.5, recompute=True), compiled, batch),
+            "W2A2 p=1 recompute": training_step(prepared(None, recompute=True), compiled, batch),
         }
         for call in calls.values():
             for _ in range(5):

@@ -1,7 +1,9 @@
 """Speed on this machine, as ratios in one process against a named baseline: make bench, or python benchmarks/run.py
 
-One thread; medians of interleaved runs. Kernel: against a copy of the same tensor. Training step (forward, backward, SGD):
-against the float model. Prepare: against ``torch.fx.symbolic_trace`` of the same model, in CPU time.
+One thread, medians of interleaved runs, CPU time: what else the machine does counts less than in wall time. Kernel: against a
+copy of the same tensor. Training step (forward, backward, SGD) and evaluation: against the float model, eager and compiled,
+next to other libraries where they are installed (extra ``bench``). Prepare: against ``torch.fx.symbolic_trace`` of the same
+model. ``--only eager`` measures the parts with that word in their title, and leaves the rest of the file as it is.
 """
 
 import argparse
@@ -11,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +25,22 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import pege_fx
-from pege_fx import Constant, PEGEScheduler, QuantPolicy, QuantSpec, functional
+from pege_fx import Constant, PEGEScheduler, QuantPolicy, QuantSpec, Rule, functional
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from cifar10 import ResNet20
+from libraries import others
 
 
-def interleaved(calls: dict[str, Callable[[], object]], repeats: int, clock: Callable[[], float]) -> dict[str, float]:
-    """Median seconds of each call, measured in turn after two warm-up rounds."""
+def interleaved(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median CPU seconds of each call, measured in turn after two warm-up rounds."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(repeats + 2):
         for name, call in calls.items():
-            start = clock()
+            start = time.process_time()
             call()
             if repeat >= 2:
-                times[name].append(clock() - start)
+                times[name].append(time.process_time() - start)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -68,7 +72,7 @@ def kernel(elements: int, repeats: int) -> list[dict[str, Any]]:
         backward[name] = lambda y=y, inputs=inputs: torch.autograd.grad(y, inputs, grad, retain_graph=True)
     rows = []
     for part, calls in (("forward", forward), ("backward", backward)):
-        times = interleaved(calls, repeats, time.perf_counter)
+        times = interleaved(calls, repeats)
         rows += [
             {"pass": part, "what": name, "ms": 1e3 * seconds, "over copy": seconds / times["copy"]}
             for name, seconds in times.items()
@@ -107,30 +111,62 @@ def saved_bytes(model: nn.Module, x: Tensor) -> int:
     return sum(kept.values())
 
 
-def training_step(name: str, make: Callable[[], nn.Module], x: Tensor, bits: str, repeats: int) -> list[dict[str, Any]]:
-    def prepared(rate: float | None) -> nn.Module:
+@dataclass(frozen=True)
+class Model:
+    """A network to train, with a batch and a format."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    x: Tensor
+    bits: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.name} at {'x'.join(map(str, self.x.shape))}"
+
+    def prepared(self, rate: float | None, *rules: Rule, bits: str = "") -> nn.Module:
         torch.manual_seed(0)
-        gm = pege_fx.prepare(make(), QuantPolicy.parse(bits, first=None, last=None), (x[:8],))
+        policy = QuantPolicy((*QuantPolicy.parse(bits or self.bits, first=None, last=None).rules, *rules))
+        gm = pege_fx.prepare(self.make(), policy, (self.x[:8],))
         if rate is not None:
             PEGEScheduler(gm, 10, Constant(rate), Constant(1e-7), Constant(1e-9))
         return gm
 
+    def variants(self) -> dict[str, nn.Module]:
+        again = Rule(recompute=True)
+        return {
+            "float": self.make(),
+            f"{self.bits} p=0.5": self.prepared(0.5),
+            f"{self.bits} p=1": self.prepared(None),
+            f"{self.bits} p=0.5 recompute": self.prepared(0.5, again),
+            f"{self.bits} p=1 recompute": self.prepared(None, again),
+        }
+
+
+def training_step(model: Model, models: dict[str, nn.Module], compiled: bool, repeats: int) -> list[dict[str, Any]]:
+    kept = {} if compiled else {label: saved_bytes(network.train(), model.x) for label, network in models.items()}
+    times = interleaved({label: step_of(network, model.x, compiled) for label, network in models.items()}, repeats)
+    return [
+        {"model": model.name, "what": label, "ms": 1e3 * seconds, "over float": seconds / times["float"]}
+        | ({"saved over float": kept[label] / kept["float"]} if kept else {})
+        for label, seconds in times.items()
+    ]
+
+
+def evaluation(repeats: int) -> list[dict[str, Any]]:
+    """A forward pass in ``eval()`` and without gradients."""
+    network = torchvision.models.resnet18(num_classes=10)
+    gm = pege_fx.prepare(network, "W4A4", (torch.randn(2, 3, 64, 64),))
     rows = []
-    for compiled in (False, True):
-        models = {"float": make(), f"{bits} p=0.5": prepared(0.5), f"{bits} p=1": prepared(None)}
-        kept = {label: saved_bytes(model.train(), x) for label, model in models.items()}
-        times = interleaved({k: step_of(m, x, compiled) for k, m in models.items()}, repeats, time.perf_counter)
-        for label in models:
-            rows.append(
-                {
-                    "model": name,
-                    "what": label,
-                    "compiled": compiled,
-                    "ms": 1e3 * times[label],
-                    "over float": times[label] / times["float"],
-                    "saved over float": kept[label] / kept["float"],
-                }
-            )
+    for shape in ((1, 3, 64, 64), (1, 3, 224, 224), (32, 3, 64, 64)):
+        x = torch.randn(shape)
+        calls: dict[str, Callable[[], object]] = {
+            name: lambda model=model, x=x: model(x) for name, model in (("float", network.eval()), ("W4A4", gm.eval()))
+        }
+        with torch.no_grad():
+            times = interleaved(calls, repeats)
+        label = "x".join(map(str, shape))
+        rows.append({"input": label, "ms": 1e3 * times["W4A4"], "over float": times["W4A4"] / times["float"]})
     return rows
 
 
@@ -142,7 +178,7 @@ def prepare_time(repeats: int) -> list[dict[str, Any]]:
             "trace": lambda model=model: torch.fx.symbolic_trace(model),
             "prepare": lambda model=model: pege_fx.prepare(model, "W4A4"),
         }
-        times = interleaved(calls, repeats, time.process_time)
+        times = interleaved(calls, repeats)
         ratio = times["prepare"] / times["trace"]
         rows.append(
             {"model": name, "trace ms": 1e3 * times["trace"], "prepare ms": 1e3 * times["prepare"], "over trace": ratio}
@@ -163,31 +199,48 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/cpu.json"))
     parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--only", default="", help="measure the parts with this word in their title")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    result: dict[str, Any] = {
-        "device": f"one thread of {platform.machine()}",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "pege_fx": pege_fx.__version__,
-        "repeats": args.repeats,
-    }
-    parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
-        "kernel, 2 M elements": lambda: kernel(2_000_000, args.repeats),
-        "step, ResNet-20 at 128x3x32x32": lambda: training_step(
-            "ResNet-20", lambda: ResNet20(10), torch.randn(128, 3, 32, 32), "W2A2", args.repeats
-        ),
-        "step, resnet18 at 32x3x64x64": lambda: training_step(
-            "resnet18", lambda: torchvision.models.resnet18(num_classes=10), torch.randn(32, 3, 64, 64), "W4A4", args.repeats
-        ),
-        "prepare": lambda: prepare_time(args.repeats),
-    }
+    models = [
+        Model("ResNet-20", lambda: ResNet20(10), torch.randn(128, 3, 32, 32), "W2A2"),
+        Model("resnet18", lambda: torchvision.models.resnet18(num_classes=10), torch.randn(32, 3, 64, 64), "W4A4"),
+    ]
+    parts: dict[str, Callable[[], list[dict[str, Any]]]] = {"kernel, 2 M elements": lambda: kernel(2_000_000, args.repeats)}
+    for m in models:
+        parts[f"eager step, {m.title}"] = lambda m=m: training_step(m, m.variants(), False, args.repeats)
+        parts[f"compiled step, {m.title}"] = lambda m=m: training_step(m, m.variants(), True, args.repeats)
+        parts[f"libraries, {m.title}, W4A4"] = lambda m=m: training_step(m, next_to_others(m), False, args.repeats)
+    parts["evaluation, resnet18"] = lambda: evaluation(args.repeats)
+    parts["prepare"] = lambda: prepare_time(args.repeats)
+    result: dict[str, Any] = json.loads(args.output.read_text()) if args.output.exists() else {}
+    result["pege_fx"] = pege_fx.__version__
+    result.setdefault("measured", {})
     for title, measure in parts.items():
+        if args.only not in title:
+            continue
         result[title] = measure()
+        result["measured"][title] = {
+            "device": f"one thread of {platform.machine()}",
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "clock": "CPU time",
+            "repeats": args.repeats,
+        }
         show(title, result[title])
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(result, indent=1))
+
+
+def next_to_others(model: Model) -> dict[str, nn.Module]:
+    ours = {
+        "float": model.make(),
+        "pege_fx p=0.5": model.prepared(0.5, bits="W4A4"),
+        "pege_fx p=1": model.prepared(None, bits="W4A4"),
+    }
+    ours["pege_fx p=1 recompute"] = model.prepared(None, Rule(recompute=True), bits="W4A4")
+    return ours | others(model.make, model.x)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import weakref
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -25,19 +25,23 @@ class ScheduleState(nn.Module):
     ``rate`` p; ``weight_lambda`` and ``activation_lambda`` λ (absolute units), float32; ``refresh_key`` (int32, from the
     refresh count). They start fully quantized with λ = 0 and are not part of a ``state_dict``: the scheduler's is.
 
-    p and λ are kept as bits, since ``half()`` rounds whatever is floating point, and float16 has no 1e-8.
+    ``loss_scale`` is the factor of a ``GradScaler`` that the scheduler follows, if it follows one (``is_scaled``).
+
+    They are kept as bits, since ``half()`` rounds whatever is floating point, and float16 has no 1e-8.
     """
 
     rate_bits: Tensor
     weight_lambda_bits: Tensor
     activation_lambda_bits: Tensor
+    loss_scale_bits: Tensor
     refresh_key: Tensor
 
     def __init__(self, group: str) -> None:
         super().__init__()
         self.group = group
         self.rank = 0  # which part of a global batch this process sees; no buffer, or DDP would make it the first one's
-        for name, value in (("rate", 1.0), ("weight_lambda", 0.0), ("activation_lambda", 0.0)):
+        self.is_scaled = False
+        for name, value in (("rate", 1.0), ("weight_lambda", 0.0), ("activation_lambda", 0.0), ("loss_scale", 1.0)):
             self.register_buffer(f"{name}_bits", torch.tensor(value).view(torch.int32), persistent=False)
         key = torch.tensor(functional.refresh_key(0), dtype=torch.int32)
         self.register_buffer("refresh_key", key, persistent=False)
@@ -53,6 +57,10 @@ class ScheduleState(nn.Module):
     @property
     def activation_lambda(self) -> Tensor:
         return self.activation_lambda_bits.view(torch.float32)
+
+    @property
+    def loss_scale(self) -> Tensor:
+        return self.loss_scale_bits.view(torch.float32)
 
     def extra_repr(self) -> str:
         return f"group={self.group!r}"
@@ -76,6 +84,23 @@ class Site:
 # The autograd nodes of each site's last training forward (one for each of its inputs), for discretization_loss: they hold
 # x_c and y. Weak, so that nothing lives longer than training needs.
 _LAST_FORWARD: "weakref.WeakKeyDictionary[FakeQuant, list[weakref.ref[Any]]]" = weakref.WeakKeyDictionary()
+
+
+class _Deployed(NamedTuple):
+    """What a weight is in evaluation, and what it was made from: aliases, so that no address is used again, with versions."""
+
+    decisions: tuple[Any, ...]
+    sources: list[tuple[Tensor, int]]
+    value: Tensor
+
+    def is_of(self, decisions: tuple[Any, ...], sources: list[tuple[Tensor, int]]) -> bool:
+        return decisions == self.decisions and all(
+            now == before and a.data_ptr() == b.data_ptr() and a.dtype == b.dtype
+            for (a, now), (b, before) in zip(sources, self.sources, strict=True)
+        )
+
+
+_DEPLOYED: "weakref.WeakKeyDictionary[FakeQuant, _Deployed]" = weakref.WeakKeyDictionary()
 
 
 class FakeQuant(nn.Module):
@@ -211,7 +236,7 @@ class FakeQuant(nn.Module):
         if self.observing:
             return self.leave(x, self.enter(x))
         if not self.training and not torch.is_grad_enabled():
-            return self.deployed(x)
+            return self._deployed_once(x) if self.site.kind == "weight" else self.deployed(x)
         if self.fold is not None and self.fold.live and self.method.channels is not None and self.method.is_plain:
             # A grid of step -s over w is the grid of step s over -w: one pass over the weight instead of three.
             return self._discretize(x, sign=self.fold.broadcast(self.fold.sign(), x))
@@ -278,6 +303,28 @@ class FakeQuant(nn.Module):
         value = codes if zero_point is None else codes - zero_point
         return (value * scale.to(value.dtype)).to(x.dtype)
 
+    def _deployed_once(self, x: Tensor) -> Tensor:
+        """``deployed(x)``, computed anew when something that it depends on has changed since."""
+        if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter) or x.is_meta:
+            return self.deployed(x)
+        norm = () if self.fold is None else (self.fold.bn.weight, self.fold.bn.running_var)
+        tensors = (x, *norm, *self.method.parameters(), *self.method.buffers())
+        try:
+            sources = [(t.detach(), t._version) for t in tensors if t is not None]
+            decisions = (self.site, self.method, self.fold is not None and self.fold.live, len(sources))
+            known = _DEPLOYED.get(self)
+            if known is None or not known.is_of(decisions, sources):
+                with torch.inference_mode(mode=False), torch.no_grad():
+                    known = _DEPLOYED[self] = _Deployed(decisions, sources, self.deployed(x))
+        except RuntimeError:  # tensors of inference mode have no version, those under vmap no memory of their own
+            return self.deployed(x)
+        return known.value
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; what was kept for evaluation goes."""
+        _DEPLOYED.pop(self, None)
+        return super().train(mode)
+
     # A folded weight is quantized with the sign of its BatchNorm's factor k, so that scale * |k| is positive: with one
     # scale per channel that is the grid of the folded weight k * w itself, and +-1 changes no bit. With one scale per
     # tensor the grid is that of k * w, and training divides by k again.
@@ -302,6 +349,8 @@ class FakeQuant(nn.Module):
         if self.estimator.strength != "lambda":
             strength: Tensor = self.get_buffer("strength")
             return strength
+        if self.schedule.is_scaled and not self.estimator.is_relative:
+            return self.lambda_ * self.schedule.loss_scale
         return self.lambda_
 
     @property

@@ -388,10 +388,12 @@ class Estimator(ABC):
     ...         return 0.5 * grad * keep
 
     ``strength`` says what the last argument of ``gradient`` is: "lambda", the scheduler's λ for weights or for
-    activations; or a number, the first value of a 0-d buffer ``strength`` that each site has to itself.
+    activations; or a number, the first value of a 0-d buffer ``strength`` that each site has to itself. ``is_relative``: it
+    multiplies a gradient, so that it stays what it is where the loss is scaled.
     """
 
     strength: ClassVar[float | Literal["lambda"]] = "lambda"
+    is_relative: ClassVar[bool] = False
     discretizer: ClassVar[type[torch.autograd.Function]]
 
     def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
@@ -447,6 +449,8 @@ class PEGE(Estimator, name="pege"):
 
 class RelativePEGE(Estimator, name="pege-relative"):
     """PEGE with lambda in units of the site's mean |g|, so that one value serves sites whose gradients differ in size."""
+
+    is_relative = True
 
     @staticmethod
     def gradient(grad: Tensor, x: Tensor, y: Tensor, keep: Tensor, span: Tensor, strength: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch.fx import GraphModule
 
 from pege_fx.curves import Exponential, LogReplacement, RampReplacement
@@ -166,6 +167,27 @@ class PEGEScheduler:
         self.t = min(steps, self.total_steps)
         self.refreshes = steps if self.refresh == "step" else 0
         self._apply()
+
+    def follow(self, scaler: torch.amp.GradScaler) -> None:
+        """Multiply λ by the factor that ``scaler`` multiplies the loss by; call it before each forward pass.
+
+        The term of λ is a part of the gradient and not of the loss, so that the scaler does not see it. The factor is
+        copied from tensor to tensor: nothing waits for a device.
+
+        Args:
+            scaler: multiplies the loss of the next step.
+
+        >>> import torch
+        >>> import pege_fx
+        >>> gm = pege_fx.prepare(torch.nn.Sequential(torch.nn.Linear(4, 4)), "W4A4", torch.randn(2, 4))
+        >>> scheduler, scaler = PEGEScheduler(gm, total_steps=10), torch.amp.GradScaler("cpu", init_scale=256.0)
+        >>> scheduler.follow(scaler)
+        >>> float(pege_fx.fake_quants(gm)["0.weight_fq"].schedule.loss_scale)
+        256.0
+        """
+        for state in self._states.values():
+            state.is_scaled = scaler.is_enabled()
+            state.loss_scale.copy_(scaler.scale(torch.ones_like(state.loss_scale)))
 
     @property
     def rate(self) -> float:

@@ -359,6 +359,21 @@ def test_schedule_steps_recompile_nothing_and_compiled_gradients_are_eager_ones(
         scheduler.step()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_schedule_of_a_thousand_steps_recompiles_nothing() -> None:
+    gm = pege_fx.prepare(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), "W4A4", (inputs(4, 4),))
+    scheduler = PEGEScheduler(gm, 1000)  # p reaches 1 halfway
+    torch.compiler.reset()
+    compiled = torch.compile(gm, fullgraph=True, backend="eager")
+    compiled(inputs(4, 4))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for step in range(1000):
+            scheduler.step()
+            if step % 10 == 9:
+                compiled(inputs(4, 4))
+    assert scheduler.rate == 1.0
+
+
 # --- for people --------------------------------------------------------------------------------------------------
 
 

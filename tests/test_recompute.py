@@ -195,6 +195,8 @@ def test_methods_that_bend_their_input_keep_no_more_than_before() -> None:
 # --- compiled ------------------------------------------------------------------------------------------------------
 
 
+# The compiler of torch 2.11 uses what torch 2.11 deprecates.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_it_keeps_less_and_has_the_same_gradients() -> None:
     torch.compiler.reset()
     found = {}
