@@ -50,6 +50,7 @@ def read_table(path: Path, profile: str | None = None) -> list[dict[str, Any]]:
         raise UserError(f"{path} has no [profiles.{profile}]; it has: {', '.join(profiles) or 'none'}.")
     other = dict(profiles[profile]) if profile else {}
     skip = other.pop("skip", [])
+    other.pop("findings", None)
     runs = [table.get("defaults", {}) | other | run for run in table.get("run", [])]
     runs = [run for run in runs if not any(fnmatch(str(run.get("name")), pattern) for pattern in skip)]
     if not runs:
@@ -61,6 +62,12 @@ def read_table(path: Path, profile: str | None = None) -> list[dict[str, Any]]:
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"{path}: {', '.join(sorted(twice))} is the name of two runs: choose another.")
     return runs
+
+
+def findings(path: Path, profile: str | None) -> str:
+    """Return what people wrote in the table about the results: ``findings`` of the profile, or of the whole table."""
+    table = tomllib.loads(path.read_text())
+    return str((table["profiles"][profile] if profile else table).get("findings", "")).strip()
 
 
 def options(run: dict[str, Any]) -> dict[str, Any]:
@@ -200,7 +207,7 @@ def group_section(group: str, runs: list[dict[str, Any]], args: argparse.Namespa
     yield f"\n{minutes:.0f} minutes of training on {some['device']}, torch {some['versions']['torch']}."
     if missing := [run["name"] for run in runs if len(found[run["name"]]) < len(seeds(run))]:
         yield f"\nNot complete: {', '.join(missing)}."
-    image = args.report.parent / "images" / f"{''.join(c if c.isalnum() else '-' for c in group.lower())}.png"
+    image = args.report.parent / "images" / f"{''.join(c if c.isalnum() and c.isascii() else '-' for c in group.lower())}.png"
     plot(image, {run.get("title", run["name"]): [one["curve"] for one in found[run["name"]]] for run in done})
     yield f"\n![{group}]({image.relative_to(args.report.parent).as_posix()})\n"
 
@@ -211,9 +218,12 @@ def write_report(runs: list[dict[str, Any]], args: argparse.Namespace) -> None:
         "",
         f"Made by `examples/experiments.py {args.table.name}{f' --profile {args.profile}' if args.profile else ''}`",
         "from the stored runs; do not edit. Mean ± standard",
-        "deviation over seeds; differences are paired by seed, with the 95 % interval and p of the t-test.",
+        "deviation over seeds; differences are paired by seed, with the 95 % interval and p of the t-test, not corrected for",
+        "the number of comparisons: of twenty, one looks significant by chance.",
         "",
     ]
+    if text := findings(args.table, args.profile):
+        lines += ["## What holds and what does not", "", text, ""]
     for group in dict.fromkeys(run["group"] for run in runs):
         lines += group_section(group, [run for run in runs if run["group"] == group], args)
     args.report.parent.mkdir(parents=True, exist_ok=True)

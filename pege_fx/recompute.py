@@ -35,7 +35,7 @@ def _unpacked(kept: Tensor | _Recipe) -> Tensor:
 def _remaking(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return ``function`` without what autograd would keep of operands that can be made again."""
 
-    @functools.wraps(function, assigned=("__name__", "__doc__"))
+    @functools.wraps(function, assigned=("__name__",))
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # the compiler decides what to keep; see FakeQuant
             return function(*args, **kwargs)
@@ -53,6 +53,7 @@ def _remaking(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args, **kwargs)
 
     call.__module__, call.__qualname__ = __name__, call.__name__
+    call.__doc__ = f"Return what torch's ``{call.__name__}`` does; quantized operands are made again in backward."
     return call
 
 

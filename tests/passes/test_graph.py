@@ -72,7 +72,7 @@ CALLS |= {
         "attn_mask": image(2, 2),
     },
 }
-BY_KEYWORD = [f for f in g.FUNCTIONS if f not in (operator.matmul, torch.einsum)]
+BY_KEYWORD = [f for f in g.FUNCTIONS if g.FUNCTIONS[f] is not g.EINSUM and f is not operator.matmul]
 
 
 @pytest.mark.parametrize("function", BY_KEYWORD, ids=lambda f: f.__name__)

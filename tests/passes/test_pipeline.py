@@ -81,7 +81,7 @@ def test_the_pipelines_of_the_front_door_are_new_lists_each_time() -> None:
     pege_fx.prepare_passes("W4A4").clear()
     pege_fx.convert_passes().clear()
     assert len(pege_fx.prepare_passes("W4A4")) == 9
-    assert len(pege_fx.convert_passes()) == 7
+    assert len(pege_fx.convert_passes()) == 8
     assert all(": " in line for line in str(pege_fx.prepare_passes("W4A4")).splitlines())
 
 
