@@ -7,6 +7,7 @@ model. ``--only eager`` measures the parts with that word in their title, and le
 """
 
 import argparse
+import gc
 import json
 import platform
 import statistics
@@ -37,6 +38,7 @@ def interleaved(calls: dict[str, Callable[[], object]], repeats: int) -> dict[st
     times: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(repeats + 2):
         for name, call in calls.items():
+            gc.collect()  # what an earlier call left behind is none of this one's time
             start = time.process_time()
             call()
             if repeat >= 2:
