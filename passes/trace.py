@@ -567,7 +567,7 @@ def _is_user_code(filename: str) -> bool:
     return not filename.startswith(_LIBRARY) and filename not in _OWN_FILES
 
 
-_OWN_FILES = {__file__}
+_OWN_FILES = {__file__, LocalTracer.trace.__code__.co_filename}
 _CHECKPOINT_FILE = torch.utils.checkpoint.__file__
 
 

@@ -24,6 +24,8 @@ def recurrent(
     kind, directions, settings = name.split("_")[0].upper(), 1 + bidirectional, dict(_SETTINGS[name])
     if len(parameters) != num_layers * directions * (4 if has_biases else 2):
         raise UnmappedError("a hidden state with a projection")
+    if any(part.ndim > 3 for part in w.result):  # torch 2.11: what reads the states is traced with the wrong shapes
+        raise UnmappedError("this torch says that its last states have four dimensions; export with a newer torch")
     if "activations" in settings:
         settings["activations"] *= directions
     settings |= {"direction": "bidirectional" if bidirectional else "forward", "hidden_size": parameters[1].size(1)}
