@@ -35,7 +35,7 @@ def traced() -> Iterator[None]:
 @pytest.mark.parametrize("watched", [False, True], ids=["alone", "with telemetry and guard"])
 def test_steps_leave_nothing_behind(watched: bool) -> None:
     _, second, third = (part.size for part in long_run.run(150, watched=watched, parts=3))  # the first has what is made once
-    assert third.tensors == second.tensors
+    assert third.tensors <= second.tensors  # of the whole process: what tests before this one left may go
     per_step = (third.objects - second.objects) / 50
     rows = 5 * 100 / 3 if watched else 0  # telemetry keeps its rows: five sites, a third of a hundred looks
     assert per_step * 50 <= rows + 20
