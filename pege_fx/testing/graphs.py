@@ -229,18 +229,28 @@ def graph_modules(max_nodes: int = 6, inputs: int = 2) -> st.SearchStrategy[Grap
     return _graph_cases(max_nodes, inputs)
 
 
+# A third of the modules and parameters are the second of their kind; convolution, linear layer, norm and ReLU come most often.
+_CALLS = [
+    f"{name}_{number}" if name in _STATEFUL else name for number in (1, 1, 2) for name in [*OPERATIONS, *[*MODULES][:4] * 5]
+]
+
+
+@st.composite
+def _steps(draw: st.DrawFn, back_to: st.SearchStrategy[int]) -> tuple[str | int, ...]:
+    operation = draw(st.sampled_from(_CALLS))
+    return (operation, *(draw(back_to) for _ in range(2 if operation in BINARY else 1)))
+
+
 @st.composite
 def _graph_cases(draw: st.DrawFn, max_nodes: int, inputs: int) -> GraphCase:
-    # What rewrites look for is a module or a function behind another: so the last value more often than those before it.
-    back_to = st.one_of(st.just(0), st.integers(0, max_nodes))
-    operations = st.one_of(st.sampled_from([*MODULES][:4]), st.sampled_from(OPERATIONS))
-    step = st.tuples(operations, st.sampled_from([1, 1, 2]), back_to, back_to)
+    # What rewrites look for is a module or a function behind another: so the last value more often than those before it. A
+    # statement is at most four choices: of longer ones Hypothesis leaves some in, when it shrinks.
+    back_to = st.sampled_from([0] * (max_nodes + 3) + [*range(1, max_nodes + 3)])
     values = list(INPUTS[: draw(st.integers(1, inputs))])
     lines = [f"def forward({', '.join(values)}):"]
-    for name, (operation, number, *back) in zip(_NAMES, draw(st.lists(step, min_size=1, max_size=max_nodes)), strict=False):
-        operands = [values[-1 - steps % len(values)] for steps in (back if operation in BINARY else back[:1])]
-        called = f"{operation}_{number}" if operation in _STATEFUL else operation
-        lines.append(f"    {name} = {called}({', '.join(operands)})")
+    for name, (operation, *back) in zip(_NAMES, draw(st.lists(_steps(back_to), min_size=1, max_size=max_nodes)), strict=False):
+        operands = [values[-1 - steps % len(values)] for steps in back]
+        lines.append(f"    {name} = {operation}({', '.join(operands)})")
         values.append(name)
     results = draw(st.lists(st.integers(0, len(values) - 1), min_size=1, max_size=2, unique=True))
     lines.append(f"    return {', '.join(values[-1 - back] for back in results)}")

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import random
 from collections import Counter
 from typing import Any
 
@@ -62,6 +63,12 @@ def parameters_read(case: GraphCase) -> Counter[str]:
 def test_shared_dead_and_several_are_found_and_shrink_to_what_a_person_reads(holds: Any, lines: list[str]) -> None:
     case = find(graph_modules(), holds, settings=QUICK)
     assert [line.strip() for line in case.code.splitlines()[1:]] == lines
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_graphs_shrink_from_wherever_the_search_began(seed: int) -> None:
+    case = find(graph_modules(), lambda case: "add" in case.code, settings=QUICK, random=random.Random(seed))
+    assert case.code == "def forward(x):\n    a = add(x, x)\n    return a"
 
 
 def test_graphs_reach_the_operations() -> None:
