@@ -236,9 +236,9 @@ _CALLS = [
 
 
 @st.composite
-def _steps(draw: st.DrawFn, back_to: st.SearchStrategy[int]) -> tuple[str | int, ...]:
+def _steps(draw: st.DrawFn, back_to: st.SearchStrategy[int]) -> tuple[str, list[int]]:
     operation = draw(st.sampled_from(_CALLS))
-    return (operation, *(draw(back_to) for _ in range(2 if operation in BINARY else 1)))
+    return operation, [draw(back_to) for _ in range(2 if operation in BINARY else 1)]
 
 
 @st.composite
@@ -248,7 +248,7 @@ def _graph_cases(draw: st.DrawFn, max_nodes: int, inputs: int) -> GraphCase:
     back_to = st.sampled_from([0] * (max_nodes + 3) + [*range(1, max_nodes + 3)])
     values = list(INPUTS[: draw(st.integers(1, inputs))])
     lines = [f"def forward({', '.join(values)}):"]
-    for name, (operation, *back) in zip(_NAMES, draw(st.lists(_steps(back_to), min_size=1, max_size=max_nodes)), strict=False):
+    for name, (operation, back) in zip(_NAMES, draw(st.lists(_steps(back_to), min_size=1, max_size=max_nodes)), strict=False):
         operands = [values[-1 - steps % len(values)] for steps in back]
         lines.append(f"    {name} = {operation}({', '.join(operands)})")
         values.append(name)
