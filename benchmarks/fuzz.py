@@ -63,7 +63,7 @@ PLANS = st.builds(
     st.sampled_from(["train", "freeze", "keep"]),
     st.booleans(),
     st.sampled_from([2, 1, 3, 0]),
-    st.sampled_from([None, None, None, "qdq", "qcdq"]),
+    st.sampled_from([None, None, None, "qdq", "qcdq", "qonnx"]),
     st.booleans(),
     st.integers(0, 2**16),
 )

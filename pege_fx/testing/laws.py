@@ -274,6 +274,15 @@ class Verdict:
         return "\n".join(lines)
 
 
+def failure_before(trial: Trial) -> Exception | None:
+    """Return what the graph that was not rewritten raises on its inputs, if it does."""
+    try:
+        copy.deepcopy(trial.before)(*trial.inputs)
+    except Exception as error:
+        return error
+    return None
+
+
 @dataclass
 class _Search:
     """Tries the laws on one graph after another. Once a law is broken it tries that one alone, so that the graph shrinks."""
@@ -290,16 +299,28 @@ class _Search:
 
     def trial(self, case: Any) -> Trial:
         module, inputs = case
-        before = module if isinstance(module, GraphModule) else symbolic_trace(module)
+        try:
+            before = module if isinstance(module, GraphModule) else symbolic_trace(module)
+        except Exception as error:
+            raise InputError(
+                f"torch.fx does not trace a module of graphs=: {type(error).__name__}: {error}\n  the module: {module!r}\n"
+                "  let the strategy give a GraphModule; pege_fx.prepare makes one of any module."
+            ) from error
         return Trial(self.rewrite, self.preserves, before.train(self.preserves != "evaluation"), tuple(inputs), self.tolerance)
 
     def breaks(self, case: Any) -> bool:
         trial = self.trial(case)
         if self.broken is not None:
-            return self.error_of(self.broken, trial) is not None
+            return self.error_of(self.broken, trial) is not None and failure_before(trial) is None
         self.graphs += 1
         for law in self.laws:
             if self.error_of(law, trial) is not None:
+                if error := failure_before(trial):
+                    said = f"{type(error).__name__}: {error}"
+                    raise InputError(
+                        f"a graph of graphs= fails on its own inputs, before any rewrite: {said}\n  the graph: {case!r}\n"
+                        "  let the strategy give inputs that the graph takes."
+                    ) from error
                 self.broken = law
                 return True
         self.changed += trial.has_changed
@@ -374,7 +395,8 @@ def check_pass(
 
     Raises:
         LawError: says which law is broken, on which graph, as code, and what the rewrite does to it.
-        InputError: if an option does not exist, or the rewrite changed none of the graphs, so that nothing was checked.
+        InputError: if an option does not exist, a graph fails before it is rewritten, or the rewrite changed none of the
+            graphs, so that nothing was checked.
     """
     if preserves not in get_args(Preserves):
         raise InputError(f"preserves={preserves!r}: give one of {', '.join(get_args(Preserves))}.")
@@ -385,7 +407,12 @@ def check_pass(
     examples = max_examples if graphs is not None else max(1, max_examples // 2)
     phases = (Phase.generate, Phase.shrink)
     options = settings(
-        max_examples=examples, database=None, deadline=None, phases=phases, suppress_health_check=list(HealthCheck)
+        max_examples=examples,
+        database=None,
+        deadline=None,
+        phases=phases,
+        suppress_health_check=list(HealthCheck),
+        report_multiple_bugs=False,
     )
     # One after the other, and not as alternatives: a counterexample without a tracer is the easier one to read.
     for chosen in (graph_modules(), networks()) if graphs is None else (graphs,):

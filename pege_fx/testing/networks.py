@@ -185,10 +185,14 @@ def networks(max_layers: int = 5, dims: Sequence[int] = (2, 1, 3), inputs: Seque
     >>> find(networks(), lambda case: case.network.contains("norm"))
     Case.of(Network(['conv', 'norm'], seed=0))
     """
-    if max_layers < 1 or not dims or not set(dims) <= set(CONVS) or not inputs or not set(inputs) <= {1, 2}:
+    try:
+        fits = max_layers >= 1 and bool(dims) and set(dims) <= set(CONVS) and bool(inputs) and set(inputs) <= {1, 2}
+    except TypeError:  # one number instead of several
+        fits = False
+    if not fits:
         raise InputError(
             f"max_layers={max_layers!r}, dims={dims!r}, inputs={inputs!r}:"
-            " give at least one layer, dimensions from 1 to 3, and one or two inputs."
+            " give at least one layer, and lists of dimensions (1 to 3) and inputs (1, 2): networks(dims=[2], inputs=[1, 2])."
         )
     return _cases(max_layers, list(dims), list(inputs))
 

@@ -230,6 +230,27 @@ def test_modules_of_one_s_own_are_traced() -> None:
         check_pass(drop_relus, graphs=cases.map(lambda model: (model, (torch.randn(9, 3),))), max_examples=10)
 
 
+class Wrapped(nn.Sequential):
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        return self[0](*inputs)
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        (
+            Wrapped(nn.ReLU()),
+            r"does not trace a module of graphs=: TraceError(.|\n)*Wrapped\((.|\n)*\n  let the strategy give a GraphModule",
+        ),
+        (nn.Linear(5, 2), r"fails on its own inputs, before any rewrite: RuntimeError(.|\n)*Linear\(in_features=5"),
+    ],
+)
+def test_a_graph_that_never_ran_is_not_blamed_on_the_rewrite(module: nn.Module, said: str) -> None:
+    graphs = st.just((module, (torch.randn(2, 4),)))
+    with pytest.raises(InputError, match=said):
+        check_pass(lambda gm: None, graphs=graphs, max_examples=3)
+
+
 def test_torch_s_dead_code_elimination_takes_methods_in_place_for_dead() -> None:
     """Found by ``check_pass`` itself."""
     cases = st.sampled_from([Case.of(Network([layer])) for layer in ("conv", "in place")])

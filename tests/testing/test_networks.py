@@ -170,7 +170,9 @@ def test_policies_survive_a_file(policy: QuantPolicy) -> None:
     assert QuantPolicy.from_json(policy.to_json()) == policy
 
 
-@pytest.mark.parametrize("wrong", [{"max_layers": 0}, {"dims": []}, {"dims": [4]}, {"inputs": []}, {"inputs": [3]}])
+@pytest.mark.parametrize(
+    "wrong", [{"max_layers": 0}, {"dims": []}, {"dims": [4]}, {"inputs": []}, {"inputs": [3]}, {"inputs": 1}]
+)
 def test_networks_refuse_what_is_wrong_at_once(wrong: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="at least one layer"):
         networks(**wrong)
