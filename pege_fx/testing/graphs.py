@@ -229,27 +229,33 @@ def graph_modules(max_nodes: int = 6, inputs: int = 2) -> st.SearchStrategy[Grap
     return _graph_cases(max_nodes, inputs)
 
 
-# A third of the modules and parameters are the second of their kind; convolution, linear layer, norm and ReLU come most often.
+# What is called again is a shared module. Else a convolution, a linear layer, a norm and a ReLU come most often, which are what
+# rewrites look for; a third of the modules and parameters are the second of their kind.
+_AGAIN = "again"
 _CALLS = [
-    f"{name}_{number}" if name in _STATEFUL else name for number in (1, 1, 2) for name in [*OPERATIONS, *[*MODULES][:4] * 5]
+    f"{name}_{number}" if name in _STATEFUL else name for number in (1, 1, 2) for name in [*OPERATIONS, *[*MODULES][:4] * 4]
 ]
+_CHOICES = _CALLS + [_AGAIN] * (len(_CALLS) // 5)
 
 
 @st.composite
 def _steps(draw: st.DrawFn, back_to: st.SearchStrategy[int]) -> tuple[str, list[int]]:
-    operation = draw(st.sampled_from(_CALLS))
-    return operation, [draw(back_to) for _ in range(2 if operation in BINARY else 1)]
+    operation = draw(st.sampled_from(_CHOICES))
+    return operation, [draw(back_to) for _ in range(2 if operation in (*BINARY, _AGAIN) else 1)]
 
 
 @st.composite
 def _graph_cases(draw: st.DrawFn, max_nodes: int, inputs: int) -> GraphCase:
-    # What rewrites look for is a module or a function behind another: so the last value more often than those before it. A
-    # statement is at most four choices: of longer ones Hypothesis leaves some in, when it shrinks.
-    back_to = st.sampled_from([0] * (max_nodes + 3) + [*range(1, max_nodes + 3)])
+    # More often the last value than those before it: a rewrite looks for one thing behind another. A statement is at most four
+    # choices: of longer ones Hypothesis leaves some in, when it shrinks.
+    back_to = st.sampled_from([0] * 2 * (max_nodes + 3) + [*range(1, max_nodes + 3)])
+    first = None
     values = list(INPUTS[: draw(st.integers(1, inputs))])
     lines = [f"def forward({', '.join(values)}):"]
     for name, (operation, back) in zip(_NAMES, draw(st.lists(_steps(back_to), min_size=1, max_size=max_nodes)), strict=False):
-        operands = [values[-1 - steps % len(values)] for steps in back]
+        operation = (first or _CALLS[0]) if operation == _AGAIN else operation
+        first = first or operation
+        operands = [values[-1 - steps % len(values)] for steps in back[: 2 if operation in BINARY else 1]]
         lines.append(f"    {name} = {operation}({', '.join(operands)})")
         values.append(name)
     results = draw(st.lists(st.integers(0, len(values) - 1), min_size=1, max_size=2, unique=True))

@@ -67,7 +67,12 @@ def test_shared_dead_and_several_are_found_and_shrink_to_what_a_person_reads(hol
 
 @pytest.mark.parametrize("seed", range(4))
 def test_graphs_shrink_from_wherever_the_search_began(seed: int) -> None:
-    case = find(graph_modules(), lambda case: "add" in case.code, settings=QUICK, random=random.Random(seed))
+    case = find(
+        graph_modules(),
+        lambda case: "add" in case.code,
+        settings=settings(QUICK, max_examples=2000),
+        random=random.Random(seed),
+    )
     assert case.code == "def forward(x):\n    a = add(x, x)\n    return a"
 
 
