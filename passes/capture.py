@@ -55,10 +55,11 @@ def check_model(model: Any) -> None:
     for name, module in model.named_modules():
         if isinstance(module, FakeQuant):
             raise ModelError(f"the model is prepared already ({name} is a fake-quant): prepare the float model.")
-    for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
-        if isinstance(parameter, (nn.UninitializedParameter, nn.UninitializedBuffer)):
+    parameters = [*model.named_parameters()]
+    for name, tensor in [*parameters, *model.named_buffers()]:
+        if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
             raise ModelError(f"{name} has no shape yet (a lazy module): run the model once on example inputs, then prepare.")
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters:
         if parameter.is_meta or not parameter.is_floating_point() or math.isfinite(parameter.detach().sum()):
             continue  # a finite sum has finite terms, and is one pass without a copy
         if count := int((~torch.isfinite(parameter)).sum()):
@@ -161,16 +162,15 @@ _PLAIN = {type(None), bool, int, float, str}
 
 
 def _copy_value(value: Any, copies: dict[int, Any]) -> Any:
-    if type(value) in _PLAIN or (type(value) is tuple and all(type(part) in _PLAIN for part in value)):
+    cls = type(value)
+    if cls in _PLAIN or (cls is tuple and all(type(part) in _PLAIN for part in value)):
         return value
-    if id(value) in copies:
-        return copies[id(value)]
-    if type(value) in (dict, OrderedDict) and all(type(key) in _PLAIN for key in value):
-        copies[id(value)] = made = type(value)()
-        if value:
-            made.update({key: _copy_value(part, copies) for key, part in value.items()})
-        return made
-    return copy.deepcopy(value, copies)
+    made = copies.get(id(value))
+    if made is None and cls in (dict, OrderedDict) and all(map(_PLAIN.__contains__, map(type, value))):
+        copies[id(value)] = made = cls()
+        for key, part in value.items():
+            made[key] = _copy_value(part, copies)
+    return copy.deepcopy(value, copies) if made is None else made
 
 
 def warn_of(notes: list[Capture], has_examples: bool) -> None:

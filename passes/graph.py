@@ -178,6 +178,7 @@ def operand(node: Node, name: str) -> Any:
     return value if index is None else value[index]
 
 
+@functools.cache
 def _item(name: str) -> tuple[str, int | None]:
     """Split ``"tensors[1]"`` into the parameter and the place in its list."""
     name, bracket, index = name.rstrip("]").partition("[")
@@ -309,7 +310,10 @@ def look_up(root: nn.Module, path: str) -> Any:
     try:
         for step in around:
             holder = vars(holder)["_modules"][step]
-        found = vars(holder)["_modules"].get(name)
+        own = vars(holder)
+        found = own["_modules"].get(name)
+        if found is None:
+            found = own["_parameters"].get(name)
     except (KeyError, TypeError):  # something that is no module lies on the way
         return operator.attrgetter(path)(root)
     return getattr(holder, name) if found is None else found

@@ -563,6 +563,7 @@ _LIBRARY = (
 )
 
 
+@functools.cache
 def _is_user_code(filename: str) -> bool:
     return not filename.startswith(_LIBRARY) and filename not in _OWN_FILES
 
