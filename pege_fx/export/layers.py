@@ -95,18 +95,25 @@ def convolution(
 def linear(w: Writer, x: Value, weight: Value, bias: Value | None = None) -> Value:
     if x.rank == 2:
         return _with_bias(w, "Gemm", x, weight, bias, transB=1)
-    product = w.op("MatMul", x, transposed(w, weight, f"{weight.name}_transposed"))
+    product = matmul(w, x, transposed(w, weight, f"{weight.name}_transposed"))
     return product if bias is None else binary(w, "Add", product, bias)
 
 
 @writes("matmul", "mm", "bmm")
 def matmul(w: Writer, a: Value, b: Value) -> Value:
+    """Write a product; a quantized weight that float values are multiplied by is read through a Reshape to its own shape.
+
+    ONNX Runtime's optimizer makes a MatMulNBits of a MatMul that reads codes directly, and that rounds the other operand to
+    8 bits (unless a session sets ``session.qdq_matmulnbits_accuracy_level``).
+    """
+    if b.codes is not None and w.style != "qonnx" and not w.is_quantized(a):
+        b = w.op("Reshape", b, w.constant(list(b.codes.codes.shape)))
     return w.op("MatMul", a, b)
 
 
 @writes("addmm", "baddbmm")
 def add_product(w: Writer, start: Value, a: Value, b: Value, *, beta: Any = 1, alpha: Any = 1) -> Value:
-    product = w.op("MatMul", a, b)
+    product = matmul(w, a, b)
     product = product if alpha == 1 else binary(w, "Mul", product, alpha)
     return binary(w, "Add", product, start if beta == 1 else binary(w, "Mul", start, beta))
 

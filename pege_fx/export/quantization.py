@@ -158,7 +158,9 @@ def transposed(w: Writer, weight: Value, name: str) -> Value:
             return w.constant(weight.constant.t())
         return w.op("Transpose", weight, perm=[1, 0])
     turned = Codes(made.codes.t().contiguous(), _turned(made.scale), _turned(made.zero_point), made.bits, made.dtype)
-    return dequantize_weight(w, turned, name)
+    value = dequantize_weight(w, turned, name)
+    value.codes = turned
+    return value
 
 
 def rows(w: Writer, value: Value, order: list[int]) -> Value:

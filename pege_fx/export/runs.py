@@ -30,9 +30,13 @@ Array = NDArray[Any]
 
 @dataclass
 class Reference:
-    """What the converted graph computes: its outputs, and of every quantized node its value, codes and exact position."""
+    """What the converted graph computes: its outputs, and of every quantized node its value, codes and exact position.
+
+    ``exact`` are the outputs in float64, from the same codes.
+    """
 
     outputs: list[Tensor]
+    exact: list[Tensor]
     values: dict[str, Tensor]
     codes: dict[str, Tensor]
     positions: dict[str, Tensor]
@@ -69,9 +73,9 @@ class _Model:
             with _Hooks(self.plain, {quantize: keep_codes, dequantize: keep_values}):
                 outputs = flat_tensors(self.plain.forward(*args))  # a call would print the traceback of what fails
             with _Hooks(self.exact, {quantize: keep_positions}):
-                self.exact(*tree_map(lambda x: x.double() if x.is_floating_point() else x, args))
+                exact = flat_tensors(self.exact(*tree_map(lambda x: x.double() if x.is_floating_point() else x, args)))
         codes, positions = ({name: found[self._source[name]] for name in values} for found in (codes, positions))
-        return Reference(outputs, values, codes, positions)
+        return Reference(outputs, exact, values, codes, positions)
 
 
 def _wide_dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None = None, **settings: Any) -> Tensor:

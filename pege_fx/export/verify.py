@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
@@ -21,6 +22,7 @@ from pege_fx.errors import InputError
 from pege_fx.export.runs import FORCED, Array, Reference, Sessions
 
 TIE = 0.01  # steps: how far float32 may be from the border between two codes
+SLACK = 8  # times the rounding of the model itself: how far others that sum in another order may be from it
 
 
 @dataclass
@@ -69,6 +71,7 @@ class ExportReport:
         optimized: ONNX Runtime with all of them.
         checks: every quantization step on its own, given the model's codes.
         output_steps: largest difference of the outputs, given the model's codes, in units of the last step.
+        rounding: what float rounding does to the model's own outputs: how far they are from float64, in the same units.
         optimizer_steps: largest difference that the optimizer makes without a tie that explains it, in the same units.
     """
 
@@ -77,13 +80,19 @@ class ExportReport:
     optimized: Run = field(default_factory=Run)
     checks: dict[str, StepCheck] = field(default_factory=dict)
     output_steps: float = 0.0
+    rounding: float = 0.0
     optimizer_steps: float = 0.0
+
+    @property
+    def tolerance(self) -> float:
+        """What outputs may differ by, in units of the last step, and still be the model's."""
+        return max(TIE, SLACK * self.rounding)
 
     @property
     def verdict(self) -> Literal["exact", "ties", "different"]:
         """ "exact": every code is equal. "ties": those that differ lie on a border, within float rounding. Else "different"."""
         worst = max((check.excess for check in self.checks.values()), default=0.0)
-        if worst > TIE or self.output_steps > TIE or self.optimizer_steps > TIE:
+        if worst > TIE or max(self.output_steps, self.optimizer_steps) > self.tolerance:
             return "different"
         return "ties" if self.plain.first or self.optimized.first else "exact"
 
@@ -118,7 +127,7 @@ class ExportReport:
         worst = max(self.checks.values(), key=lambda check: check.excess, default=None)
         if worst is not None and worst.excess > TIE:
             return worst.name
-        return "the output" if self.output_steps > TIE else "what the optimizer made of the file"
+        return "the output" if self.output_steps > self.tolerance else "what the optimizer made of the file"
 
 
 def verify(deployed: GraphModule, path: str | os.PathLike[str], batches: Iterable[Any]) -> ExportReport:
@@ -172,11 +181,12 @@ def _compare(sessions: Sessions, args: tuple[Any, ...], report: ExportReport) ->
     report.samples += leaves[0].shape[0] if leaves[0].ndim else 1
     _add_outputs(report.plain, plain[:count], reference.outputs, unit)
     _add_outputs(report.optimized, optimized, reference.outputs, unit)
+    report.rounding = max(report.rounding, _rounding(reference, unit))
     report.output_steps = max(report.output_steps, _largest(forced[:count], reference.outputs, unit))
     _find_first(report.plain, names, plain[count:], reference, scales)
     for name, computed in zip(names, forced[count:], strict=True):
         _check_step(report.checks.setdefault(name, StepCheck(name)), computed, reference, scales[name])
-    if (moved := _largest(optimized, reference.outputs, unit)) > TIE:
+    if (moved := _largest(optimized, reference.outputs, unit)) > report.tolerance:
         codes = sessions.optimized_plain.run(names, feed) if names else []
         if not _is_a_tie(report.optimized, names, codes, reference, scales) and not report.plain.first:
             report.optimizer_steps = max(report.optimizer_steps, moved)
@@ -198,6 +208,18 @@ def _is_a_tie(run: Run, names: list[str], computed: list[Array], reference: Refe
 def _largest(computed: list[Array], expected: list[Tensor], unit: float) -> float:
     differences = [_difference(a.astype(np.float64), b.double().numpy()) for a, b in zip(computed, expected, strict=True)]
     return max((float(d.max()) / unit for d in differences if d.size), default=0.0)
+
+
+def _rounding(reference: Reference, unit: float) -> float:
+    """How far finite outputs are from float64, and at least one unit in the last place of the largest, in steps."""
+    found = 0.0
+    for output, exact in zip(reference.outputs, reference.exact, strict=True):
+        finite = output.isfinite() & exact.isfinite()
+        if output.is_floating_point() and finite.any():
+            error = (output.double() - exact)[finite].abs().max()
+            last_place = exact[finite].abs().max() * torch.finfo(output.dtype).eps
+            found = max(found, float(torch.maximum(error, last_place)) / unit)
+    return found
 
 
 def _difference(a: Array, b: Array) -> Array:

@@ -21,6 +21,7 @@ CODE_TYPES: dict[tuple[int, bool], int] = {  # (bits, signed)
     (2, True): TensorProto.INT2, (2, False): TensorProto.UINT2, (4, True): TensorProto.INT4, (4, False): TensorProto.UINT4,
     (8, True): TensorProto.INT8, (8, False): TensorProto.UINT8,
 }  # fmt: skip
+_LAID_OUT = {"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"}
 _BITS = {kind: bits for (bits, _), kind in CODE_TYPES.items()}
 
 
@@ -177,6 +178,14 @@ class Writer:
         if isinstance(value, Value):
             return self.cast(value, dtype)
         return self.constant(value, dtype)
+
+    def is_quantized(self, value: Value) -> bool:
+        """Whether a value is of codes, however it was laid out since."""
+        makers = {name: node for node in self.nodes for name in node.output}
+        node = makers.get(value.name)
+        while node is not None and node.op_type in _LAID_OUT:
+            node = makers.get(node.input[0])
+        return node is not None and node.op_type == "DequantizeLinear"
 
     def vector(self, sizes: Sequence[Any]) -> Value:
         """Return sizes (numbers, or values computed in the graph) as one int64 tensor."""

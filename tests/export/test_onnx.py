@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import pege_fx
-from pege_fx import ExportError, InputError, PegeWarning, QuantPolicy, testing
+from pege_fx import ExportError, InputError, PegeWarning, QuantPolicy, QuantSpec, Rule, testing
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -354,6 +354,32 @@ def test_the_reference_evaluator_of_onnx_gives_the_same(policy: str, style: str,
     torch.testing.assert_close(torch.from_numpy(found), model(X), rtol=1e-5, atol=1e-6)
 
 
+class Products(nn.Module):
+    """Float values times quantized weights: a layer on sequences, a parameter, a product with a start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.square = nn.Linear(6, 8), nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x.transpose(0, 1)) @ self.square
+        return torch.addmm(y[0], y[1].sin(), self.square)
+
+
+@pytest.mark.parametrize("style", ["qdq", "qcdq", "qonnx"])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_the_optimizer_does_not_round_what_is_float(bits: int, style: Any, tmp_path: Path) -> None:
+    """Found by fuzzing: ONNX Runtime rounds values to 8 bits that are multiplied by codes (MatMulNBits)."""
+    x = torch.randn(5, 2, 6, generator=torch.Generator().manual_seed(0))
+    policy = QuantPolicy(rules=[Rule(weight=QuantSpec(bits=bits, granularity="channel", method="lsq"))])
+    model = pege_fx.convert(pege_fx.prepare(Products().eval(), policy, (x,)))
+    pege_fx.export_onnx(model, tmp_path / "model.onnx", (x,), style=style)
+    report = pege_fx.verify_export(model, tmp_path / "model.onnx", [x])
+    assert report.ok, report
+    assert report.optimized.steps < 1e-4
+
+
 # --- the verdict -------------------------------------------------------------------------------------------------
 
 
@@ -437,6 +463,34 @@ def test_a_file_that_the_optimizer_spoils_is_found_out(tmp_path: Path) -> None:
     assert report.plain.first == ""
     assert report.verdict == "different"
     assert str(report).endswith("what the optimizer made of the file is not what the model computes.")
+
+
+def test_rounding_of_large_outputs_is_no_difference(tmp_path: Path) -> None:
+    """Found by fuzzing: two branches of weights alone, multiplied, differ by more than 0.01 in any two orders of summation."""
+
+    class Squared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.fc = nn.Linear(512, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.fc(x * 100)
+            return y * y
+
+    x = torch.randn(4, 512, generator=torch.Generator().manual_seed(0))
+    model = pege_fx.convert(pege_fx.prepare(Squared().eval(), QuantPolicy(rules=[Rule(weight="7")]), (x,)))
+    pege_fx.export_onnx(model, tmp_path / "model.onnx", (x,))
+    report = pege_fx.verify_export(model, tmp_path / "model.onnx", [x])
+    assert report.output_steps <= report.tolerance == 8 * report.rounding
+    assert report.verdict == "exact", report
+
+    proto = onnx.load(tmp_path / "model.onnx")  # a small fault of the file is one nevertheless
+    bias = next(tensor for tensor in proto.graph.initializer if tensor.data_type == 1 and tensor.dims[:] == [64])
+    values = onnx.numpy_helper.to_array(bias) + 0.01
+    bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
+    onnx.save(proto, tmp_path / "wrong.onnx")
+    assert pege_fx.verify_export(model, tmp_path / "wrong.onnx", [x]).verdict == "different"
 
 
 def test_nan_is_no_tie(tmp_path: Path) -> None:
