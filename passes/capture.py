@@ -283,7 +283,7 @@ class _Ladder:
                 tracer = new()
                 return tracer, tracer.follow(root)
             tracer, other = new(mode=True), new(mode=False)
-            training, evaluation = tracer.follow(root), other.follow(root)
+            training, evaluation = _follow(tracer, root, "training"), _follow(other, root, "evaluation")
             tracer.specialised |= other.specialised
             try:
                 return tracer, merge_branches(training, evaluation, root)
@@ -325,6 +325,16 @@ class _Ladder:
             setattr(module, name, inner.root)
             captured.graphs += inner.graphs
             captured.notes += inner.notes
+
+
+def _follow(tracer: PegeTracer, root: nn.Module, mode: str) -> Graph:
+    """Trace in one mode; say in which it can not be."""
+    try:
+        return tracer.follow(root)
+    except NotTraceableError as error:
+        if not error.asks_mode:
+            error.reason = f"traced for {mode}: {error.reason}"
+        raise
 
 
 def _is_asked_for_more(parent: nn.Module, name: str, child: nn.Module) -> bool:
