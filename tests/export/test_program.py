@@ -1,7 +1,9 @@
 """The converted graph in PyTorch's own formats: torch.export, PT2E's operators, traces, compiled."""
 
 import io
+import shutil
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -77,6 +79,18 @@ def test_a_trace_gives_the_same_answers() -> None:
     torch.jit.save(torch.jit.trace(model, X), file)
     file.seek(0)
     assert torch.equal(torch.jit.load(file)(X[:2]), model(X[:2]))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor compiles C++")
+@pytest.mark.filterwarnings("ignore")  # torch's own
+def test_ahead_of_time_and_just_in_time(tmp_path: Path) -> None:
+    """An AOTInductor package, and ``torch.compile``: inductor's GELU may round another way, and every code is the model's."""
+    from torch import _inductor as inductor  # where torch's documentation has the two functions
+
+    model = deployed(packed=True)
+    path = inductor.aoti_compile_and_package(pege_fx.to_program(model, (X,)), package_path=str(tmp_path / "model.pt2"))
+    testing.assert_same_function(model, inductor.aoti_load_package(path), (X,))
+    testing.assert_same_function(model, torch.compile(model, fullgraph=True), (X,))
 
 
 def test_what_held_a_weight_is_a_plain_module() -> None:
