@@ -22,7 +22,7 @@ LAYERS: list[set[str]] = [
     {"scheduler", "inspection", "tables", "size", "diff", "diff_picture", "coverage", "telemetry"}
     | {"sensitivity", "mixed_precision", "training", "distributed", "ewgs", "guard", "dataflow", "outline", "draw", "report"}
     | {"vocabulary", "integer", "storage"},
-    {"export.program", "export.writer", "export.qonnx"},
+    {"export.embedding", "export.program", "export.writer", "export.qonnx"},
     {"export.arithmetic", "export.quantization", "export.shapes"},
     {"export.layers", "export.recurrent"},
     {"export.pooling", "export.runs"},
@@ -53,7 +53,7 @@ INSIDE = {
     ("distributed", "scheduler"), ("guard", "scheduler"), ("guard", "training"),
     ("dataflow", "scheduler"), ("draw", "dataflow"), ("draw", "outline"), ("report", "dataflow"), ("report", "draw"),
     ("report", "outline"), ("report", "scheduler"), ("report", "size"), ("report", "tables"),
-    ("export.qonnx", "export.writer"),
+    ("export.qonnx", "export.writer"), ("export.program", "export.embedding"),
     ("files", "errors"), ("passes.inline", "passes.trace"), ("storage", "size"), ("storage", "vocabulary"),
 }  # fmt: skip
 

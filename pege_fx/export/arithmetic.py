@@ -17,7 +17,7 @@ _UNARY = {
 _BINARY = {
     "mul.Tensor": "Mul", "mul.Scalar": "Mul", "maximum": "Max", "minimum": "Min", "pow.Tensor_Tensor": "Pow",
     "pow.Tensor_Scalar": "Pow", "pow.Scalar": "Pow", "logical_and": "And", "logical_or": "Or", "logical_xor": "Xor",
-    "bitwise_and.Tensor": "And", "bitwise_or.Tensor": "Or",
+    "bitwise_and.Tensor": "And", "bitwise_or.Tensor": "Or", "__and__.Tensor": "And", "__or__.Tensor": "Or",
 }  # fmt: skip
 _COMPARED = {"eq": "Equal", "lt": "Less", "le": "LessOrEqual", "gt": "Greater", "ge": "GreaterOrEqual"}
 

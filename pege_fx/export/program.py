@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule, Node
@@ -21,6 +22,7 @@ from torch.utils._pytree import tree_map
 
 from pege_fx import functional
 from pege_fx.errors import ExportError, InputError, PegeWarning
+from pege_fx.export.embedding import embedding_bag
 from pege_fx.fake_quant import fake_quants
 from pege_fx.passes.graph import arguments, is_assignment, where
 from pege_fx.passes.lower import unpack_weights
@@ -69,7 +71,7 @@ Operators: TypeAlias = Literal["aten", "pege_fx", "quantized_decomposed"]
 
 
 def _replacements(operators: Operators) -> dict[Any, Callable[..., Any]]:
-    """What stands for quantize and dequantize in a program."""
+    """What stands for quantize and dequantize in a program, and for what ONNX does not have."""
     if operators == "aten":
         return {}
     if operators == "pege_fx":
@@ -82,7 +84,8 @@ def _replacements(operators: Operators) -> dict[Any, Callable[..., Any]]:
         made = (_pt2e_quantize, _pt2e_dequantize)
     else:
         raise ExportError(f'operators={operators!r}: give "aten", "pege_fx" or "quantized_decomposed".')
-    return dict(zip((functional.quantize, functional.dequantize), made, strict=True))
+    found = dict(zip((functional.quantize, functional.dequantize), made, strict=True))
+    return found | {F.embedding_bag: embedding_bag} if operators == "pege_fx" else found
 
 
 def _pt2e_quantize(
@@ -196,8 +199,9 @@ def to_program(
         deployed: the result of ``pege_fx.convert``.
         args: example inputs.
         operators: what quantizes: "aten", plain operations, same answers to the last bit, runs anywhere, AOTInductor
-            included; "pege_fx", one operator each, for which this package has to be imported; "quantized_decomposed",
-            those of PyTorch's own flow (PT2E), as long as torch has them (it multiplies by 1 / s, so ties may differ).
+            included; "pege_fx", one operator each, for which this package has to be imported, and no embedding bags
+            (what ONNX is written from); "quantized_decomposed", those of PyTorch's own flow (PT2E), as long as torch
+            has them (it multiplies by 1 / s, so ties may differ).
         dynamic_batch: leave the first dimension of every input free.
 
     Raises:

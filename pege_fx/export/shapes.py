@@ -250,7 +250,7 @@ def pad(w: Writer, x: Value, pads: list[Any], mode: Any = "constant", value: Any
 
 
 def _filled(w: Writer, sizes: Value, value: Any) -> Value:
-    return w.op("Expand", w.constant(value, w.result.dtype), sizes, dtype=w.result.dtype)
+    return w.op("Expand", w.operand(value, w.result.dtype), sizes, dtype=w.result.dtype)
 
 
 @writes("fill.Scalar", "full_like")
@@ -281,6 +281,11 @@ def new_zeros(w: Writer, x: Value, sizes: list[Any], **settings: Any) -> Value:
 @writes("new_ones")
 def new_ones(w: Writer, x: Value, sizes: list[Any], **settings: Any) -> Value:
     return _filled(w, w.vector(sizes), 1)
+
+
+@writes("new_full")
+def new_full(w: Writer, x: Value, sizes: list[Any], value: Any, **settings: Any) -> Value:
+    return _filled(w, w.vector(sizes), value)
 
 
 @writes("zeros")
