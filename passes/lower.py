@@ -1,5 +1,7 @@
 """Lowering: fake-quants become integers with their scales, folded BatchNorms become part of weight and bias."""
 
+import contextlib
+import itertools
 from typing import Any
 
 import torch
@@ -180,7 +182,7 @@ def drop_unused(gm: GraphModule) -> None:
     for path, module in reversed(list(gm.named_modules(remove_duplicate=False))):
         if not path or module in used.modules:
             continue
-        if module.state_dict(keep_vars=True) or any(True for _ in module.children()):
+        if any(True for _ in itertools.chain(module.parameters(), module.buffers(), module.children())):
             _make_plain(gm, path, module)
         else:
             _delete(gm, path)
@@ -226,9 +228,8 @@ class _Used:
 
 def _delete(gm: GraphModule, path: str) -> None:
     parent, _, name = path.rpartition(".")
-    holder = gm.get_submodule(parent)
-    if name in dict(holder.named_children()):  # a shared parent has several paths
-        delattr(holder, name)
+    with contextlib.suppress(AttributeError):  # of a module at several paths it may be gone already, and what was in it
+        delattr(gm.get_submodule(parent), name)
 
 
 def _make_plain(gm: GraphModule, path: str, module: nn.Module) -> None:

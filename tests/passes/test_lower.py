@@ -126,3 +126,34 @@ def test_a_method_that_does_not_say_how_it_is_deployed_is_named() -> None:
     gm(torch.randn(2, 4))
     with pytest.raises(ConvertError, match=r"Bent transforms its input.*override encoding"):
         pege_fx.convert(gm)
+
+
+class Positions(nn.Module):
+    """A table that is not stored, made in ``__init__``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.linspace(-1, 1, 6), persistent=False)
+
+
+class Encoded(nn.Module):
+    """A convolution that two modules hold, and the model itself; a module that holds nothing but what is not stored."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.positions, self.encoding = Positions(), nn.Sequential(nn.Conv2d(3, 3, 3, padding=1))
+        self.blocks = nn.ModuleList(nn.Sequential(self.encoding, nn.ReLU()) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x) + self.positions.table
+        return x
+
+
+def test_modules_at_several_paths_and_tensors_that_are_not_stored() -> None:
+    """Found by the coverage table (CoaT, EVA-02): what was deleted at one path was looked for at another."""
+    gm = pege_fx.prepare(Encoded().eval(), "W4A4", (X,))
+    deployed = pege_fx.convert(gm)
+    assert torch.equal(deployed(X), gm(X))
+    assert not any("fq" in name for name, _ in deployed.named_modules(remove_duplicate=False))
