@@ -512,8 +512,8 @@ def _einops() -> tuple[Any, ...]:
 
 
 def _state(module: nn.Module) -> dict[str, Any]:
-    """The attributes of a module, with its dictionaries of tensors and children, which assignment changes in place, copied."""
-    return {name: dict(value) if type(value) is dict else value for name, value in vars(module).items()}
+    """The attributes of a module, with its dictionaries of tensors, children and hooks, which change in place, copied."""
+    return {name: value.copy() if type(value) in (dict, OrderedDict) else value for name, value in vars(module).items()}
 
 
 def _letters(pattern: str) -> str:

@@ -313,3 +313,32 @@ def test_a_node_knows_the_line_that_made_it() -> None:
 
 def test_a_model_of_torch_s_own_layers_has_no_line() -> None:
     assert not any(where(node) for node in traced(nn.Sequential(nn.Linear(8, 8), nn.ReLU())).graph.nodes)
+
+
+class Watching(nn.Module):
+    """Hooks its layers in the first call, as transformers' models do to collect what is hidden."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.watched = False
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.watched:
+            self.watched = True
+            for layer in self.layers:
+                layer.register_forward_hook(lambda _, __, y: self.seen.append(y))
+        self.seen = []
+        for layer in self.layers:
+            x = torch.relu(layer(x))
+        return x + self.seen[1] * len(self.seen)
+
+
+def test_hooks_that_forward_installs_are_installed_once() -> None:
+    """Found by the coverage table (SegFormer, DPT): each attempt to trace left its hooks, and every output came twice."""
+    model, x = Watching(), torch.randn(2, 4)
+    captured = capture(model, ((x,), {})).root
+    captured.recompile()
+    assert torch.equal(captured(x), model(x))
