@@ -89,6 +89,11 @@ def row_major_index(shape: torch.Size | tuple[int, ...], device: torch.device) -
     return torch.arange(torch.Size(shape).numel(), dtype=torch.int32, device=device).view(shape)
 
 
+def _index_like(x: Tensor) -> Tensor:
+    """``row_major_index`` in the memory layout of ``x``: what is made from it should look like what it would be without us."""
+    return torch.zeros_like(x, dtype=torch.int32) + row_major_index(x.shape, x.device)
+
+
 def _channels_last_index(x: Tensor) -> Tensor:
     """``row_major_index`` of a tensor (batch, channels, positions), given as ``x`` (batch, positions, channels)."""
     batch, position, channel = (
@@ -203,7 +208,7 @@ def _forward(
     y = _value(_unclamped(wide, step, zero_point).clamp(q_min, q_max), step, zero_point).to(x.dtype)
     if rate is None or key is None:
         return y
-    index = _channels_last_index(x) if channels_last else row_major_index(x.shape, x.device)
+    index = _channels_last_index(x) if channels_last else _index_like(x)
     return torch.where(_uniform_at(index, key) < rate, y, x)
 
 
@@ -280,9 +285,7 @@ def _quantized(
     """y, by a kernel where one fits, in the memory layout of ``x``."""
     view = _view_of(x, scale, zero_point) if worth_compiling(x) else None
     if view is None:
-        y = _forward(x, scale, zero_point, rate, key, False, q_min, q_max)
-        # What reads it should see the layout it would see without us.
-        return y if y.stride() == x.stride() else torch.empty_like(x).copy_(y)
+        return _forward(x, scale, zero_point, rate, key, False, q_min, q_max)
     zero = None if zero_point is None else view.of_scale(zero_point)
     channels_last = view.order is not None
     return view.back(_FORWARD(view.of(x), view.of_scale(scale), zero, rate, key, channels_last, q_min, q_max), x)
