@@ -9,8 +9,7 @@ from unittest import mock
 from torch import nn
 from torch.fx import Graph, GraphModule, Tracer
 
-# While it traces, fx has patched ``nn.Module`` for all threads: two tracers would restore each other's patches.
-TRACING = threading.RLock()
+from pege_fx.kernels import TRACING
 
 
 class LocalTracer(Tracer):

@@ -27,9 +27,10 @@ from torch.utils._pytree import tree_leaves
 
 from pege_fx.attention import multi_head_attention_forward
 from pege_fx.batch_norm import NORM_THEN, BatchNorm
+from pege_fx.kernels import TRACING
 from pege_fx.mode import TRAINING_MODE, check_argument, check_class, check_keys
 from pege_fx.passes.graph import arguments, is_leaf_function, is_matrix, plain, reads_size
-from pege_fx.passes.threads import TRACING, LocalTracer
+from pege_fx.passes.threads import LocalTracer
 
 
 @dataclass(frozen=True)

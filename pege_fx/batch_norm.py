@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pege_fx.errors import FoldError
 from pege_fx.functional import compute_dtype
+from pege_fx.kernels import is_traced
 from pege_fx.spec import Channels
 
 # A gamma of zero (the usual start of a residual branch) must not make a scale of zero.
@@ -167,7 +168,7 @@ class Fold:
                     f"a BatchNorm that is folded into the layer beside it has become {type(bn).__name__}.\n"
                     '  prepare with batch_norm="keep", or put it there before prepare.'
                 )
-            if torch.compiler.is_compiling():
+            if is_traced():
                 raise FoldError(
                     "BatchNorms were replaced since prepare: run the model once before torch.compile(fullgraph=True)."
                 )

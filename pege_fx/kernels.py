@@ -21,6 +21,10 @@ R = TypeVar("R")
 # Below this many elements a kernel saves less than its compilation costs.
 SMALLEST = 2**14
 
+# While it traces, fx has patched ``nn.Module`` for all threads, and a compiler traces with fx: two tracers would restore each
+# other's patches.
+TRACING = threading.RLock()
+
 _enabled = True
 _plain = 0  # how many ask for plain operations now, in any thread: autograd runs backward in threads of its own
 _counting = threading.Lock()
@@ -37,6 +41,11 @@ def eager_kernels() -> Iterator[None]:
     finally:
         with _counting:
             _plain -= 1
+
+
+def is_traced() -> bool:
+    """Tell whether this thread's operations are being compiled; ``torch.compiler.is_compiling`` says so of any thread's."""
+    return torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting()
 
 
 def worth_compiling(x: Tensor) -> bool:
@@ -81,7 +90,7 @@ class LocalKernel:
         try:
             if (known := self._variants.get(key)) is not None:
                 return known(*args)
-            with warnings.catch_warnings():
+            with TRACING, warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the compiler's own remarks are not about the user's model
                 compiled = torch.compile(self._copy(len(self._variants)), dynamic=True, fullgraph=True)
                 result = compiled(*args)

@@ -1,5 +1,6 @@
 """Local kernels: the same values as plain operations, in the same memory format; without a compiler, a warning."""
 
+import threading
 from typing import Any
 
 import pytest
@@ -46,6 +47,31 @@ def test_other_layouts_are_served_too(x: Tensor) -> None:
     got = run(x, torch.tensor(0.3), torch.tensor(0.5))
     want = run(x.contiguous(), torch.tensor(0.3), torch.tensor(0.5))
     assert torch.equal(got[0], want[0])
+
+
+def test_a_kernel_is_compiled_while_nothing_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler traces with fx, which patches ``nn.Module`` while it does, for all threads."""
+    free: list[bool] = []
+
+    def compiled(function: Any, **_: Any) -> Any:
+        def run(*args: Any) -> Any:
+            other = threading.Thread(target=lambda: free.append(kernels.TRACING.acquire(blocking=False)))
+            other.start()
+            other.join()
+            return function(*args)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    double = kernels.LocalKernel(lambda x: 2 * x)
+    assert double(1) == 2
+    assert free == [False]
+    other = threading.Thread(target=double, args=(2,))
+    with kernels.TRACING:
+        other.start()
+        other.join(0.2)
+        assert other.is_alive()
+    other.join()
 
 
 def test_small_tensors_and_other_kinds_are_not_compiled() -> None:
