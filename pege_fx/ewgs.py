@@ -1,7 +1,8 @@
 """The strengths of EWGS from the curvature of the loss, so that PEGE is compared with EWGS at its best."""
 
 import functools
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from pege_fx.errors import InputError, ModelError
 from pege_fx.fake_quant import FakeQuant, fake_quants
+from pege_fx.functional import replacement_mask, site_key
 
 
 def update_ewgs(
@@ -16,9 +18,10 @@ def update_ewgs(
 ) -> dict[str, float]:
     """Set δ of every EWGS site and return it: δ = max(0, (Tr H / N) / (3 std g)), the mean over the batches.
 
-    g and H are the gradient and the Hessian of the loss in the site's N quantized values. The trace is Hutchinson's:
-    v^T H v for random signs v has the mean Tr H. All sites draw at once: what one site's v contributes to another's
-    product has the mean zero. The paper (Lee et al., CVPR 2021, eq. 8) does this every 10 epochs on 3 batches.
+    g and H are the gradient and the Hessian of the loss in the site's N quantized values, in units of the clipping range as
+    δ itself is. The trace is Hutchinson's: v^T H v for random signs v has the mean Tr H. All sites draw at once: what one
+    site's v contributes to another's product has the mean zero. The signs come from a hash, and are the same on every
+    device. The paper (Lee et al., CVPR 2021, eq. 8) does this every 10 epochs on 3 batches.
     Downstream quantizers count as STE meanwhile. All but δ stays as it is: parameters, gradients, buffers, random numbers.
 
     Args:
@@ -42,13 +45,13 @@ def update_ewgs(
     if not sites:
         raise ModelError('the model has no EWGS site: prepare it with estimator="ewgs", or leave update_ewgs out.')
     buffers = {name: buffer.clone() for name, buffer in gm.named_buffers()}
-    generator = torch.Generator().manual_seed(seed)
+    keys = (site_key(seed, f"signs {number}") for number in itertools.count())
     found: list[dict[str, float]] = []
     try:
         for site in sites.values():
             site.get_buffer("strength").zero_()
         for batch in batches:
-            found.append(_strengths(sites, functools.partial(loss_of, batch), draws, generator))
+            found.append(_strengths(sites, functools.partial(loss_of, batch), draws, keys))
     finally:
         with torch.no_grad():
             for name, buffer in gm.named_buffers():
@@ -61,9 +64,7 @@ def update_ewgs(
     return strengths
 
 
-def _strengths(
-    sites: dict[str, FakeQuant], loss_of: Callable[[], Tensor], draws: int, generator: torch.Generator
-) -> dict[str, float]:
+def _strengths(sites: dict[str, FakeQuant], loss_of: Callable[[], Tensor], draws: int, keys: Iterator[int]) -> dict[str, float]:
     """(Tr H / N) / (3 std g) of each site that a batch reaches; may be negative."""
     seen: dict[str, dict[int, Tensor]] = {}
 
@@ -78,21 +79,25 @@ def _strengths(
         for hook in hooks:
             hook.remove()
     values = [value for inputs in seen.values() for value in inputs.values()]
+    spans = [sites[name].span(value).double() for name, inputs in seen.items() for value in inputs.values()]
     gradients = torch.autograd.grad(loss, values, create_graph=True)
     traces = [torch.zeros((), dtype=torch.float64, device=value.device) for value in values]
     for _ in range(draws):
-        signs = [_signs(value, generator) for value in values]
+        signs = [_signs(value, next(keys)) for value in values]
         products = torch.autograd.grad(gradients, values, signs, retain_graph=True, materialize_grads=True)
-        for trace, sign, product in zip(traces, signs, products, strict=True):
-            trace += (sign * product).sum(dtype=torch.float64) / draws
-    found, left = {}, iter(zip(traces, gradients, strict=True))
+        for trace, sign, product, span in zip(traces, signs, products, spans, strict=True):
+            trace += (span.square() * sign * product).sum(dtype=torch.float64) / draws
+    found, left = {}, iter(zip(traces, gradients, spans, strict=True))
     for name, inputs in seen.items():
         own = [next(left) for _ in inputs]
-        gradient = torch.cat([gradient.detach().double().flatten() for _, gradient in own])
-        trace, spread = torch.stack([trace for trace, _ in own]).sum(), 3 * gradient.std(correction=0)
+        gradient = torch.cat([(span * gradient.detach()).flatten() for _, gradient, span in own])
+        trace, spread = torch.stack([trace for trace, *_ in own]).sum(), 3 * gradient.std(correction=0)
         found[name] = float(trace / gradient.numel() / spread) if float(spread) > 0 else 0.0
     return found
 
 
-def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
-    return (torch.randint(0, 2, like.shape, generator=generator) * 2 - 1).to(like)
+def _signs(like: Tensor, key: int) -> Tensor:
+    """Random signs, of the shape, dtype and device of a tensor."""
+    half = torch.tensor(0.5, device=like.device)
+    positive = replacement_mask(torch.tensor(key, dtype=torch.int32, device=like.device), half, like.shape)
+    return 2 * positive.to(like.dtype) - 1

@@ -33,11 +33,12 @@ def test_delta_is_the_mean_curvature_over_three_standard_deviations() -> None:
     # The last layer's weight: the loss is smooth in its quantized values, and its Hessian can be written out.
     features = gm.get_submodule("_2_fq")(torch.tanh(F.linear(gm.get_submodule("input_1_fq")(X), *_first(gm)))).detach()
     weight = gm.get_submodule("3.weight_fq")(gm.get_parameter("3.weight")).detach()
+    span = 7 * gm.get_parameter("3.weight_fq.method.scale").detach().view(3, 1)  # codes -4 to 3: the clipping range
 
     def loss(w: Tensor) -> Tensor:
-        return F.cross_entropy(F.linear(features, w.view(3, 5), gm.get_parameter("3.bias").detach()), LABELS)
+        return F.cross_entropy(F.linear(features, span * w.view(3, 5), gm.get_parameter("3.bias").detach()), LABELS)
 
-    flat = weight.reshape(-1)
+    flat = (weight / span).reshape(-1)
     trace = torch.autograd.functional.hessian(loss, flat).diagonal().sum()
     gradient = torch.autograd.functional.jacobian(loss, flat)
     wanted = (trace / flat.numel() / (3 * gradient.std(correction=0))).item()
