@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from pege_fx import functional
 from pege_fx.batch_norm import Fold
 from pege_fx.errors import ModelError
+from pege_fx.kernels import is_traced
 from pege_fx.plan import Plan
 from pege_fx.processes import is_shared
 from pege_fx.quantizers import Decoding, ForwardMethod, Statistics
@@ -23,7 +24,8 @@ class ScheduleState(nn.Module):
     """Where a group of sites stands: 0-d tensors on the model's device, updated in place by the scheduler.
 
     ``rate`` p; ``weight_lambda`` and ``activation_lambda`` λ (absolute units), float32; ``refresh_key`` (int32, from the
-    refresh count). They start fully quantized with λ = 0 and are not part of a ``state_dict``: the scheduler's is.
+    refresh count). ``is_complete`` knows p = 1 without asking the device, if ``set_rate`` wrote it last.
+    They start fully quantized with λ = 0 and are not part of a ``state_dict``: the scheduler's is.
 
     ``loss_scale`` is the factor of a ``GradScaler`` that the scheduler follows, if it follows one (``is_scaled``).
 
@@ -43,12 +45,24 @@ class ScheduleState(nn.Module):
         self.is_scaled = False
         for name, value in (("rate", 1.0), ("weight_lambda", 0.0), ("activation_lambda", 0.0), ("loss_scale", 1.0)):
             self.register_buffer(f"{name}_bits", torch.tensor(value).view(torch.int32), persistent=False)
+        self._complete_version = _version_of(self.rate_bits)
         key = torch.tensor(functional.refresh_key(0), dtype=torch.int32)
         self.register_buffer("refresh_key", key, persistent=False)
 
     @property
     def rate(self) -> Tensor:
         return self.rate_bits.view(torch.float32)
+
+    def set_rate(self, rate: float) -> None:
+        self.rate.fill_(rate)
+        self._complete_version = _version_of(self.rate_bits) if rate == 1 else None
+
+    @property
+    def is_complete(self) -> bool:
+        return self._complete_version is not None and self._complete_version == _version_of(self.rate_bits)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_complete_version": None}  # a copy's tensors count their versions anew
 
     @property
     def weight_lambda(self) -> Tensor:
@@ -64,6 +78,11 @@ class ScheduleState(nn.Module):
 
     def extra_repr(self) -> str:
         return f"group={self.group!r}"
+
+
+def _version_of(tensor: Tensor) -> int | None:
+    """How often a tensor was written, or None where nobody counts."""
+    return None if tensor.is_inference() else tensor._version
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +192,7 @@ class FakeQuant(nn.Module):
         Raises:
             ModelError: while the model is being compiled, if a weight is not finite, or for an input of whole numbers.
         """
-        if torch.compiler.is_compiling():
+        if is_traced():
             raise ModelError(
                 f"{self.site.name} is not calibrated, and data may not set a grid while the model is being compiled.\n"
                 "  give prepare example_inputs, or call pege_fx.calibrate(gm, batches) before torch.compile."
@@ -258,6 +277,8 @@ class FakeQuant(nn.Module):
             self.method.observe(torch.cat([value.flatten() for value in (x, *others)]) if others else x)
         continuous = self.method.transform(x)
         scale, zero_point = self.method.step()
+        # Compiled code and captured graphs outlive p = 1, and do not ask. Eager mode saves itself the hash.
+        masked = self.training and (_is_recorded(x) or not self.schedule.is_complete)
         recompute, quantized = self.recompute and self.training, functional.fake_quantize
         if recompute and torch.compiler.is_compiling():  # this is how a compiler is told, and it tells the operations behind
             quantized = partial(checkpoint, functional.fake_quantize, use_reentrant=False, preserve_rng_state=False)
@@ -267,8 +288,8 @@ class FakeQuant(nn.Module):
             scale if sign is None else scale * sign,
             self.site.spec,
             zero_point=zero_point,
-            rate=self.schedule.rate if self.training else None,
-            key=self._key_of(x, number) if self.training else None,
+            rate=self.schedule.rate if masked else None,
+            key=self._key_of(x, number) if masked else None,
             strength=self._strength(),
             scale_gradient=self.method.scale_gradient(x),
             recompute=recompute,
@@ -296,6 +317,14 @@ class FakeQuant(nn.Module):
             scale = scale * self.fold.channels.broadcast(factor, self.method.shape)
         return Decoding(scale, zero_point)
 
+    def span(self, x: Tensor) -> Tensor:
+        """The width of the grid in units of what comes out in training; broadcasts to ``x``."""
+        q_min, q_max = self.site.spec.bounds
+        width = self.decoding().scale.detach().abs() * (q_max - q_min)
+        if self.fold is not None and self.fold.live and self.method.channels is None:
+            width = width / self.fold.broadcast(self.fold.factor().abs(), x)  # the grid is that of k * w
+        return width
+
     def deployed(self, x: Tensor) -> Tensor:
         """Return what a converted model computes for ``x``: the value of its code."""
         scale, zero_point = self.decoding()
@@ -305,7 +334,7 @@ class FakeQuant(nn.Module):
 
     def _deployed_once(self, x: Tensor) -> Tensor:
         """``deployed(x)``, computed anew when something that it depends on has changed since."""
-        if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter) or x.is_meta:
+        if _is_recorded(x) or type(x) not in (Tensor, nn.Parameter) or x.is_meta:
             return self.deployed(x)
         norm = () if self.fold is None else (self.fold.bn.weight, self.fold.bn.running_var)
         tensors = (x, *norm, *self.method.parameters(), *self.method.buffers())
@@ -397,6 +426,11 @@ class FakeQuant(nn.Module):
         if self.site.group != "default":
             words.append(f"schedule {self.site.group!r}")
         return ", ".join(words)
+
+
+def _is_recorded(x: Tensor) -> bool:
+    """Tell whether what runs now is compiled, or captured as a CUDA graph: it runs again without this Python."""
+    return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _follow_loaded_state(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -150,7 +150,7 @@ class PEGEScheduler:
     def _apply(self) -> None:
         for name, state in self._states.items():
             rate, weight_lambda, activation_lambda = self._curves[name]
-            state.rate.fill_(rate(self.t))
+            state.set_rate(rate(self.t))
             state.weight_lambda.fill_(weight_lambda(self.t))
             state.activation_lambda.fill_(activation_lambda(self.t) * self._size)
             state.refresh_key.fill_(refresh_key(self.refreshes))

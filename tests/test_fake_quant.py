@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import pege_fx
-from pege_fx import Constant, PEGEScheduler, QuantPolicy, QuantSpec, Statistics, fake_quants
+from pege_fx import Constant, PEGEScheduler, QuantPolicy, QuantSpec, Statistics, fake_quants, functional
 from pege_fx.fake_quant import FakeQuant, ScheduleState, Site
 from pege_fx.functional import mix32, refresh_key, site_key
 from pege_fx.spec import Channels
@@ -70,6 +70,39 @@ def test_training_replaces_what_the_hash_of_seed_site_and_refresh_says(
     bound = float(torch.tensor(rate))
     mask = torch.tensor([(mix32(i ^ key) >> 8) * 2.0**-24 < bound for i in range(x.numel())]).view(x.shape)
     assert torch.equal(y, torch.where(mask, x_q, x))
+
+
+def hashes(module: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether a training forward asks for random numbers."""
+    asked: list[Any] = []
+    uniform_at = functional._uniform_at
+    with monkeypatch.context() as patch:
+        patch.setattr(functional, "_uniform_at", lambda *args: (asked.append(args), uniform_at(*args))[1])
+        module.train()(x)
+    return bool(asked)
+
+
+@pytest.mark.parametrize(
+    "copied", [None, copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))], ids=["itself", "deepcopy", "pickle"]
+)
+def test_complete_replacement_costs_no_hash_until_something_writes_the_rate(
+    copied: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gm, x = prepared(), inputs(4, 3, 6, 6)
+    assert not hashes(gm, x, monkeypatch)
+    scheduler = PEGEScheduler(gm, 4, Constant(1.0))
+    assert not hashes(gm, x, monkeypatch)
+    if copied is not None:
+        gm = copied(gm)
+        scheduler = PEGEScheduler(gm, 4, lambda t: min(1.0, t / 2))
+        assert hashes(gm, x, monkeypatch)
+        scheduler.go_to(2)
+        assert not hashes(gm, x, monkeypatch)
+    for fq in fake_quants(gm).values():
+        fq.schedule.rate.fill_(0.5)  # by whomever
+    assert hashes(gm, x, monkeypatch)
+    scheduler.step()
+    assert not hashes(gm, x, monkeypatch)
 
 
 @pytest.mark.parametrize("method", METHOD_NAMES)
@@ -310,6 +343,27 @@ def test_autocast_leaves_grids_in_float32(method: str) -> None:
     exact = prepared(method=method)(x)
     with torch.autocast("cpu", torch.bfloat16):
         assert (gm(x) - exact).abs().max() < 0.3 * exact.abs().max()
+
+
+# --- compiled ----------------------------------------------------------------------------------------------------
+
+
+# The compiler of torch 2.11 uses what torch 2.11 deprecates.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("estimator", ["ste", "ewgs", "pege", "pege-relative"])
+def test_compiled_gradients_are_the_eager_ones_in_every_layout(estimator: str, memory_format: torch.memory_format) -> None:
+    torch.compiler.reset()
+    eager = prepared(estimator=estimator).double().to(memory_format=memory_format)  # type: ignore[call-overload]
+    x = inputs(4, 3, 6, 6).double().to(memory_format=memory_format)
+    PEGEScheduler(eager, 10, Constant(0.5), Constant(0.1), Constant(0.1))
+    traced = copy.deepcopy(eager)
+    for run in (eager, torch.compile(traced, fullgraph=True, backend="aot_eager")):
+        run(x).square().sum().backward()
+    torch.compiler.reset()
+    for (name, one), other in zip(eager.named_parameters(), traced.parameters(), strict=True):
+        assert one.grad is not None
+        torch.testing.assert_close(other.grad, one.grad, msg=name)
 
 
 # --- what autograd keeps -----------------------------------------------------------------------------------------
