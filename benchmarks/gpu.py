@@ -1,17 +1,21 @@
 """Kernel and training step on a GPU, as ratios in one process: python benchmarks/gpu.py --output results.json
 
 The kernel's floor is the bytes that have to move: forward reads x and writes y; backward reads g, x, y and writes dx.
-It is held against the card's own copy bandwidth, measured here. The training step (ResNet-20, batch 256, bf16,
-channels_last) is held against the float model's, both compiled and both eager, interleaved.
+It is held against the card's own copy bandwidth, measured here: compiled with the sizes it has, as a whole-model compile
+does it, and as the local kernel of eager mode, whose sizes are dynamic. The training step (ResNet-20, bf16, channels_last)
+is held against the float model's, interleaved: compiled and replayed as a CUDA graph (what the device has to do),
+compiled and launched by Python, and eager.
 """
 
 import argparse
+import functools
 import json
 import platform
 import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +25,7 @@ import pege_fx
 from pege_fx import Constant, PEGEScheduler, QuantPolicy, QuantSpec, Rule, functional
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from cifar10 import ResNet20
+from cifar10 import Recorded, ResNet20
 
 REPEATS = 30
 
@@ -40,6 +44,15 @@ def interleaved(calls: dict[str, Callable[[], object]], repeats: int = REPEATS, 
             if repeat >= 5:
                 times[name].append(start.elapsed_time(end) / 1e3 / inner)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def replayed(call: Callable[[Tensor], object]) -> Callable[[], object]:
+    """The call as a CUDA graph: what Python needs to launch it does not count."""
+    nothing = torch.zeros((), device="cuda")
+    recorded = Recorded(call, wanted=True)
+    for _ in range(4):
+        recorded(nothing)
+    return lambda: recorded(nothing)
 
 
 def kernel(dtype: torch.dtype, elements: int = 64 * 2**20) -> list[dict[str, object]]:
@@ -61,18 +74,20 @@ def kernel(dtype: torch.dtype, elements: int = 64 * 2**20) -> list[dict[str, obj
                 a, scale, QuantSpec(bits=2), rate=p, key=None if p is None else key, strength=strength, scale_gradient=1e-3
             )
 
-        compiled = torch.compile(run, fullgraph=True)
         leaf = x.clone().requires_grad_()
-        y = compiled(leaf)
-
-        def backward(leaf: Tensor = leaf, y: Tensor = y) -> object:
-            return torch.autograd.grad(y, (leaf, scale), grad, retain_graph=True)
-
-        times = interleaved({"forward": lambda: compiled(leaf), "backward": backward}, inner=5)  # noqa: B023
-        for name, moved in (("forward", 2), ("backward", 4)):
+        calls: dict[str, Callable[[], object]] = {}
+        for how, function in (("compiled", torch.compile(run, fullgraph=True)), ("local", run)):
+            y = function(leaf)
+            calls[f"{how} forward"] = replayed(lambda _, function=function: function(leaf))  # noqa: B023
+            calls[f"{how} backward"] = replayed(
+                lambda _, y=y: torch.autograd.grad(y, (leaf, scale), grad, retain_graph=True)  # noqa: B023
+            )
+        times = interleaved(calls, inner=5)
+        for name in calls:
+            moved = 2 if name.endswith("forward") else 4
             rows.append(
                 {
-                    "pass": name,
+                    "kernel": name,
                     "p": 1.0 if rate is None else rate,
                     "dtype": str(dtype).removeprefix("torch."),
                     "elements": elements,
@@ -85,29 +100,29 @@ def kernel(dtype: torch.dtype, elements: int = 64 * 2**20) -> list[dict[str, obj
     return rows
 
 
-def training_step(model: nn.Module, compiled: bool, batch: int) -> Callable[[], object]:
+def training_step(model: nn.Module, how: str, batch: int) -> Callable[[], object]:
     model = model.cuda().to(memory_format=torch.channels_last).train()
-    run = torch.compile(model, fullgraph=True) if compiled else model
+    run = model if how == "eager" else torch.compile(model, fullgraph=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=True)
     x = torch.randn(batch, 3, 32, 32, device="cuda").to(memory_format=torch.channels_last)
     target = torch.randint(10, (batch,), device="cuda")
 
-    def step() -> None:
+    def step(target: Tensor) -> None:
         with torch.autocast("cuda", dtype=torch.bfloat16):
             loss = F.cross_entropy(run(x), target)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    return step
+    recorded = Recorded(step, wanted=how == "graph")
+    return lambda: recorded(target)
 
 
-def prepared(rate: float | None, recompute: bool = False) -> nn.Module:
+def prepared(rate: float, recompute: bool = False) -> nn.Module:
     torch.manual_seed(0)
     policy = QuantPolicy((*QuantPolicy.parse("W2A2", first=None, last=None).rules, Rule(recompute=recompute)))
     gm = pege_fx.prepare(ResNet20(10), policy, (torch.randn(8, 3, 32, 32),))
-    if rate is not None:
-        PEGEScheduler(gm, 10, Constant(rate), Constant(1e-7), Constant(1e-9))
+    PEGEScheduler(gm, 10, Constant(rate), Constant(1e-7), Constant(1e-9))
     return gm
 
 
@@ -120,57 +135,52 @@ def peak(step: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def steps(batch: int) -> list[dict[str, object]]:
-    rows: list[dict[str, object]] = []
-    for compiled in (True, False):
-        calls = {
-            "float": training_step(ResNet20(10), compiled, batch),
-            "W2A2 p=0.5": training_step(prepared(0.5), compiled, batch),
-            "W2A2 p=1": training_step(prepared(None), compiled, batch),
-            "W2A2 p=0.5 recompute": training_step(prepared(0.5, recompute=True), compiled, batch),
-            "W2A2 p=1 recompute": training_step(prepared(None, recompute=True), compiled, batch),
-        }
-        for call in calls.values():
-            for _ in range(5):
-                call()
-        times = interleaved(calls, inner=3)
-        memory = {name: peak(call) for name, call in calls.items()}
-        for name in calls:
-            rows.append(
-                {
-                    "model": name,
-                    "compiled": compiled,
-                    "batch": batch,
-                    "ms": times[name] * 1e3,
-                    "over_float": times[name] / times["float"],
-                    "peak_bytes": memory[name],
-                    "peak_over_float": memory[name] / memory["float"],
-                }
-            )
-    return rows
+def steps(how: str, batch: int) -> list[dict[str, object]]:
+    calls = {
+        "float": training_step(ResNet20(10), how, batch),
+        "W2A2 p=0.5": training_step(prepared(0.5), how, batch),
+        "W2A2 p=1": training_step(prepared(1.0), how, batch),
+    }
+    if how != "graph":
+        calls["W2A2 p=0.5 recompute"] = training_step(prepared(0.5, recompute=True), how, batch)
+    for call in calls.values():
+        for _ in range(5):
+            call()
+    times = interleaved(calls, inner=3)
+    memory = {} if how == "graph" else {name: peak(call) for name, call in calls.items()}
+    return [
+        {"model": name, "how": how, "batch": batch, "ms": times[name] * 1e3, "over_float": times[name] / times["float"]}
+        | ({"peak_bytes": memory[name], "peak_over_float": memory[name] / memory["float"]} if memory else {})
+        for name in calls
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[256, 1024])
+    parser.add_argument("--batch-size", type=int, default=256)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks/gpu.py needs a CUDA device, and torch sees none.")
-    result: dict[str, object] = {
+    result: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "pege_fx": pege_fx.__version__,
-        "kernel": [row for dtype in (torch.float32, torch.bfloat16) for row in kernel(dtype)],
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=1))
-    result["step"] = [row for batch in arguments.batch_sizes for row in steps(batch)]
-    arguments.output.write_text(json.dumps(result, indent=1))
-    for part in ("kernel", "step"):
-        for row in result[part]:  # type: ignore[attr-defined]
-            print("  ".join(f"{k}={v:.3f}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()))
+    parts: list[tuple[str, Callable[[], list[dict[str, object]]]]] = [
+        *(("kernel", functools.partial(kernel, dtype)) for dtype in (torch.float32, torch.bfloat16)),
+        *(("step", functools.partial(steps, how, arguments.batch_size)) for how in ("graph", "compiled", "eager")),
+    ]
+    torch.backends.cudnn.benchmark = True
+    with torch.cuda.stream(torch.cuda.Stream()):  # CUDA graphs are recorded on one that is not the default
+        for part, measure in parts:
+            rows = measure()
+            result[part] = [*result.get(part, []), *rows]
+            arguments.output.write_text(json.dumps(result, indent=1))  # what is measured is kept, whatever comes
+            for row in rows:
+                print("  ".join(f"{k}={v:.3f}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ checkpoints and results.json. A run that was stopped, or killed, goes on when th
 """
 
 import argparse
+import contextlib
 import csv
 import hashlib
 import io
@@ -23,6 +24,7 @@ import os
 import platform
 import sys
 import tarfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -53,7 +55,17 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 # What may differ between a run and its continuation, and what must not in float training.
 INCIDENTAL = {"output", "data_dir", "download_dir", "cache", "device", "compile", "compile_mode", "eval_batch_size"}
-INCIDENTAL |= {"time_limit", "deadline", "match", "on_corrupt", "tensorboard"}
+INCIDENTAL |= {
+    "time_limit",
+    "deadline",
+    "match",
+    "on_corrupt",
+    "tensorboard",
+    "cuda_graphs",
+    "together",
+    "checkpoint_every",
+    "evaluate_every",
+}
 FLOAT_SETTINGS = ("seed", "model", "float_epochs", "float_lr", "batch_size", "subset", "amp")
 
 
@@ -319,15 +331,18 @@ def policy_of(args: argparse.Namespace) -> QuantPolicy:
     return QuantPolicy.parse(args.bits, first=None, last=None, method=args.method, estimator=args.estimator)
 
 
-class Display:
-    """A progress bar on a terminal, a line per epoch elsewhere."""
+def progress_bar() -> Progress:
+    console = Console()
+    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[state]}"))
+    return Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
 
-    def __init__(self, title: str, first: int, epochs: int, steps: int) -> None:
-        self.title, self.first, self.epochs, self.started = title, first, epochs, time.perf_counter()
-        console = Console()
-        columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[state]}"))
-        self.bar = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
-        self.task = self.bar.add_task(title, total=epochs * steps, completed=first * steps, state="")
+
+class Display:
+    """A line of the progress bar on a terminal, a line per epoch elsewhere."""
+
+    def __init__(self, bar: Progress, title: str, first: int, epochs: int, steps: int) -> None:
+        self.bar, self.title, self.first, self.epochs, self.started = bar, title, first, epochs, time.perf_counter()
+        self.task = bar.add_task(title, total=epochs * steps, completed=first * steps, state="")
 
     def step(self) -> None:
         self.bar.advance(self.task)
@@ -337,18 +352,49 @@ class Display:
         if "p" in row:
             words.append(f"p {row['p']:.3f}  λ {row['weight_lambda']:.1e} {row['activation_lambda']:.1e}")
         words.append(f"{row['rate']:.0f} images/s")
-        words.append(f"loss {row['loss']:.4f}  train {row['train_accuracy']:.2f} %  test {row['test_accuracy']:.2f} %")
+        words.append(f"loss {row['loss']:.4f}  train {row['train_accuracy']:.2f} %")
+        if "test_accuracy" in row:
+            words.append(f"test {row['test_accuracy']:.2f} %")
         self.bar.update(self.task, state="  ".join(words))
         if self.bar.disable:
             left = (time.perf_counter() - self.started) / (row["epoch"] - self.first) * (self.epochs - row["epoch"])
             print(self.title, *words, f"ETA {timedelta(seconds=round(left))}", sep="  ", flush=True)
 
 
+PREPARING = threading.Lock()  # drawing weights, compiling and recording: for one run at a time
+
+
+class Recorded:
+    """A function of a draw that is recorded as a CUDA graph after a few ordinary calls, and replayed from then on.
+
+    The first calls compile, try out convolutions and make the optimizer's state. They count like any other.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Any], wanted: bool) -> None:
+        self.function, self.wanted, self.ordinary, self.graph = function, wanted, 3, None
+
+    def __call__(self, draw: Tensor) -> Any:
+        if not self.wanted:
+            return self.function(draw)
+        if self.graph is None:
+            with PREPARING:
+                if self.ordinary:
+                    self.ordinary -= 1
+                    return self.function(draw)
+                self.draw, self.graph = draw.clone(), torch.cuda.CUDAGraph()
+                here = torch.cuda.current_stream()
+                with torch.cuda.graph(self.graph, stream=here, capture_error_mode="thread_local"):
+                    self.result = self.function(self.draw)
+        self.draw.copy_(draw)
+        self.graph.replay()
+        return self.result
+
+
 class Run:
     """One seed: float training, quantization-aware training from it, and the loop that both share."""
 
-    def __init__(self, args: argparse.Namespace, train: Images, test: Images, classes: int, seed: int) -> None:
-        self.args, self.train, self.test, self.classes, self.seed = args, train, test, classes, seed
+    def __init__(self, args: argparse.Namespace, train: Images, test: Images, classes: int, seed: int, bar: Progress) -> None:
+        self.args, self.train, self.test, self.classes, self.seed, self.bar = args, train, test, classes, seed, bar
         self.device, self.folder = torch.device(args.device), Path(args.output) / f"seed{seed}"
         self.steps = len(train.labels) // args.batch_size
         self.settings = {name: value for name, value in vars(args).items() if name not in INCIDENTAL} | {"seed": seed}
@@ -356,6 +402,11 @@ class Run:
 
     def __call__(self) -> dict[str, Any]:
         """Train what is not trained yet; write and return what results.json holds."""
+        own_stream = torch.cuda.stream(torch.cuda.Stream()) if self.args.cuda_graphs else contextlib.nullcontext()
+        with own_stream:
+            return self.phases()
+
+    def phases(self) -> dict[str, Any]:
         phases, matched = {}, {}
         model, state = self.float_model()
         if state is not None:
@@ -366,7 +417,7 @@ class Run:
                 matched = {"match": self.match(gm)}
         results: dict[str, Any] = {"settings": self.settings, "compile": self.args.compile and self.args.compile_mode}
         for phase, state in phases.items():
-            accuracies = [row["test_accuracy"] for row in state["history"]] or [None]
+            accuracies = [row["test_accuracy"] for row in state["history"] if "test_accuracy" in row] or [None]
             results[phase] = {"best": max(accuracies), "last": accuracies[-1], "seconds": state["seconds"]}
             results[phase]["history"] = state["history"]
         goals = {"float": self.args.float_epochs, "qat": self.args.epochs}
@@ -381,8 +432,9 @@ class Run:
 
     def float_model(self) -> tuple[nn.Module, dict[str, Any] | None]:
         """Return the float model, from --float-checkpoint or trained; and the state of that training."""
-        torch.manual_seed(self.seed)
-        model = NETWORKS[self.args.model](self.classes).to(self.device, memory_format=torch.channels_last)
+        with PREPARING:
+            torch.manual_seed(self.seed)
+            model = NETWORKS[self.args.model](self.classes).to(self.device, memory_format=torch.channels_last)
         if self.args.float_checkpoint is None:
             sgd = torch.optim.SGD(model.parameters(), self.args.float_lr, 0.9, weight_decay=1e-4, fused=True)
             return model, self.fit("float", model, sgd, self.args.float_epochs)
@@ -403,8 +455,10 @@ class Run:
         args = self.args
         draw = self.train.draw(torch.Generator(self.device).manual_seed(self.seed))
         examples = self.train(draw[: args.batch_size])[0]
-        gm = pege_fx.prepare(model.train(), policy_of(args), (examples,), seed=self.seed)
-        adam = torch.optim.Adam(pege_fx.parameter_groups(gm, args.lr, args.quantizer_lr, weight_decay=1e-4), fused=True)
+        with PREPARING:
+            gm = pege_fx.prepare(model.train(), policy_of(args), (examples,), seed=self.seed)
+        groups = pege_fx.parameter_groups(gm, args.lr, args.quantizer_lr, weight_decay=1e-4)
+        adam = torch.optim.Adam(groups, fused=True, capturable=args.cuda_graphs)
         scheduler = PEGEScheduler(gm, **schedule(args, args.epochs * self.steps))
         teacher = model.eval() if args.distill else None
         return gm, self.fit("qat", gm, adam, args.epochs, scheduler, teacher)
@@ -419,116 +473,127 @@ class Run:
         teacher: nn.Module | None = None,
     ) -> dict[str, Any]:
         """Train, from the checkpoint of this phase if there is one; return the last checkpoint."""
-        path, size = self.folder / f"{phase}.pt", self.args.batch_size
-        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(epochs, 1))
+        args, path, size = self.args, self.folder / f"{phase}.pt", self.args.batch_size
         generator = torch.Generator(self.device).manual_seed(self.seed)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        if args.cuda_graphs:  # which read them where they are
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = torch.tensor(rate, device=self.device)
         state: dict[str, Any] = {"epoch": 0, "history": [], "seconds": 0.0}
         if path.exists():
-            state = self.resume(path, model, optimizer, cosine, generator, scheduler)
+            state = self.resume(path, model, optimizer, generator, scheduler)
+        compiled, load_batch, totals = self.compiled(model), self.compiled(self.train), torch.zeros(2, device=self.device)
 
-        def loss_of(draw: Tensor) -> tuple[Tensor, Tensor]:
-            x, labels = self.train(draw)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp):
-                logits = model(x)
+        def loss_of(network: nn.Module, draw: Tensor) -> tuple[Tensor, Tensor]:
+            x, labels = load_batch(draw)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=args.amp):
+                logits = network(x)
                 with torch.no_grad():
                     taught = None if teacher is None else teacher(x)
             loss = F.cross_entropy(logits.float(), labels)
             if taught is not None:  # the soft part of Hinton et al., 2015, at temperature 4
                 student, wanted = (F.log_softmax(values.float() / 4, 1) for values in (logits, taught))
                 soft = 16 * F.kl_div(student, wanted, reduction="batchmean", log_target=True)
-                loss = (1 - self.args.distill) * loss + self.args.distill * soft
+                loss = (1 - args.distill) * loss + args.distill * soft
             return loss, (logits.argmax(1) == labels).sum()
 
+        def train_step(draw: Tensor) -> None:
+            loss, right = loss_of(compiled, draw)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            totals.add_(torch.stack([loss.detach(), right / size]))
+
         def predict(draw: Tensor) -> Tensor:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=args.amp):
                 return model(self.test(draw)[0])
 
-        plain_loss_of = loss_of
-        loss_of, predict = self.compiled(loss_of), self.compiled(predict)
-        display = Display(f"{phase} seed {self.seed}", state["epoch"], epochs, self.steps)
-        with display.bar:
-            for epoch in range(state["epoch"] + 1, epochs + 1):
-                started = time.perf_counter()
-                row: dict[str, Any] = {"epoch": epoch, "lr": cosine.get_last_lr()[0]}
+        step, predict = Recorded(train_step, args.cuda_graphs), Recorded(predict, args.cuda_graphs)
+        title = f"{Path(args.output).name} {phase} seed {self.seed}"
+        display = Display(self.bar, title, state["epoch"], epochs, self.steps)
+        for epoch in range(state["epoch"] + 1, epochs + 1):
+            started, cosine = time.perf_counter(), (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2
+            row: dict[str, Any] = {"epoch": epoch, "lr": cosine * rates[0]}
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                if args.cuda_graphs:
+                    group["lr"].fill_(cosine * rate)
+                else:
+                    group["lr"] = cosine * rate
+            if scheduler is not None:
+                row["p"], (row["weight_lambda"], row["activation_lambda"]) = scheduler.rate, scheduler.lambdas
+            model.train()
+            totals.zero_()
+            draw = self.train.draw(generator)
+            if phase == "qat" and args.estimator == "ewgs" and (epoch - 1) % args.ewgs_every == 0:
+                batches = draw.split(size)[: min(3, self.steps)]
+                with PREPARING:
+                    found = pege_fx.update_ewgs(model, lambda batch: loss_of(model, batch)[0], batches, draws=args.ewgs_draws)
+                row["mean_delta"] = mean(found.values())
+            for number in range(self.steps):
+                step(draw[number * size : (number + 1) * size])
                 if scheduler is not None:
-                    row["p"], (row["weight_lambda"], row["activation_lambda"]) = scheduler.rate, scheduler.lambdas
-                model.train()
-                draw, totals = self.train.draw(generator), torch.zeros(2, device=self.device)
-                if phase == "qat" and self.args.estimator == "ewgs" and (epoch - 1) % self.args.ewgs_every == 0:
-                    batches = draw.split(size)[: min(3, self.steps)]
-                    found = pege_fx.update_ewgs(
-                        model, lambda batch: plain_loss_of(batch)[0], batches, draws=self.args.ewgs_draws
-                    )
-                    row["mean_delta"] = mean(found.values())
-                for step in range(self.steps):
-                    loss, right = loss_of(draw[step * size : (step + 1) * size])
-                    loss.backward()
-                    optimizer.step()
-                    optimizer.zero_grad()
-                    if scheduler is not None:
-                        scheduler.step()
-                    totals += torch.stack([loss.detach(), right / size])
-                    display.step()
-                cosine.step()
-                row["loss"], right = (totals / self.steps).tolist()  # the one wait for the device in an epoch
-                if not math.isfinite(row["loss"]) and scheduler is not None:
-                    pege_fx.Guard(model).check(loss, self.train(draw[(self.steps - 1) * size : self.steps * size])[0])
-                if not math.isfinite(row["loss"]):
-                    raise UserError(f"the loss is {row['loss']} in {phase} epoch {epoch}: lower the learning rate, or λ.")
-                row["train_accuracy"], row["test_accuracy"] = 100 * right, self.evaluate(model, predict)
-                row["seconds"] = time.perf_counter() - started
-                row["rate"] = self.steps * size / row["seconds"]
-                state = {
-                    "settings": self.settings,
-                    "epoch": epoch,
-                    "epochs": epochs,
-                    "history": [*state["history"], row],
-                    "seconds": state["seconds"] + row["seconds"],
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "cosine": cosine.state_dict(),
-                    "generator": generator.get_state(),
-                    "scheduler": None if scheduler is None else scheduler.state_dict(),
-                }
-                save(state, path)
+                    scheduler.step()
+                display.step()
+            row["loss"], right = (totals / self.steps).tolist()
+            if not math.isfinite(row["loss"]) and scheduler is not None:
+                pege_fx.Guard(model).check(totals[0], self.train(draw[-size:])[0])
+            if not math.isfinite(row["loss"]):
+                raise UserError(f"the loss is {row['loss']} in {phase} epoch {epoch}: lower the learning rate, or λ.")
+            row["train_accuracy"] = 100 * right
+            self.stopped = time.perf_counter() > args.deadline
+            if epoch % args.evaluate_every == 0 or epoch == epochs or self.stopped:
+                row["test_accuracy"] = self.evaluate(model, predict)
+            row["seconds"] = time.perf_counter() - started
+            row["rate"] = self.steps * size / row["seconds"]
+            state = {
+                "settings": self.settings,
+                "epoch": epoch,
+                "epochs": epochs,
+                "history": [*state["history"], row],
+                "seconds": state["seconds"] + row["seconds"],
+            }
+            if epoch % args.checkpoint_every == 0 or epoch == epochs or self.stopped:
+                state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "generator": generator.get_state()}
+                save(state | {"scheduler": None if scheduler is None else scheduler.state_dict()}, path)
                 self.write_history(phase, state["history"])
-                display.epoch(row)
-                self.stopped = time.perf_counter() > self.args.deadline
-                if self.stopped:
-                    break
+            if args.tensorboard:
+                self.write_events(phase, row)
+            display.epoch(row)
+            if self.stopped:
+                break
         return state
 
     def write_history(self, phase: str, history: list[dict[str, Any]]) -> None:
-        """The history as CSV, and its last row for TensorBoard."""
         with open(self.folder / f"{phase}.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, list(dict.fromkeys(name for row in history for name in row)))
             writer.writeheader()
             writer.writerows(history)
-        if self.args.tensorboard:
-            with SummaryWriter(str(self.folder)) as board:
-                for name, value in history[-1].items():
-                    board.add_scalar(f"{phase}/{name}", value, history[-1]["epoch"])
 
-    def resume(
-        self, path: Path, model: nn.Module, optimizer: Any, cosine: Any, generator: Any, scheduler: Any
-    ) -> dict[str, Any]:
+    def write_events(self, phase: str, row: dict[str, Any]) -> None:
+        with SummaryWriter(str(self.folder)) as board:
+            for name, value in row.items():
+                board.add_scalar(f"{phase}/{name}", value, row["epoch"])
+
+    def resume(self, path: Path, model: nn.Module, optimizer: Any, generator: Any, scheduler: Any) -> dict[str, Any]:
         state: dict[str, Any] = load(path)
         names = FLOAT_SETTINGS if scheduler is None else self.settings
         for name in names:
             value = self.settings[name]
             if (there := state["settings"].get(name)) != value:
                 raise UserError(f"{path} was made with {name}={there}, not {value}: give another --output, or delete it.")
-        for part, name in ((model, "model"), (optimizer, "optimizer"), (cosine, "cosine"), (scheduler, "scheduler")):
+        own = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+        for part, name in ((model, "model"), (optimizer, "optimizer"), (scheduler, "scheduler")):
             if part is not None:
                 part.load_state_dict(state[name])
+        for group, settings in zip(optimizer.param_groups, own, strict=True):  # of this device and these options
+            group.update(settings)
         generator.set_state(state["generator"])
         return state
 
-    def compiled(self, function: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    def compiled(self, module: nn.Module) -> Any:
         if not self.args.compile:
-            return function
-        torch.compiler.reset()  # the models of other phases and seeds would count as recompilations
-        return torch.compile(function, fullgraph=True, dynamic=False, mode=self.args.compile_mode)
+            return module
+        return torch.compile(module, fullgraph=True, dynamic=False, mode=self.args.compile_mode)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, predict: Callable[[Tensor], Tensor]) -> float:
@@ -585,7 +650,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--lr", type=float, default=1e-3, help="Adam, of quantization-aware training")
     add("--quantizer-lr", type=float, default=1e-5, help="Adam, of scales, clips and intervals")
     add("--float-lr", type=float, default=0.1, help="SGD, of float training")
-    add("--seed", type=int, nargs="+", default=[0], help="one or several, run one after the other")
+    add("--seed", type=int, nargs="+", default=[0], help="one or several; see --together")
     add("--replacement-start", type=float, help="p at first; default: 0.2 for pege, 1 (all quantized) for ste and ewgs")
     add("--replacement-end", type=float, default=0.5, help="part of the training after which p is 1")
     add("--replacement-curve", default="log", choices=("log", "ramp", "linear", "cosine", "exponential", "step"))
@@ -598,13 +663,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--refresh", default="step", choices=("step", "never"), help="masks: redrawn every step, or growing")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--compile", action=switch, help="torch.compile; default: on CUDA")
-    add("--compile-mode", choices=("default", "reduce-overhead", "max-autotune-no-cudagraphs"), default="default")
+    add("--compile-mode", choices=("default", "max-autotune-no-cudagraphs"), default="default")
+    add("--cuda-graphs", action=switch, help="a training step is one CUDA graph; default: on CUDA")
+    add("--together", action=switch, help="train all seeds at once, each on a stream of its own; default: on CUDA")
+    add("--checkpoint-every", type=int, default=1, metavar="EPOCHS")
+    add("--evaluate-every", type=int, default=1, metavar="EPOCHS")
     add("--amp", action=switch, help="bfloat16 autocast; default: on CUDA")
     add("--time-limit", type=float, default=math.inf, metavar="SECONDS", help="stop after the epoch that passes it")
     add("--tensorboard", action="store_true", help="event files beside the CSV; needs the package tensorboard")
     add("--match", action="store_true", help="at the end: summary, accuracy of the converted model, size")
     args = parser.parse_args(argv)
-    for name in ("batch_size", "eval_batch_size", "subset", "ewgs_every", "ewgs_draws"):
+    for name in ("batch_size", "eval_batch_size", "subset", "ewgs_every", "ewgs_draws", "checkpoint_every", "evaluate_every"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if not 0 <= args.distill <= 1:
@@ -625,27 +694,36 @@ def choose_device(args: argparse.Namespace) -> None:
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     on_gpu = args.device == "cuda"
-    args.compile = on_gpu if args.compile is None else args.compile
-    args.amp = on_gpu if args.amp is None else args.amp
+    for name in ("compile", "amp", "cuda_graphs", "together"):
+        if getattr(args, name) is None:
+            setattr(args, name, on_gpu)
+    if args.cuda_graphs and not on_gpu:
+        raise UserError(f"--cuda-graphs needs --device cuda, and this is {args.device}: leave it out.")
     if on_gpu:
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Run the seeds one after the other; return their results."""
+    """Run the seeds, together or one after the other; return their results."""
     policy_of(args), schedule(args, 100)  # a wrong option fails now, not after the float training
     choose_device(args)
     data = load_data(args)
     train = Images(data["train_images"], data["train_labels"], PAD).to(args.device)
     test = Images(data["test_images"], data["test_labels"], 0).to(args.device)
-    results: list[dict[str, Any]] = []
-    for seed in args.seed:
-        one = Run(args, train, test, len(data["classes"]), seed)
-        results.append(one())
-        if one.stopped and not (results[-1]["finished"] and seed == args.seed[-1]):
-            print(f"stopped by --time-limit in seed {seed}: the same command goes on from there.")
-            break
+    with progress_bar() as bar:
+        runs = [Run(args, train, test, len(data["classes"]), seed, bar) for seed in args.seed]
+        if args.together:
+            with ThreadPoolExecutor(len(runs)) as pool:
+                results = list(pool.map(Run.__call__, runs))
+        else:
+            results = []
+            for one in runs:
+                results.append(one())
+                if one.stopped:
+                    break
+    if len(results) < len(runs) or not all(result["finished"] for result in results):
+        print("stopped by --time-limit: the same command goes on from there.")
     last = [result["qat"]["last"] for result in results if result["finished"] and args.epochs]
     if last:
         spread = f" ± {stdev(last):.2f}" if len(last) > 1 else ""

@@ -3,6 +3,7 @@ r"""Run a table of experiments with examples/cifar10.py, and write what they fou
     python examples/experiments.py examples/experiments.toml --data-dir cifar10-jpeg.tar.xz
     python examples/experiments.py examples/experiments.toml --report-only          # the page again, from the stored runs
     python examples/experiments.py examples/experiments.toml --profile cpu --data-dir cifar10-jpeg.tar.xz    # small
+    python examples/experiments.py examples/experiments.toml --data-dir cifar10-jpeg.tar.xz --jobs 12        # on a large GPU
 
 The table is TOML: ``[defaults]`` and each ``[[run]]`` hold options of cifar10.py by their names; a run also has a ``name``, and
 a ``group``: the runs of a group make one table, and each is compared with the group's first. Every finished run is stored as
@@ -12,9 +13,13 @@ one JSON file per seed in --results. The command can be stopped, or killed, and 
 import argparse
 import importlib.util
 import json
+import math
+import multiprocessing
 import sys
+import time
 import tomllib
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from fnmatch import fnmatch
 from pathlib import Path
 from statistics import mean, stdev
@@ -113,26 +118,90 @@ def made_under_another_name(folder: Path, run: dict[str, Any], seed: int) -> dic
     return None
 
 
-def execute(run: dict[str, Any], seed: int, args: argparse.Namespace) -> None:
-    """Train one run with one seed, from the float model that all runs of this network and seed share, and store it."""
-    if found := made_under_another_name(args.results, run, seed):
-        cifar10.save(found, args.results / f"{run['name']}-seed{seed}.json")
+def float_folder(run: dict[str, Any], args: argparse.Namespace) -> Path:
+    """Where the float models lie that all runs of this network share."""
+    shared = [str(value) for name, value in options(run).items() if name in SHARED]
+    folder: Path = args.work / "-".join(["float", *shared])
+    return folder
+
+
+def float_models(run: dict[str, Any], some: list[int], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Train the float models of some seeds, as far as they are not there yet; return their results."""
+    shared = {name: value for name, value in options(run).items() if name in SHARED}
+    return train(args, some, float_folder(run, args), [*words(shared), "--epochs", "0"])
+
+
+def train(args: argparse.Namespace, some: list[int], folder: Path, more: list[str]) -> list[dict[str, Any]]:
+    """Call cifar10.py for some seeds, with the time that is left; return the results of those that it came to."""
+    data = ["--data-dir", args.data_dir] if args.data_dir else []
+    limit = [] if args.deadline == math.inf else ["--time-limit", str(args.deadline - time.time())]
+    common = [*args.rest, *data, *limit, "--cache", str(args.work / "cache"), "--seed", *map(str, some)]
+    results: list[dict[str, Any]] = cifar10.main([*common, *more, "--output", str(folder)])
+    return results
+
+
+def execute(run: dict[str, Any], some: list[int], args: argparse.Namespace) -> None:
+    """Train one run with some seeds and store those that are finished when the time is over."""
+
+    def target(seed: int) -> Path:
+        path: Path = args.results / f"{run['name']}-seed{seed}.json"
+        return path
+
+    known = {seed: made_under_another_name(args.results, run, seed) for seed in some}
+    for seed, found in known.items():
+        if found:
+            cifar10.save(found, target(seed))
+    some = [seed for seed in some if not known[seed]]
+    if not some or time.time() > args.deadline:
         return
+    floats = float_models(run, some, args)
+    if not all(base["finished"] for base in floats) or time.time() > args.deadline:
+        return
+    checkpoint = str(float_folder(run, args) / "seed{seed}" / "float.pt")
     settings = options(run)
-    shared = {name: settings[name] for name in SHARED if name in settings}
-    label = "-".join(["float", *(str(value) for value in shared.values())])
-    common = [*args.rest, *(["--data-dir", args.data_dir] if args.data_dir else []), "--cache", str(args.work / "cache")]
-    common += ["--seed", str(seed)]
-    cifar10.main([*common, *words(shared), "--epochs", "0", "--output", str(args.work / label)])
-    checkpoint = str(args.work / label / "seed{seed}" / "float.pt")
-    (result,) = cifar10.main(
-        [*common, *words(settings), "--float-checkpoint", checkpoint, "--output", str(args.work / run["name"])]
-    )
-    base = json.loads((args.work / label / f"seed{seed}" / "results.json").read_text())
-    kept = {"options": settings, "seed": seed, "float": base["float"]["last"], "accuracy": result["qat"]["last"]}
-    kept |= {"best": result["qat"]["best"], "seconds": result["qat"]["seconds"], "device": result["device"]}
-    kept |= {"versions": result["versions"], "curve": [row["test_accuracy"] for row in result["qat"]["history"]]}
-    cifar10.save(kept, args.results / f"{run['name']}-seed{seed}.json")
+    results = train(args, some, args.work / run["name"], [*words(settings), "--float-checkpoint", checkpoint])
+    for seed, base, result in zip(some, floats, results, strict=False):
+        if not result["finished"]:
+            continue
+        kept = {"options": settings, "seed": seed, "float": base["float"]["last"], "accuracy": result["qat"]["last"]}
+        kept |= {"best": result["qat"]["best"], "seconds": result["qat"]["seconds"], "device": result["device"]}
+        rows = [row for row in result["qat"]["history"] if "test_accuracy" in row]
+        kept |= {"versions": result["versions"], "curve": [row["test_accuracy"] for row in rows]}
+        kept |= {"epochs": [row["epoch"] for row in rows]}
+        cifar10.save(kept, target(seed))
+
+
+def execute_at_once(runs: list[dict[str, Any]], todo: dict[str, list[int]], args: argparse.Namespace) -> Iterator[None]:
+    """Run all of them, ``--jobs`` at a time, each with its seeds in a process of its own. The float models come first."""
+    start = multiprocessing.get_context("spawn")
+    floats = {float_folder(run, args): run for run in runs}
+    distinct: dict[str, dict[str, Any]] = {}
+    for run in runs:  # in the table's order, which says what matters most
+        distinct.setdefault(json.dumps(options(run), sort_keys=True), run)
+    with ProcessPoolExecutor(args.jobs, start, max_tasks_per_child=1) as pool:
+        for future in [pool.submit(float_models, run, todo[run["name"]], args) for run in floats.values()]:
+            future.result()
+        started = [pool.submit(execute, run, todo[run["name"]], args) for run in distinct.values()]
+        for future in as_completed(started):
+            if future.cancelled():
+                continue
+            future.result()
+            if time.time() > args.deadline:
+                for waiting in started:
+                    waiting.cancel()
+            yield
+    for run in runs:  # those that are there under another name
+        if time.time() < args.deadline:
+            execute(run, todo[run["name"]], args)
+
+
+def execute_in_turn(runs: list[dict[str, Any]], todo: dict[str, list[int]], args: argparse.Namespace) -> Iterator[None]:
+    """Run one after the other: a first look at all of them, then the next seed."""
+    for seed in sorted({seed for some in todo.values() for seed in some}):
+        for run in runs:
+            if seed in todo[run["name"]] and time.time() < args.deadline:
+                execute(run, [seed], args)
+                yield
 
 
 # --- the page ------------------------------------------------------------------------------------------------
@@ -158,7 +227,7 @@ def spread(values: list[float]) -> str:
     return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
 
 
-def plot(path: Path, curves: dict[str, list[list[float]]]) -> None:
+def plot(path: Path, found: dict[str, list[dict[str, Any]]]) -> None:
     """Test accuracy over epochs: the mean of the seeds, and the range between them."""
     import matplotlib as mpl
 
@@ -166,9 +235,9 @@ def plot(path: Path, curves: dict[str, list[list[float]]]) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4))
-    for title, seeds_curves in curves.items():
-        columns = list(zip(*seeds_curves, strict=False))
-        epochs = range(1, len(columns) + 1)
+    for title, kept in found.items():
+        columns = list(zip(*(one["curve"] for one in kept), strict=False))
+        epochs = kept[0].get("epochs", range(1, len(columns) + 1))
         (line,) = axes.plot(epochs, [mean(column) for column in columns], label=title, marker="." if len(columns) < 5 else "")
         axes.fill_between(epochs, list(map(min, columns)), list(map(max, columns)), alpha=0.2, color=line.get_color())
     axes.set(xlabel="epoch", ylabel="test accuracy, %")
@@ -208,7 +277,7 @@ def group_section(group: str, runs: list[dict[str, Any]], args: argparse.Namespa
     if missing := [run["name"] for run in runs if len(found[run["name"]]) < len(seeds(run))]:
         yield f"\nNot complete: {', '.join(missing)}."
     image = args.report.parent / "images" / f"{''.join(c if c.isalnum() and c.isascii() else '-' for c in group.lower())}.png"
-    plot(image, {run.get("title", run["name"]): [one["curve"] for one in found[run["name"]]] for run in done})
+    plot(image, {run.get("title", run["name"]): found[run["name"]] for run in done})
     yield f"\n![{group}]({image.relative_to(args.report.parent).as_posix()})\n"
 
 
@@ -245,18 +314,20 @@ def main(argv: list[str] | None = None) -> None:
         "--profile",
         help="a section [profiles.NAME] of the table: another size of all runs; results go into a folder of that name",
     )
+    add("--jobs", type=int, default=1, help="runs at once; a GPU has room for many of CIFAR-10's size")
+    add("--time-limit", type=float, default=math.inf, metavar="SECONDS", help="stop then; the same command goes on")
     add("--report", type=Path, default=Path("docs/results.md"))
     add("--report-only", action="store_true")
     args, args.rest = parser.parse_known_args(argv)
     if args.profile:
         args.work, args.results = args.work / args.profile, args.results / args.profile
+    args.deadline = time.time() + args.time_limit
     try:
         runs = read_table(args.table, args.profile)
-        todo = [] if args.report_only else [(seed, run) for run in runs for seed in seeds(run)]
-        for seed, run in sorted(todo, key=lambda item: item[0]):  # a first look at all of them, then the next seed
-            if stored(args.results, run, seed) is None:
-                execute(run, seed, args)
-                write_report(runs, args)
+        todo = {run["name"]: [seed for seed in seeds(run) if stored(args.results, run, seed) is None] for run in runs}
+        left = [run for run in runs if todo[run["name"]] and not args.report_only]
+        for _ in (execute_at_once if args.jobs > 1 else execute_in_turn)(left, todo, args):
+            write_report(runs, args)
         write_report(runs, args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

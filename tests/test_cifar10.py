@@ -120,6 +120,19 @@ def test_other_estimators_and_methods_train(go: Callable[..., Any], words: str) 
     assert go(*words.split(), "--epochs", "1", "--refresh", "never")[0]["finished"]
 
 
+def test_seeds_train_together_as_they_do_alone_and_are_evaluated_and_kept_when_asked(
+    go: Callable[..., Any], tmp_path: Path
+) -> None:
+    words = ["--seed", "0", "1", "--epochs", "3", "--method", "minmax"]
+    alone = go(*words, output="alone")
+    together = go(*words, "--together", "--evaluate-every", "2", "--checkpoint-every", "3", output="together")
+    for one, other in zip(alone, together, strict=True):
+        rows, some = one["qat"]["history"], other["qat"]["history"]
+        assert [row["loss"] for row in rows] == [row["loss"] for row in some]
+        assert [row["epoch"] for row in some if "test_accuracy" in row] == [2, 3]
+        assert other["qat"]["last"] == one["qat"]["last"]
+
+
 def test_vgg_has_twelve_quantized_convolutions() -> None:
     vgg = cifar10.VGG16(10)
     assert sum(p.numel() for p in vgg.parameters()) == 14_724_042

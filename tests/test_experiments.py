@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -71,22 +73,22 @@ def words(tmp_path: Path) -> list[str]:
 def test_a_table_is_run_stored_and_reported_and_reported_again(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    executed: list[tuple[str, int]] = []
+    executed: list[tuple[str, list[int]]] = []
     execute = experiments.execute
 
-    def dying(run: dict[str, Any], seed: int, args: Any) -> None:
+    def dying(run: dict[str, Any], some: list[int], args: Any) -> None:
         if len(executed) == 3:
-            executed.append(("died", 0))
+            executed.append(("died", []))
             raise MemoryError
-        executed.append((run["name"], seed))
-        execute(run, seed, args)
+        executed.append((run["name"], some))
+        execute(run, some, args)
 
     monkeypatch.setattr(experiments, "execute", dying)
     with pytest.raises(MemoryError):
         experiments.main(words)
     assert "Not complete: pege." in (tmp_path / "docs/results.md").read_text()
     experiments.main(words)
-    assert executed == [("ste", 0), ("pege", 0), ("ste", 1), ("died", 0), ("pege", 1)]
+    assert executed == [("ste", [0]), ("pege", [0]), ("ste", [1]), ("died", []), ("pege", [1])]
     page = (tmp_path / "docs/results.md").read_text()
     assert "## Estimators, W2A2" in page
     assert "| STE | " in page
@@ -124,6 +126,22 @@ def test_a_run_under_two_names_is_made_once_and_a_profile_has_a_folder_of_its_ow
     assert "--profile tiny" in (tmp_path / "docs/results.md").read_text()
     with pytest.raises(SystemExit):
         experiments.main([*words, "--profile", "huge"])
+
+
+def test_runs_at_once_store_what_runs_in_turn_do_and_stop_in_time(words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "table.toml").write_text((TABLE + AGAIN).replace("[0, 1]", "[0]"))
+    experiments.main([*words, "--time-limit", "0"])
+    assert not (tmp_path / "results").exists()
+    experiments.main(words)
+    at_once = [word.replace(str(tmp_path / "results"), str(tmp_path / "other")) for word in words]
+    command = [sys.executable, str(FILE), *at_once, "--work", str(tmp_path / "again"), "--jobs", "2"]
+    subprocess.run(command, check=True, capture_output=True)
+    names = sorted(path.name for path in (tmp_path / "results").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "other").iterdir())
+    assert names == ["again-seed0.json", "pege-seed0.json", "ste-seed0.json"]
+    for name in names:
+        one, other = (json.loads((tmp_path / folder / name).read_text()) for folder in ("results", "other"))
+        assert {**one, "seconds": 0} == {**other, "seconds": 0}
 
 
 @pytest.mark.parametrize(
