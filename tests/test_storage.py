@@ -74,6 +74,30 @@ def test_writes_and_experts_are_stored(tmp_path: Path) -> None:
         assert torch.equal(pege_fx.load_deployed(tmp_path / "model")(x), model(x))
 
 
+class Tagger(nn.Module):
+    """A recurrent layer, a new tensor, and an argument that is left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.fc = nn.LSTM(4, 3, batch_first=True), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        h = x.new_zeros(1, x.shape[0], 3)
+        out: Tensor = self.fc(self.lstm(x, (h, h))[0])
+        return out if mask is None else out * mask
+
+
+def test_recurrent_layers_and_default_arguments_are_stored(tmp_path: Path) -> None:
+    x = torch.randn(3, 5, 4)
+    model = pege_fx.convert(pege_fx.prepare(Tagger(), "W4A4", (x,)).eval())
+    pege_fx.save_deployed(model, tmp_path / "model")
+    loaded = pege_fx.load_deployed(tmp_path / "model")
+    with torch.no_grad():
+        assert torch.equal(loaded(x), model(x))
+        with pytest.raises(PegeError, match="mask was None when the model was traced"):
+            loaded(x, torch.ones(3, 5, 1))
+
+
 @pytest.mark.filterwarnings("ignore:nothing is quantized")
 @given(testing.networks(), testing.policies())
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
