@@ -25,7 +25,7 @@ LAYERS: list[set[str]] = [
     {"export.embedding", "export.program", "export.writer", "export.qonnx"},
     {"export.arithmetic", "export.quantization", "export.shapes"},
     {"export.layers", "export.recurrent"},
-    {"export.pooling", "export.runs"},
+    {"export.pooling", "export.indexing", "export.runs"},
     {"export.model", "export.verify"},
     {"export"},
     {"api"},
