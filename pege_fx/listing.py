@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pege_fx.errors import OutputError
+from pege_fx.files import atomic_write
 
 Row = tuple[str, ...]
 
@@ -110,7 +111,5 @@ def write_listing(listing: Any, path: str | Path) -> None:
     path = Path(path)
     if path.suffix not in writers:
         raise OutputError(f"{path}: the ending {path.suffix!r} says no format; known: {', '.join(writers)}.")
-    try:
-        path.write_text(writers[path.suffix](listing) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"can not write {path}: {error.strerror or error}.") from error
+    with atomic_write(path, OutputError) as temporary:
+        temporary.write_text(writers[path.suffix](listing) + "\n", encoding="utf-8")

@@ -48,6 +48,7 @@ INSIDE = {
     ("passes.values", "passes.graph"),
     ("passes.norms", "passes.graph"),
     ("tables", "size"), ("inspection", "tables"), ("inspection", "size"),
+    ("listing", "files"),
     ("telemetry", "scheduler"), ("sensitivity", "mixed_precision"), ("sensitivity", "scheduler"),
     ("sensitivity", "size"), ("sensitivity", "training"), ("diff", "size"), ("diff", "diff_picture"), ("diff_picture", "diff"),
     ("distributed", "scheduler"), ("guard", "scheduler"), ("guard", "training"),
