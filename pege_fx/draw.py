@@ -85,7 +85,8 @@ def _picture(graph: nx.DiGraph) -> graphviz.Digraph:
     for source, target, facts in graph.edges(data=True):
         style = "dashed" if facts["kind"] == "graph" else "solid"
         colour = "#222222" if facts["bits"] else "#999999"
-        picture.edge(names[source], names[target], label=edge_label(facts), color=colour, style=style)
+        label = f" {found}" if (found := edge_label(facts)) else ""  # not on the line
+        picture.edge(names[source], names[target], label=label, color=colour, style=style)
     return picture
 
 

@@ -86,7 +86,9 @@ class Listing:
         """Return an HTML table."""
 
         def line(row: Row, tag: str) -> str:
-            return "<tr>" + "".join(f'<{tag} style="text-align: left">{html.escape(cell)}</{tag}>' for cell in row) + "</tr>"
+            sides = ["right" if cell.replace(",", "").isdecimal() else "left" for cell in row]
+            cells = zip(sides, map(html.escape, row), strict=True)
+            return "<tr>" + "".join(f'<{tag} style="text-align: {side}">{cell}</{tag}>' for side, cell in cells) + "</tr>"
 
         body = "\n".join(line(row, "th" if is_heading else "td") for row, is_heading in self.lines())
         notes = "".join(f"<p>{html.escape(note)}</p>\n" for note in self.notes)
