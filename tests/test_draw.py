@@ -24,7 +24,7 @@ def test_dot_has_clusters_bits_and_signs(gm: GraphModule, tmp_path: Path) -> Non
     assert "cluster_0" in text
     assert "conv2d W4" in text
     assert 'label=" u4"' in text
-    assert "label=s8" in text
+    assert 'label=" s8"' in text
     assert "_fq" not in text
 
 
