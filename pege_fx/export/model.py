@@ -49,8 +49,10 @@ def _in_known_operators(program: ExportedProgram) -> ExportedProgram:
     if all(_is_known(node.target) for node in program.graph.nodes if node.op == "call_function" and node.users):
         return program
     parts: dict[Any, Any] = torch.export.default_decompositions()
-    taken_apart: ExportedProgram = program.run_decompositions({name: parts[name] for name in parts if not _is_known(name)})
-    return taken_apart
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's own, about its internals
+        taken: ExportedProgram = program.run_decompositions({name: parts[name] for name in parts if not _is_known(name)})
+    return taken
 
 
 def _is_known(target: Any) -> bool:
