@@ -14,6 +14,7 @@ from pege_fx.passes.graph import (
     first_argument,
     is_torch_module,
     join,
+    rank_of,
     remove_dead_nodes,
     replace,
     replace_by_constant,
@@ -40,8 +41,13 @@ def inline_modules(gm: GraphModule) -> None:
 
 
 def _inline(gm: GraphModule, node: Node, module: nn.Module) -> None:
+    shown: nn.Module = module
+    if isinstance(module, BatchNorm):
+        shown = _Evaluated(module)
+    elif isinstance(module, _INSTANCE_NORMS) and rank_of(first_argument(node)) == _INSTANCE_NORMS.index(type(module)) + 3:
+        shown = _EvaluatedByInstance(module)
     try:
-        inner = _NoLeaves().trace(_Evaluated(module) if isinstance(module, BatchNorm) else module)
+        inner = _NoLeaves().trace(shown)
     except (TraceError, TypeError):  # its forward asks for values
         return
     path = str(node.target)
@@ -64,6 +70,22 @@ class _Evaluated(nn.Module):
         bn = self.module
         by_batch = bn.running_mean is None
         return F.batch_norm(input, bn.running_mean, bn.running_var, bn.weight, bn.bias, by_batch, 0.0, bn.eps)
+
+
+_INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+
+
+class _EvaluatedByInstance(nn.Module):
+    """An InstanceNorm on a batch, by its function: its own forward asks for the number of dimensions."""
+
+    def __init__(self, module: nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, input: Tensor) -> Tensor:
+        norm = self.module
+        by_input = norm.running_mean is None
+        return F.instance_norm(input, norm.running_mean, norm.running_var, norm.weight, norm.bias, by_input, 0.0, norm.eps)
 
 
 def _does_nothing(node: Node) -> bool:

@@ -33,21 +33,27 @@ from pege_fx.passes.graph import (
     source_of,
     tensor_of,
 )
+from pege_fx.passes.values import computed, constants_of
 from pege_fx.quantizers import Decoding
 
 
 @torch.no_grad()
 def lower_weights(gm: GraphModule) -> None:
-    """Hold every quantized weight as integer codes with a scale: codes -> dequantize -> operation."""
+    """Hold what no input decides as integer codes with a scale: codes -> dequantize -> operation.
+
+    These are weights, as parameters or computed from them (by a weight norm), and other operands that are.
+    """
+    constant = constants_of(gm)
     for node, fq in calls(gm, FakeQuant):
-        weight = tensor_of(gm, first_argument(node))
-        if fq.site.kind != "weight" or weight is None:
+        source = first_argument(node)
+        if source not in constant or not (fq.is_calibrated or fq.site.kind == "weight"):
             continue
+        weight = computed(gm, source)
         if not fq.is_calibrated:
             fq.initialize_from(weight)
         scale, zero_point = fq.decoding()
         codes = fq.codes(weight).to(torch.int8 if fq.site.spec.signed else torch.uint8)
-        path = str(first_argument(node).target)
+        path = str(source.target if source.op == "get_attr" else node.target).removesuffix("_fq")
         codes_path = free_path(gm, f"{path}_codes")
         register_buffer(gm, codes_path, codes)
         read = get_attr(gm.graph, codes_path, node)

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule, Interpreter, Node
 
 from pege_fx.mode import TRAINING_MODE
 from pege_fx.passes.graph import (
     attribute,
+    attribute_of,
     changes_its_input,
     first_argument,
     is_unknown_code,
@@ -99,3 +100,38 @@ def _is_number(gm: GraphModule, node: Node, numbers: set[Node]) -> bool:
     if reads_size(node) or node.target in _TO_NUMBERS or getattr(node.target, "__module__", None) == math.__name__:
         return True
     return node.target in _KEEPING and all(source in numbers for source in node.all_input_nodes)
+
+
+def constants_of(gm: GraphModule) -> set[Node]:
+    """Return the nodes whose value no input decides and nobody changes: parameters, and what torch computes of them alone."""
+    found: set[Node] = set()
+    for node in gm.graph.nodes:
+        if node.op == "get_attr":
+            known = tensor_of(gm, node) is not None
+        elif node.op == "call_module":
+            known = type(attribute_of(gm, node)).__module__.startswith("torch.nn.")
+        else:
+            known = node.op in ("call_function", "call_method") and not (is_unknown_code(gm, node) or _draws(node))
+        changed = any(changes_its_input(gm, part) for part in (node, *node.users))
+        if known and not changed and all(source in found for source in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _draws(node: Node) -> bool:
+    name = str(getattr(node.target, "__name__", node.target))
+    return "rand" in name or name in ("bernoulli", "multinomial", "normal", "poisson")
+
+
+def computed(gm: GraphModule, node: Node) -> Tensor:
+    """Run what a constant is computed by."""
+    needed: set[Node] = set()
+    waiting = [node]
+    while waiting:
+        needed.add(part := waiting.pop())
+        waiting += part.all_input_nodes
+    interpreter = Interpreter(gm)
+    for part in (part for part in gm.graph.nodes if part in needed):
+        interpreter.env[part] = interpreter.run_node(part)
+    value: Tensor = interpreter.env[node]
+    return value

@@ -19,6 +19,7 @@ from torch import nn
 import pege_fx
 from pege_fx.coverage import Coverage
 from pege_fx.errors import ModelError, OutputError, PegeError, closest
+from pege_fx.files import atomic_write
 from pege_fx.listing import write_listing
 from pege_fx.policy import QuantPolicy
 
@@ -187,10 +188,8 @@ def _selected(explanation: Any, match: str) -> list[Any]:
 
 
 def _write(text: str, output: str) -> None:
-    try:
-        Path(output).write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"can not write {output}: {error.strerror}.") from error
+    with atomic_write(output, OutputError) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def _summary(options: argparse.Namespace) -> None:

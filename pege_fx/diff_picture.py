@@ -7,6 +7,7 @@ import networkx as nx
 
 from pege_fx.diff import SIGNS, Diff
 from pege_fx.errors import ModelError, OutputError, closest
+from pege_fx.files import atomic_write
 from pege_fx.policy import path_pattern
 
 COLOURS = {"added": "#b7e4c7", "removed": "#f5b5b5", "replaced": "#ffd8a8", "changed": "#bcd7f5", "same": "#eeeeee"}
@@ -85,10 +86,8 @@ def draw_diff(found: Diff, path: str | Path, match: str | None = None, *, contex
         axes.text(x, y, f"{sign}{short}", ha="center", va="center", fontsize=8, bbox=box, zorder=3)
     legend = "    ".join(f"{sign} {kind}" for kind, sign in SIGNS.items())
     axes.text(-0.5, -0.75, legend, fontsize=8, color="#555555")
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise OutputError(f"can not write {path}: {error.strerror or error}.") from error
+    with atomic_write(path, OutputError) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:])
 
 
 def _draw_edges(axes: Any, region: "nx.DiGraph[str]", places: dict[str, tuple[float, float]]) -> None:

@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 
 from pege_fx.dataflow import to_networkx
 from pege_fx.errors import ExportError
+from pege_fx.files import atomic_write
 from pege_fx.outline import collapse, collapse_to_fit, edge_label, outline, rest, shape_label, title
 
 ENDINGS = (".svg", ".png", ".dot")
@@ -65,10 +66,8 @@ def draw(gm: GraphModule, path: str | Path, *, depth: int | None = None) -> None
 
 
 def _write(path: Path, content: bytes) -> None:
-    try:
-        path.write_bytes(content)
-    except OSError as error:
-        raise ExportError(f"can not write {path}: {error.strerror or error}; choose another path.") from error
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def _collapsed(graph: nx.DiGraph, depth: int | None) -> nx.DiGraph:
@@ -86,7 +85,8 @@ def _picture(graph: nx.DiGraph) -> graphviz.Digraph:
     for source, target, facts in graph.edges(data=True):
         style = "dashed" if facts["kind"] == "graph" else "solid"
         colour = "#222222" if facts["bits"] else "#999999"
-        picture.edge(names[source], names[target], label=edge_label(facts), color=colour, style=style)
+        label = f" {found}" if (found := edge_label(facts)) else ""  # not on the line
+        picture.edge(names[source], names[target], label=label, color=colour, style=style)
     return picture
 
 

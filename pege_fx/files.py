@@ -6,15 +6,15 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from pege_fx.errors import ExportError
+from pege_fx.errors import ExportError, PegeError
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike[str], error: type[PegeError] = ExportError) -> Iterator[Path]:
     """Yield a temporary path in the same folder; it replaces ``path`` when the block ends, and goes if the block fails.
 
     Raises:
-        ExportError: if the folder or the file can not be written.
+        ExportError, or the error that is given: if the folder or the file can not be written.
 
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     with atomic_write(Path(folder) / "a") as temporary:
@@ -22,19 +22,21 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     ...     (Path(folder) / "a").read_text()
     'whole'
     """
-    target = Path(path)
+    target = Path(path).resolve()  # what a link points to is replaced, not the link
     temporary: Path | None = None
     try:
         if target.is_dir():
             raise IsADirectoryError("it is a folder")
+        if target.exists() and not target.is_file():
+            raise OSError("it is a device, not a file")
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
         os.close(handle)
         temporary = Path(name)
         yield temporary
         temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, target)
-    except OSError as error:
-        raise ExportError(f"{target} can not be written: {error.strerror or error}.\n  nothing was left there.") from error
+    except OSError as reason:
+        raise error(f"can not write {path}: {reason.strerror or reason}; nothing was left there.") from reason
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)

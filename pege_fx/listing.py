@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pege_fx.errors import OutputError
+from pege_fx.files import atomic_write
 
 Row = tuple[str, ...]
 
@@ -85,7 +86,9 @@ class Listing:
         """Return an HTML table."""
 
         def line(row: Row, tag: str) -> str:
-            return "<tr>" + "".join(f'<{tag} style="text-align: left">{html.escape(cell)}</{tag}>' for cell in row) + "</tr>"
+            sides = ["right" if cell.replace(",", "").isdecimal() else "left" for cell in row]
+            cells = zip(sides, map(html.escape, row), strict=True)
+            return "<tr>" + "".join(f'<{tag} style="text-align: {side}">{cell}</{tag}>' for side, cell in cells) + "</tr>"
 
         body = "\n".join(line(row, "th" if is_heading else "td") for row, is_heading in self.lines())
         notes = "".join(f"<p>{html.escape(note)}</p>\n" for note in self.notes)
@@ -110,7 +113,5 @@ def write_listing(listing: Any, path: str | Path) -> None:
     path = Path(path)
     if path.suffix not in writers:
         raise OutputError(f"{path}: the ending {path.suffix!r} says no format; known: {', '.join(writers)}.")
-    try:
-        path.write_text(writers[path.suffix](listing) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"can not write {path}: {error.strerror or error}.") from error
+    with atomic_write(path, OutputError) as temporary:
+        temporary.write_text(writers[path.suffix](listing) + "\n", encoding="utf-8")

@@ -18,6 +18,7 @@ from pege_fx.dataflow import to_networkx
 from pege_fx.draw import COLOURS, FLOAT, PLAIN, PYTHON, colour_of, ink
 from pege_fx.errors import ExportError, InputError
 from pege_fx.fake_quant import FakeQuant, fake_quants
+from pege_fx.files import atomic_write
 from pege_fx.outline import edge_label, outline, rest, shape_label, title
 from pege_fx.scheduler import PEGEScheduler, plan_of
 from pege_fx.size import size_report
@@ -74,10 +75,8 @@ def report(
             **_graph(to_networkx(gm), _measured(gm, batches)),
         }
     )
-    try:
-        Path(path).write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise ExportError(f"can not write {path}: {error.strerror or error}; choose another path.") from error
+    with atomic_write(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
 
 
 def _colours() -> dict[str, dict[str, str]]:

@@ -13,6 +13,7 @@ from pege_fx.fake_quant import FakeQuant
 from pege_fx.functional import dequantize, quantize
 from pege_fx.packing import unpack
 from pege_fx.passes.graph import arguments, first_argument, join, module_of, tensor_of
+from pege_fx.passes.values import computed, constants_of
 from pege_fx.quantizers import Encoding
 
 
@@ -123,18 +124,22 @@ def _grids(gm: GraphModule) -> set[str]:
 # --- before conversion -------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def _expected(gm: GraphModule) -> SizeReport:
     """What ``convert`` keeps: codes and grids for fake-quants, folded weights and biases, and what the graph reads as it is."""
     float_bytes = quantized_bytes = 0
     plain: dict[int, Tensor] = {}
     counted: set[FakeQuant] = set()
     for _, inner in graphs_of(gm):
+        constant = constants_of(inner)
+        taken = _taken(inner, constant)
         for node in inner.graph.nodes:
-            plain |= {id(value): value for value in _read_as_it_is(inner, node)}
+            plain |= {id(value): value for value in _read_as_it_is(inner, node) if node not in taken}
             module = module_of(inner, node, nn.Module)
             if isinstance(module, FakeQuant) and module not in counted:
                 counted.add(module)
-                weight = tensor_of(inner, node.all_input_nodes[0]) if module.site.kind == "weight" else None
+                source = first_argument(node)
+                weight = computed(inner, source) if source in constant and _takes_constants(module) else None
                 codes = 0 if weight is None else weight.numel()
                 float_bytes += 4 * codes
                 quantized_bytes += (module.site.spec.bits * codes + 7) // 8 + _grid_bytes(module, weight)
@@ -164,9 +169,7 @@ def _read_as_it_is(gm: GraphModule, node: Node) -> Iterable[Tensor]:
     """The tensors that a node brings into the deployed graph unchanged."""
     value = tensor_of(gm, node)
     if value is not None:
-        readers = [module_of(gm, user, nn.Module) for user in node.users]
-        taken = all(isinstance(reader, BiasFold) or _takes_weight(reader) for reader in readers)
-        return [] if taken else [value]
+        return [value]
     module = module_of(gm, node, nn.Module)
     if module is None or isinstance(module, (FakeQuant, WeightFold, BiasFold, GraphModule, *FOLDED.values())):
         return []
@@ -178,8 +181,21 @@ def _read_as_it_is(gm: GraphModule, node: Node) -> Iterable[Tensor]:
     return [value for value in [*module.parameters(), *module.buffers()] if id(value) not in apart]
 
 
-def _takes_weight(reader: nn.Module | None) -> bool:
-    return isinstance(reader, FakeQuant) and reader.site.kind == "weight"
+def _taken(gm: GraphModule, constant: set[Node]) -> set[Node]:
+    """Return the constants that only fake-quants, which leave codes of them, and folds read."""
+    found: set[Node] = set()
+    for node in reversed(gm.graph.nodes):
+        readers = [(user, module_of(gm, user, nn.Module)) for user in node.users]
+        if node in constant and all(
+            user in found or isinstance(reader, BiasFold) or (isinstance(reader, FakeQuant) and _takes_constants(reader))
+            for user, reader in readers
+        ):
+            found.add(node)
+    return found
+
+
+def _takes_constants(fq: FakeQuant) -> bool:
+    return fq.is_calibrated or fq.site.kind == "weight"
 
 
 @torch.no_grad()

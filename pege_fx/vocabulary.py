@@ -17,8 +17,9 @@ from torch import Tensor
 
 from pege_fx import attention
 from pege_fx.functional import dequantize, quantize
-from pege_fx.mode import written
+from pege_fx.mode import check_argument, check_class, check_keys, written
 from pege_fx.packing import unpack
+from pege_fx.recurrent import recurrent
 
 _NEW_TENSORS = ("arange", "empty", "eye", "full", "linspace", "ones", "tensor", "zeros")
 _PLAIN_FUNCTIONAL = (
@@ -33,6 +34,14 @@ _PLAIN_FUNCTIONAL = (
     "upsample",
     "grouped_mm",
 )
+_NEW_METHODS = {
+    "new_empty",
+    "new_full",
+    "new_ones",
+    "new_tensor",
+    "new_zeros",
+    "unflatten",
+}  # not overridable, say torch's lists
 _NOT_ARITHMETIC = {"attrgetter", "call", "itemgetter", "methodcaller"}
 _TORCHVISION = {  # functions that torchvision keeps whole in a trace
     "torchvision.ops.stochastic_depth": ("stochastic_depth",),
@@ -71,7 +80,8 @@ def functions() -> dict[str, Callable[..., Any]]:
             if callable(getattr(module, name)) and not name.startswith("_"):
                 named[f"{module.__name__}.{name}"] = getattr(module, name)
     from_attention = (attention.attention_mask, attention.padding_mask, attention.check_batched)
-    for own in (quantize, dequantize, unpack, written, *from_attention):
+    checks = (check_argument, check_class, check_keys)
+    for own in (quantize, dequantize, unpack, written, recurrent, *checks, *from_attention):
         named[f"{own.__module__}.{own.__name__}"] = own
     named["builtins.getattr"] = getattr
     for path, names in _TORCHVISION.items():
@@ -108,4 +118,4 @@ def methods() -> frozenset[str]:
     """Return the names of the tensor methods of the vocabulary."""
     arithmetic = {f"__{name.strip('_')}__" for name in operator.__all__}
     named = {function.__name__ for function in torch.overrides.get_overridable_functions()[Tensor]}
-    return frozenset(name for name in named if not name.startswith("_") or name in arithmetic) - _LEAVING_TORCH
+    return frozenset(name for name in named if not name.startswith("_") or name in arithmetic) - _LEAVING_TORCH | _NEW_METHODS

@@ -23,8 +23,8 @@ def test_dot_has_clusters_bits_and_signs(gm: GraphModule, tmp_path: Path) -> Non
     text = (tmp_path / "graph.dot").read_text()
     assert "cluster_0" in text
     assert "conv2d W4" in text
-    assert "label=u4" in text
-    assert "label=s8" in text
+    assert 'label=" u4"' in text
+    assert 'label=" s8"' in text
     assert "_fq" not in text
 
 

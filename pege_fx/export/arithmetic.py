@@ -12,12 +12,14 @@ _UNARY = {
     "relu": "Relu", "sigmoid": "Sigmoid", "tanh": "Tanh", "exp": "Exp", "log": "Log", "sqrt": "Sqrt", "abs": "Abs",
     "neg": "Neg", "floor": "Floor", "ceil": "Ceil", "round": "Round", "sin": "Sin", "cos": "Cos", "tan": "Tan",
     "atan": "Atan", "sinh": "Sinh", "cosh": "Cosh", "erf": "Erf", "reciprocal": "Reciprocal", "sign": "Sign", "sgn": "Sign",
-    "hardswish": "HardSwish", "selu": "Selu", "isnan": "IsNaN", "logical_not": "Not", "bitwise_not": "Not",
+    "asin": "Asin", "acos": "Acos", "asinh": "Asinh", "acosh": "Acosh", "atanh": "Atanh",
+    "hardswish": "HardSwish", "selu": "Selu", "logical_not": "Not", "bitwise_not": "Not",
 }  # fmt: skip
 _BINARY = {
     "mul.Tensor": "Mul", "mul.Scalar": "Mul", "maximum": "Max", "minimum": "Min", "pow.Tensor_Tensor": "Pow",
     "pow.Tensor_Scalar": "Pow", "pow.Scalar": "Pow", "logical_and": "And", "logical_or": "Or", "logical_xor": "Xor",
     "bitwise_and.Tensor": "And", "bitwise_or.Tensor": "Or", "__and__.Tensor": "And", "__or__.Tensor": "Or",
+    "bitwise_xor.Tensor": "Xor", "__xor__.Tensor": "Xor",
 }  # fmt: skip
 _COMPARED = {"eq": "Equal", "lt": "Less", "le": "LessOrEqual", "gt": "Greater", "ge": "GreaterOrEqual"}
 
@@ -39,9 +41,9 @@ def binary(w: Writer, kind: str, a: Any, b: Any, dtype: torch.dtype | None = Non
 
 def _binary(kind: str) -> Handler:
     def write(w: Writer, a: Any, b: Any) -> Value:
-        if kind in ("And", "Or") and w.result.dtype is not torch.bool:
+        if kind in ("And", "Or", "Xor") and w.result.dtype is not torch.bool:
             raise UnmappedError("bits of integers")
-        return binary(w, kind, a, b)
+        return binary(w, "And" if kind == "Mul" and w.result.dtype is torch.bool else kind, a, b)
 
     return write
 
@@ -69,6 +71,11 @@ def not_equal(w: Writer, a: Value, b: Any) -> Value:
     return w.op("Not", TABLE["aten.eq.Tensor"](w, a, b))
 
 
+@writes("isnan", "isinf")
+def is_special(w: Writer, x: Value) -> Value:
+    return w.op("IsNaN" if "nan" in w.target else "IsInf", x, dtype=torch.bool)
+
+
 @writes("add.Tensor", "add.Scalar")
 def add(w: Writer, a: Any, b: Any, alpha: Any = 1) -> Value:
     return binary(w, "Add", a, b if alpha == 1 else binary(w, "Mul", b, alpha))
@@ -91,9 +98,12 @@ def divide(w: Writer, a: Any, b: Any, rounding_mode: str | None = None) -> Value
         return quotient
     if not quotient.dtype.is_floating_point:
         return w.cast(w.op("Floor", binary(w, "Div", a, b, torch.float64)), w.result.dtype)
-    if rounding_mode == "floor":
-        return w.op("Floor", quotient)
-    return binary(w, "Mul", w.op("Sign", quotient), w.op("Floor", w.op("Abs", quotient)))
+    return w.op("Floor", quotient) if rounding_mode == "floor" else truncate(w, quotient)
+
+
+@writes("trunc")
+def truncate(w: Writer, x: Value) -> Value:
+    return w.op("Mul", w.op("Sign", x), w.op("Floor", w.op("Abs", x)))
 
 
 @writes("floor_divide")
@@ -104,6 +114,37 @@ def floor_divide(w: Writer, a: Any, b: Any) -> Value:
 @writes("remainder.Scalar", "remainder.Tensor")
 def remainder(w: Writer, a: Any, b: Any) -> Value:
     return binary(w, "Sub", a, binary(w, "Mul", divide(w, a, b, "floor"), b))
+
+
+@writes("fmod.Scalar", "fmod.Tensor")
+def remainder_like_c(w: Writer, a: Any, b: Any) -> Value:
+    dtype = w.result.dtype
+    return w.op("Mod", w.operand(a, dtype), w.operand(b, dtype), fmod=1)
+
+
+@writes("log1p")
+def log1p(w: Writer, x: Value) -> Value:
+    return w.op("Log", binary(w, "Add", x, 1.0))
+
+
+@writes("expm1")
+def expm1(w: Writer, x: Value) -> Value:
+    return binary(w, "Sub", w.op("Exp", w.cast(x, w.result.dtype)), 1.0)
+
+
+@writes("log2", "log10")
+def logarithm(w: Writer, x: Value) -> Value:
+    return binary(w, "Div", w.op("Log", w.cast(x, w.result.dtype)), math.log(2 if "log2" in w.target else 10))
+
+
+@writes("exp2")
+def exp2(w: Writer, x: Value) -> Value:
+    return binary(w, "Pow", 2.0, x)
+
+
+@writes("erfc")
+def erfc(w: Writer, x: Value) -> Value:
+    return binary(w, "Sub", 1.0, w.op("Erf", x))
 
 
 @writes("square")
@@ -176,6 +217,11 @@ def mish(w: Writer, x: Value) -> Value:
 @writes("leaky_relu")
 def leaky_relu(w: Writer, x: Value, slope: float = 0.01) -> Value:
     return w.op("LeakyRelu", x, alpha=float(slope))
+
+
+@writes("rrelu")
+def rrelu(w: Writer, x: Value, lower: float = 0.125, upper: float = 1 / 3, train: bool = False) -> Value:
+    return leaky_relu(w, x, (lower + upper) / 2)
 
 
 @writes("elu")
@@ -268,32 +314,48 @@ def _whole(kind: str) -> Handler:
     return write
 
 
-for _name, _kind in {"mean": "ReduceMean", "sum": "ReduceSum", "max": "ReduceMax", "min": "ReduceMin"}.items():
-    writes(_name)(_whole(_kind))
+for _name in ("mean", "sum", "max", "min", "prod"):
+    writes(_name)(_whole(f"Reduce{_name.title()}"))
+
+
+@writes("any", "any.dim", "any.dims")
+def any_of(w: Writer, x: Value, dims: Any = None, keepdim: bool = False) -> Value:
+    """Whether something is not zero; ONNX compares numbers, no truth values."""
+    return w.cast(reduce(w, "ReduceMax", w.cast(w.cast(x, torch.bool), torch.int32), dims, keepdim), torch.bool)
 
 
 @writes("linalg_vector_norm", "norm.ScalarOpt_dim")
 def vector_norm(w: Writer, x: Value, order: Any = 2, dims: Any = None, keepdim: bool = False, dtype: Any = None) -> Value:
-    if order not in (1, 2, None):
-        raise UnmappedError(f"a norm of order {order}")
-    return reduce(w, "ReduceL1" if order == 1 else "ReduceL2", x, dims, keepdim)
+    if order in (1, 2, None):
+        return reduce(w, "ReduceL1" if order == 1 else "ReduceL2", x, dims, keepdim)
+    if order in (math.inf, -math.inf):
+        return reduce(w, "ReduceMax" if order > 0 else "ReduceMin", w.op("Abs", x), dims, keepdim)
+    powers = reduce(w, "ReduceSum", binary(w, "Pow", w.op("Abs", x), float(order)), dims, keepdim)
+    return binary(w, "Pow", powers, 1 / order)
 
 
 @writes("var.correction")
 def variance(w: Writer, x: Value, dims: Any = None, *, correction: float | None = None, keepdim: bool = False) -> Value:
-    centred = binary(w, "Sub", x, reduce(w, "ReduceMean", x, dims, True))
-    mean = reduce(w, "ReduceMean", binary(w, "Mul", centred, centred), dims, keepdim)
+    centred = w.op("Sub", x, reduce(w, "ReduceMean", x, dims, True))
+    mean = reduce(w, "ReduceMean", w.op("Mul", centred, centred), dims, keepdim)
     axes = range(x.rank) if not dims else [dims] if isinstance(dims, int) else dims
     sizes = [x.size(axis) for axis in axes]
     if None in sizes:
         raise UnmappedError("a variance over a dimension whose size is not fixed")
     count = math.prod(size for size in sizes if size is not None)
-    return binary(w, "Mul", mean, count / max(count - (1 if correction is None else correction), 0))
+    return w.op("Mul", mean, w.constant(count / max(count - (1 if correction is None else correction), 0), x.dtype))
 
 
 @writes("std.correction")
 def deviation(w: Writer, x: Value, dims: Any = None, *, correction: float | None = None, keepdim: bool = False) -> Value:
     return w.op("Sqrt", variance(w, x, dims, correction=correction, keepdim=keepdim))
+
+
+@writes("var_mean.correction")
+def variance_and_mean(
+    w: Writer, x: Value, dims: Any = None, *, correction: float | None = None, keepdim: bool = False
+) -> list[Value]:
+    return [variance(w, x, dims, correction=correction, keepdim=keepdim), reduce(w, "ReduceMean", x, dims, keepdim)]
 
 
 @writes("var.dim", "var")

@@ -7,7 +7,9 @@ import torch
 
 from pege_fx.export.arithmetic import binary, reduce
 from pege_fx.export.quantization import transposed
-from pege_fx.export.writer import UnmappedError, Value, Writer, writes
+from pege_fx.export.writer import LAID_OUT, UnmappedError, Value, Writer, writes
+
+_MOVED = {"MaxPool", "Slice", "Gather", "Expand", "Clip", "Relu", "Resize", "DepthToSpace"}  # Q and DQ may be moved behind them
 
 
 def _each(value: Any, dims: int) -> list[int]:
@@ -16,7 +18,8 @@ def _each(value: Any, dims: int) -> list[int]:
     return values * dims if len(values) == 1 else values
 
 
-def _fixed_size(value: Value, axis: int) -> int:
+def fixed_size(value: Value, axis: int) -> int:
+    """Return the size of a dimension; one that is free can not be written."""
     size = value.size(axis)
     if size is None:
         raise UnmappedError(f"the size of dimension {axis} is not fixed")
@@ -41,7 +44,7 @@ def convolve(
     dilation: Any = 1, groups: int = 1,
 ) -> Value:  # fmt: skip
     dims = weight.rank - 2
-    kernel = [_fixed_size(weight, axis) for axis in range(2, weight.rank)]
+    kernel = [fixed_size(weight, axis) for axis in range(2, weight.rank)]
     dilations = _each(dilation, dims)
     if padding == "same":
         totals = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
@@ -59,11 +62,24 @@ def _with_bias(w: Writer, kind: str, x: Value, weight: Value, bias: Value | None
     ONNX Runtime's optimizer would round it to the unit of the accumulators (input scale times weight scale), which is
     coarse in few bits: ``convert(..., integer_bias=True)`` does that before anyone relies on the outputs.
     """
+    if weight.constant is not None and w.style != "qonnx" and w.is_quantized(x, LAID_OUT | _MOVED):
+        weight = _kept_in_float(w, weight)
     if bias is None or weight.codes is None or bias.codes is not None:
         return w.op(kind, x, weight, bias, **settings)
     shape = [-1, *[1] * (weight.rank - 2)]
     laid = w.constant(bias.constant.reshape(shape)) if bias.constant is not None else w.op("Reshape", bias, w.constant(shape))
     return binary(w, "Add", w.op(kind, x, weight, **settings), laid)
+
+
+def _kept_in_float(w: Writer, weight: Value) -> Value:
+    """Add zero to a float weight that reads an activation's codes, a zero that is dequantized.
+
+    Between codes, ONNX Runtime's optimizer would round a weight to 8 bits; a constant alone, not what is computed from codes.
+    """
+    zero = w.constant(torch.zeros((), dtype=torch.int8))
+    return w.op(
+        "Add", weight, w.op("DequantizeLinear", zero, w.constant(1.0, weight.dtype), dtype=weight.dtype), shape=weight.shape
+    )
 
 
 @writes("conv_transpose1d", "conv_transpose2d.input", "conv_transpose3d.input")
@@ -74,7 +90,7 @@ def convolve_transposed(
     dims = weight.rank - 2
     x, was = _batched(w, x, dims)
     made = _with_bias(
-        w, "ConvTranspose", x, weight, bias, kernel_shape=[_fixed_size(weight, axis) for axis in range(2, weight.rank)],
+        w, "ConvTranspose", x, weight, bias, kernel_shape=[fixed_size(weight, axis) for axis in range(2, weight.rank)],
         strides=_each(stride, dims), pads=_each(padding, dims) * 2, output_padding=_each(output_padding, dims), group=groups,
         dilations=_each(dilation, dims),
     )  # fmt: skip
@@ -145,20 +161,28 @@ def attention(
 ) -> Value:  # fmt: skip
     """softmax(q kT / sqrt(d) + mask) v, written out."""
     if enable_gqa:
-        raise UnmappedError("attention with grouped heads")
-    factor = scale if scale is not None else _fixed_size(query, -1) ** -0.5
+        key, value = (_for_each_head(w, part, fixed_size(query, -3)) for part in (key, value))
+    factor = scale if scale is not None else fixed_size(query, -1) ** -0.5
     order = list(range(key.rank))
     order[-2:] = order[-1], order[-2]
     # The factor last: ONNX Runtime's optimizer folds it in, and where the query is a product too (a value of codes), as one of
     # its factors it takes that product away, even from others who read it.
     scores = binary(w, "Mul", w.op("MatMul", query, w.op("Transpose", key, perm=order)), factor)
     if is_causal:
-        size = _fixed_size(query, -2), _fixed_size(key, -2)
+        size = fixed_size(query, -2), fixed_size(key, -2)
         mask = w.constant(torch.full(size, -math.inf).triu(1))
     if mask is not None and mask.dtype is torch.bool:
         mask = w.op("Where", mask, w.constant(0.0, w.result.dtype), w.constant(-math.inf, w.result.dtype), dtype=w.result.dtype)
     weights = w.op("Softmax", scores if mask is None else binary(w, "Add", scores, mask), axis=-1)
     return w.op("MatMul", weights, value)
+
+
+def _for_each_head(w: Writer, x: Value, heads: int) -> Value:
+    """Repeat heads that several queries share: (batch, groups, length, size) to (batch, heads, length, size)."""
+    if x.rank != 4:
+        raise UnmappedError("attention with grouped heads, on other than four dimensions")
+    wide = w.op("Tile", w.op("Unsqueeze", x, w.constant([2])), w.constant([1, 1, heads // fixed_size(x, 1), 1, 1]))
+    return w.op("Reshape", wide, w.constant([0, heads, -1, fixed_size(x, 3)]), shape=(x.shape[0], heads, *x.shape[2:]))
 
 
 # --- normalisations ------------------------------------------------------------------------------------------
@@ -251,4 +275,4 @@ def instance_norm(
 ) -> Value:  # fmt: skip
     if not use_input_stats:
         return _normalized(w, x, weight, bias, mean, var, eps)
-    return group_norm(w, x, _fixed_size(x, 1), weight, bias, eps)
+    return group_norm(w, x, fixed_size(x, 1), weight, bias, eps)

@@ -6,12 +6,15 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import onnx
+import torch
+import torch.export
 from onnx import helper
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 from torch.fx.node import map_arg
 
+import pege_fx.export.indexing
 import pege_fx.export.layers
 import pege_fx.export.pooling
 import pege_fx.export.quantization
@@ -38,7 +41,22 @@ def build(program: ExportedProgram, places: Mapping[str, str], outputs: list[str
     Raises:
         ExportError: for an operator that has no entry, with node, operator and line.
     """
-    return _Build(program, places, outputs, Writer(opset, style)).model()
+    return _Build(_in_known_operators(program), places, outputs, Writer(opset, style)).model()
+
+
+def _in_known_operators(program: ExportedProgram) -> ExportedProgram:
+    """Take operators without an entry apart, as far as torch knows how: their parts may have one."""
+    if all(_is_known(node.target) for node in program.graph.nodes if node.op == "call_function" and node.users):
+        return program
+    parts: dict[Any, Any] = torch.export.default_decompositions()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's own, about its internals
+        taken: ExportedProgram = program.run_decompositions({name: parts[name] for name in parts if not _is_known(name)})
+    return taken
+
+
+def _is_known(target: Any) -> bool:
+    return target is operator.getitem or target in SIZES or str(target) in TABLE
 
 
 class _Build:
@@ -219,4 +237,5 @@ def warn_if_batch_is_fixed(program: ExportedProgram) -> None:
         value = node.meta.get("val")
         is_input = node.name in program.graph_signature.user_inputs
         if is_input and isinstance(value, Tensor) and value.ndim and isinstance(size := sizes_of(value)[0], int):
-            warnings.warn(f"the batch size of {node.name} is fixed to {size} by the model.", PegeWarning, stacklevel=3)
+            reason = "as in the example inputs, where others have more" if size == 1 else "by the model"
+            warnings.warn(f"the batch size of {node.name} is fixed to {size} {reason}.", PegeWarning, stacklevel=3)

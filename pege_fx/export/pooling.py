@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from pege_fx.export.arithmetic import reduce
-from pege_fx.export.layers import _batched, _each, _unbatched
+from pege_fx.export.layers import _batched, _each, _unbatched, fixed_size
 from pege_fx.export.program import sizes_of
 from pege_fx.export.writer import UnmappedError, Value, Writer, writes
 
@@ -44,8 +44,29 @@ def max_pool(
 
 
 @writes("max_pool2d_with_indices", "max_pool3d_with_indices")
-def max_pool_with_indices(w: Writer, x: Value, *settings: Any) -> list[Value]:
-    raise UnmappedError("the places of a max pool's results")
+def max_pool_with_places(
+    w: Writer, x: Value, kernel: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
+) -> list[Value]:
+    """torch counts places within a channel, ONNX within the whole tensor."""
+    dims = int(w.target.split("pool")[1][0])
+    sizes, strides, padded, dilations = _settings(dims, kernel, stride, padding, dilation)
+    pads = _pads(x, w.result[0], sizes, strides, padded, dilations)
+    plane = math.prod(fixed_size(x, axis) for axis in range(-dims, 0))
+    assert pads is not None  # sizes are fixed
+    x, was = _batched(w, x, dims)
+    made, places = w.ops("MaxPool", x, count=2, kernel_shape=sizes, strides=strides, dilations=dilations, pads=pads)
+    return [_unbatched(w, made, was), _unbatched(w, w.op("Mod", places, w.constant(plane), dtype=torch.int64), was)]
+
+
+@writes("max_unpool2d", "max_unpool3d")
+def max_unpool(w: Writer, x: Value, places: Value, output: Any, *settings: Any) -> Value:
+    dims = int(w.target.split("pool")[1][0])
+    if not all(isinstance(size, int) for size in output):
+        raise UnmappedError("unpooling to sizes that are not fixed")
+    rows, at = (w.op("Reshape", value, w.constant([0] * (x.rank - dims) + [-1])) for value in (x, places))
+    shape = w.op("Concat", w.op("Shape", x, dtype=torch.int64, end=x.rank - dims), w.constant([math.prod(output)]), axis=0)
+    written = w.op("ScatterElements", w.op("Expand", w.constant(0, x.dtype), shape), at, rows, axis=-1)
+    return w.op("Reshape", written, w.constant([0] * (x.rank - dims) + list(output)))
 
 
 @writes("avg_pool1d", "avg_pool2d", "avg_pool3d")
@@ -152,6 +173,19 @@ def resize_nearest(w: Writer, x: Value, output: Any, factors: Any = None) -> Val
 def resize_nearest_exact(w: Writer, x: Value, output: Any, factors: Any = None) -> Value:
     settings = {"coordinate_transformation_mode": "half_pixel", "nearest_mode": "round_prefer_ceil"}
     return _resize(w, x, output, factors, mode="nearest", **settings)
+
+
+_SAMPLED, _OUTSIDE = ("linear", "nearest", "cubic"), ("zeros", "border", "reflection")
+
+
+@writes("grid_sampler_2d", "grid_sampler_3d")
+def grid_sample(w: Writer, x: Value, grid: Value, mode: int, padding: int, align_corners: bool) -> Value:
+    kind = _SAMPLED[mode]
+    if w.opset < 20:
+        if x.rank != 4:
+            raise UnmappedError("sampling a volume before opset 20")
+        kind = {"linear": "bilinear", "cubic": "bicubic"}.get(kind, kind)
+    return w.op("GridSample", x, grid, mode=kind, padding_mode=_OUTSIDE[padding], align_corners=int(align_corners))
 
 
 @writes("pixel_shuffle")

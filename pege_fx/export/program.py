@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pege_fx import functional
 from pege_fx.errors import ExportError, InputError, PegeWarning
@@ -221,11 +221,8 @@ def to_program(
 def _export(module: nn.Module, args: tuple[Any, ...], dynamic_batch: bool) -> ExportedProgram:
     fixed = ""
     if dynamic_batch:
-        # An example of one is fixed by torch.export, like every dimension of size one.
-        doubled = tree_map(lambda x: torch.cat([x, x]) if _has_batch(x) and x.shape[0] == 1 else x, args)
-        shapes = tree_map(lambda x: {0: Dim.AUTO} if _has_batch(x) else None, args)
         try:
-            return _exported(module, doubled, shapes)
+            return _with_free_batch(module, args)
         except Exception as error:
             fixed = f"the batch size is fixed to that of the example inputs: {_first_line(error)}"
     try:
@@ -239,8 +236,30 @@ def _export(module: nn.Module, args: tuple[Any, ...], dynamic_batch: bool) -> Ex
     return program
 
 
-def _has_batch(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0
+def _with_free_batch(module: nn.Module, args: tuple[Any, ...]) -> ExportedProgram:
+    """Leave first dimensions free; torch.export fixes sizes of one, so a batch of one is doubled.
+
+    One beside larger ones is no batch (a mask, a state), and stays one; so does what the model fixes when it is doubled.
+    """
+    leaves, tree = tree_flatten(args)
+    batched = {i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.ndim > 0}
+    doubled = {i for i in batched if leaves[i].shape[0] == 1}
+    if doubled != batched:
+        doubled = set()
+    while True:
+        given = [torch.cat([x, x]) if i in doubled else x for i, x in enumerate(leaves)]
+        shapes = [{0: Dim.AUTO} if i in batched and x.shape[0] > 1 else None for i, x in enumerate(given)]
+        program = _exported(module, tree_unflatten(given, tree), tree_unflatten(shapes, tree))
+        stuck = {i for i in doubled if isinstance(sizes_of(_input(program, i))[0], int)}
+        if not stuck:
+            return program
+        doubled -= stuck
+
+
+def _input(program: ExportedProgram, place: int) -> Tensor:
+    name = program.graph_signature.user_inputs[place]
+    found: Tensor = next(node.meta["val"] for node in program.graph.find_nodes(op="placeholder") if node.name == name)
+    return found
 
 
 def _first_line(error: Exception) -> str:

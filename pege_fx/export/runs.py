@@ -73,9 +73,17 @@ class _Model:
             with _Hooks(self.plain, {quantize: keep_codes, dequantize: keep_values}):
                 outputs = flat_tensors(self.plain.forward(*args))  # a call would print the traceback of what fails
             with _Hooks(self.exact, {quantize: keep_positions}):
-                exact = flat_tensors(self.exact(*tree_map(lambda x: x.double() if x.is_floating_point() else x, args)))
+                exact = flat_tensors(self._exactly(args))
         codes, positions = ({name: found[self._source[name]] for name in values} for found in (codes, positions))
         return Reference(outputs, exact, values, codes, positions)
+
+    def _exactly(self, args: tuple[Any, ...]) -> Any:
+        """In float64; code that stays Python may make float32 tensors of its own, which allow no other."""
+        try:
+            return self.exact.forward(*tree_map(lambda x: x.double() if x.is_floating_point() else x, args))
+        except RuntimeError:
+            self.exact.float()
+            return self.exact.forward(*args)
 
 
 def _wide_dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None = None, **settings: Any) -> Tensor:

@@ -162,25 +162,6 @@ def unbind(w: Writer, x: Value, dim: int = 0) -> list[Value]:
     return [select(w, x, dim, i) for i in range(len(w.result))]
 
 
-@writes("index.Tensor")
-def index(w: Writer, x: Value, indices: list[Value | None]) -> Value:
-    given = [(axis, value) for axis, value in enumerate(indices) if value is not None]
-    if len(given) != 1 or given[0][1].dtype is torch.bool:
-        raise UnmappedError("indexing by several tensors or by a mask")
-    axis, places = given[0]
-    return w.op("Gather", x, w.cast(places, torch.int64), dtype=x.dtype, axis=axis)
-
-
-@writes("index_select")
-def index_select(w: Writer, x: Value, dim: int, places: Value) -> Value:
-    return w.op("Gather", x, places, dtype=x.dtype, axis=dim)
-
-
-@writes("gather")
-def gather(w: Writer, x: Value, dim: int, places: Value, sparse_grad: bool = False) -> Value:
-    return w.op("GatherElements", x, places, dtype=x.dtype, axis=dim)
-
-
 @writes("slice_scatter")
 def slice_scatter(w: Writer, x: Value, source: Value, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Value:
     """Before, the source, behind: what x[start:end] = source leaves."""
@@ -263,7 +244,7 @@ def fill_by(w: Writer, x: Value, value: Value) -> Value:
     return w.op("Expand", w.cast(value, x.dtype), w.op("Shape", x, dtype=torch.int64))
 
 
-@writes("zero", "zeros_like")
+@writes("zero", "zeros_like", "empty_like")
 def zeros_like(w: Writer, x: Value, **settings: Any) -> Value:
     return fill(w, x, 0)
 
@@ -273,7 +254,7 @@ def ones_like(w: Writer, x: Value, **settings: Any) -> Value:
     return fill(w, x, 1)
 
 
-@writes("new_zeros")
+@writes("new_zeros", "new_empty")
 def new_zeros(w: Writer, x: Value, sizes: list[Any], **settings: Any) -> Value:
     return _filled(w, w.vector(sizes), 0)
 
@@ -288,7 +269,7 @@ def new_full(w: Writer, x: Value, sizes: list[Any], value: Any, **settings: Any)
     return _filled(w, w.vector(sizes), value)
 
 
-@writes("zeros")
+@writes("zeros", "empty.memory_format")
 def zeros(w: Writer, sizes: list[Any], **settings: Any) -> Value:
     return _filled(w, w.vector(sizes), 0)
 

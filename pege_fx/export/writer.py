@@ -1,7 +1,7 @@
 """Writing an ONNX graph: values, operators, initializers, and the table of ATen operators that the families fill."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar
 
@@ -21,7 +21,7 @@ CODE_TYPES: dict[tuple[int, bool], int] = {  # (bits, signed)
     (2, True): TensorProto.INT2, (2, False): TensorProto.UINT2, (4, True): TensorProto.INT4, (4, False): TensorProto.UINT4,
     (8, True): TensorProto.INT8, (8, False): TensorProto.UINT8,
 }  # fmt: skip
-_LAID_OUT = {"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"}
+LAID_OUT = {"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"}
 _BITS = {kind: bits for (bits, _), kind in CODE_TYPES.items()}
 
 
@@ -179,11 +179,11 @@ class Writer:
             return self.cast(value, dtype)
         return self.constant(value, dtype)
 
-    def is_quantized(self, value: Value) -> bool:
+    def is_quantized(self, value: Value, through: Collection[str] = LAID_OUT) -> bool:
         """Whether a value is of codes, however it was laid out since."""
         makers = {name: node for node in self.nodes for name in node.output}
         node = makers.get(value.name)
-        while node is not None and node.op_type in _LAID_OUT:
+        while node is not None and node.op_type in through:
             node = makers.get(node.input[0])
         return node is not None and node.op_type == "DequantizeLinear"
 

@@ -47,9 +47,10 @@ function openToFit(most) {
 const style = () => [
   { selector: "node", style: { label: "data(label)", shape: "round-rectangle", width: "data(width)", height: 38, "background-color": "data(fill)", color: "data(ink)",
     "border-width": 1, "border-color": "#777", "text-valign": "center", "font-size": 12, "text-wrap": "wrap", "line-height": 1.15 } },
-  { selector: ":parent", style: { "background-opacity": 0.05, "background-color": "#888", color: theme("--soft"), "text-valign": "top", "text-margin-y": -2, padding: 10 } },
+  { selector: ":parent", style: { "background-opacity": 0.05, "background-color": "#888", color: theme("--soft"), "text-valign": "top", "text-margin-x": "data(shift)", "text-margin-y": -2, padding: 10 } },
   { selector: "edge", style: { label: "data(label)", width: 1.5, "line-color": "data(paint)", "target-arrow-color": "data(paint)", "target-arrow-shape": "triangle",
     "curve-style": "bezier", "font-size": 12, color: theme("--ink"), "text-background-color": theme("--paper"), "text-background-opacity": 1 } },
+  { selector: "edge[bend]", style: { "curve-style": "unbundled-bezier", "control-point-distances": "data(bend)", "control-point-weights": "0.15 0.85" } },
   { selector: "edge[?python]", style: { "line-style": "dashed" } },
   { selector: ":selected", style: { "border-width": 4, "border-color": "#3b82f6" } } ];
 const cy = cytoscape({ container: by("graph"), style: style(), minZoom: 0.05, maxZoom: 3 });
@@ -81,12 +82,29 @@ function show() {
     const from = place(nodes.get(source)), to = place(nodes.get(target)), id = from + ">" + to;
     if (from !== to && (label || !edges.has(id))) edges.set(id, { id, source: from, target: to, label, python, paint: label ? strong : "#9a9a9a" });
   }
-  const boxes = [...open].map(path => ({ id: "box " + path, label: last(path), fill: "#888", ink: "#888", width: 1, parent: path.includes(".") ? "box " + path.slice(0, path.lastIndexOf(".")) : undefined }));
+  const boxes = [...open].map(path => ({ id: "box " + path, label: last(path), fill: "#888", ink: "#888", width: 1, shift: 0, parent: path.includes(".") ? "box " + path.slice(0, path.lastIndexOf(".")) : undefined }));
   cy.elements().remove();
   cy.add([...boxes, ...elements.values()].map(data => ({ group: "nodes", data })));
   cy.add([...edges.values()].map(data => ({ group: "edges", data })));
   cy.layout({ name: "dagre", rankSep: 32, nodeSep: 24, animate: false }).run();
+  cy.nodes(":parent").forEach(box => box.data("shift", Math.min(0, 3.3 * box.data("label").length - box.width() / 2)));
+  bend();
   fit();
+}
+function bend() { // edges go around the nodes that lie in their way
+  const leaves = cy.nodes(":childless").map(node => ({ node, ...node.position(), reach: node.width() / 2 + 12 }));
+  cy.edges().forEach(edge => {
+    const [from, to] = [edge.source().position(), edge.target().position()];
+    let left = 0, right = 0;
+    for (const { node, x, y, reach } of leaves) {
+      const share = (y - from.y) / (to.y - from.y), aside = x - from.x - share * (to.x - from.x);
+      if (share <= 0 || share >= 1 || Math.abs(aside) > reach || node.same(edge.source()) || node.same(edge.target())) continue;
+      left = Math.min(left, aside - reach);
+      right = Math.max(right, aside + reach);
+    }
+    const aside = -left < right ? left : right;
+    if (aside) edge.data("bend", [1, 1].map(() => Math.sign(from.y - to.y) * aside).join(" "));
+  });
 }
 function fit() {
   cy.fit(undefined, 20);
@@ -135,6 +153,11 @@ by("expand").onclick = () => { openToFit(MOST); show(); };
 by("collapse").onclick = () => { open.clear(); show(); };
 by("close").onclick = close;
 by("fit").onclick = () => cy.fit(undefined, 20);
+new ResizeObserver(() => {
+  cy.resize();
+  const chosen = cy.$(":selected");
+  if (chosen.nonempty()) cy.center(chosen); else fit();
+}).observe(by("graph"));
 by("graph").onkeydown = event => {
   const here = cy.$("node:selected").first();
   if (event.key.startsWith("Arrow")) step(event.key);

@@ -50,6 +50,32 @@ def test_weights_are_integers_and_nothing_of_training_is_left() -> None:
     assert not deployed.training
 
 
+class Standardized(nn.Conv1d):
+    """A convolution whose weight is computed from its parameter."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, deviation = self.weight.mean((1, 2), keepdim=True), self.weight.std((1, 2), keepdim=True)
+        return nn.functional.conv1d(x, (self.weight - mean) / deviation, self.bias)
+
+
+@pytest.mark.parametrize("method", ["lsq", "minmax", "dorefa", "interval"])
+def test_weights_that_are_computed_are_integers_too(method: str) -> None:
+    torch.manual_seed(0)
+    normed = nn.utils.parametrizations.weight_norm(nn.Conv1d(2, 4, 3))
+    spectral = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 3))
+    x = torch.randn(2, 2, 10)
+    network = nn.Sequential(normed, nn.BatchNorm1d(4), nn.ReLU(), Standardized(4, 4, 3), nn.ReLU(), spectral)
+    gm = pege_fx.prepare(network, QuantPolicy.parse("W4A4", method=method), (x,))
+    gm(x).sum().backward()
+    deployed = pege_fx.convert(gm.eval())
+    with torch.no_grad():
+        assert torch.equal(deployed(x), gm(x))
+    codes = [value for name, value in deployed.named_buffers() if name.endswith("codes")]
+    assert [value.dtype for value in codes] == [torch.int8] * 3
+    assert not deployed.graph.find_nodes(op="call_module")
+    assert all(parameter.ndim == 1 for parameter in deployed.parameters())
+
+
 def test_the_size_report_counts_codes_by_their_bits() -> None:
     gm = pege_fx.prepare(nn.Linear(5, 3), QuantPolicy.parse("W3A8", first="3", last="3"), (torch.randn(2, 5),))
     size = pege_fx.size_report(pege_fx.convert(gm))
