@@ -26,7 +26,7 @@ from pege_fx.batch_norm import only_normalizes
 from pege_fx.errors import InputError, ModelError, PegeWarning, PolicyError, closest
 from pege_fx.explicit import make_explicit
 from pege_fx.fake_quant import FakeQuant
-from pege_fx.mode import PYTHON_FORWARD, TRAINING_MODE, PythonForward, TrainingMode
+from pege_fx.mode import PYTHON_FORWARD, TRAINING_MODE, PythonForward, TrainingMode, evaluating, trial
 from pege_fx.passes.branches import MergeError, merge_branches
 from pege_fx.passes.graph import attribute_of, hides_weights, join, parent_and_name, remove_dead_nodes, source_of
 from pege_fx.passes.threads import uncompiled
@@ -84,7 +84,13 @@ def bind(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
 Call: TypeAlias = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 
-def capture(model: nn.Module, example: Call | None = None, blocks: Iterable[str] = (), refused: Iterable[str] = ()) -> Captured:
+def capture(
+    model: nn.Module,
+    example: Call | None = None,
+    blocks: Iterable[str] = (),
+    refused: Iterable[str] = (),
+    share_parameters: bool = False,
+) -> Captured:
     """Capture a copy of the model.
 
     Args:
@@ -92,6 +98,7 @@ def capture(model: nn.Module, example: Call | None = None, blocks: Iterable[str]
         example: positional and keyword arguments of a call.
         blocks: patterns of module paths; the outermost modules that they name become GraphModules of their own.
         refused: paths of modules that stay Python, because they are called in more ways than one graph holds.
+        share_parameters: the copy's parameters and buffers are the model's own.
 
     Raises:
         ModelError, InputError: if the model can not be copied, or the example does not fit.
@@ -99,31 +106,30 @@ def capture(model: nn.Module, example: Call | None = None, blocks: Iterable[str]
     """
     if example is not None:
         bind(model, *example)
-    names = [name for name, _ in model.named_modules() if name]
     chosen: set[str] = set()
     for block in [blocks] if isinstance(blocks, str) else blocks:
+        names = [name for name, _ in model.named_modules() if name]
         found = {name for name in names if path_pattern(block).fullmatch(name)}
         if not found:
             raise PolicyError(f"blocks={block!r} names no module.\n  closest paths: {closest(block, names)}")
         chosen |= found
     outermost = {name for name in chosen if not any(name.startswith(f"{other}.") for other in chosen)}
-    root = _copy(model)
+    root = _copy(model, {id(value): value for value in (*model.parameters(), *model.buffers())} if share_parameters else {})
     make_explicit(root)
     return _Ladder(root, example, outermost, set(refused)).climb(root, "")
 
 
-def _copy(model: nn.Module) -> nn.Module:
+def _copy(model: nn.Module, copies: dict[int, Any]) -> nn.Module:
     """``copy.deepcopy``, which takes longer than tracing, with short cuts for what modules are mostly made of.
 
     Large parameters: memory from NumPy, which asks for huge pages; touching it costs a quarter. Modules that say nothing of
     how they are copied, and in them tensors, numbers, tuples of numbers, and dictionaries (a module has a dozen).
     """
-    copies: dict[int, Any] = {}
     for parameter in model.parameters():
-        if type(parameter) is nn.Parameter and not vars(parameter):
+        if id(parameter) not in copies and type(parameter) is nn.Parameter and not vars(parameter):
             copies[id(parameter)] = nn.Parameter(_copy_tensor(parameter.detach()), parameter.requires_grad)
     for buffer in model.buffers():
-        if type(buffer) is Tensor and not vars(buffer) and not buffer.requires_grad:
+        if id(buffer) not in copies and type(buffer) is Tensor and not vars(buffer) and not buffer.requires_grad:
             copies[id(buffer)] = _copy_tensor(buffer)
     try:
         for module in reversed(list(model.modules())):  # children first
@@ -261,7 +267,7 @@ class _Ladder:
     def _blocks_in(self, root: nn.Module, prefix: str) -> dict[str, NotTraceableError]:
         """The blocks below a module, by path."""
         found: dict[str, NotTraceableError] = {}
-        for path, _ in root.named_modules():
+        for path, _ in root.named_modules() if self.blocks else ():
             if path and join(prefix, path) in self.blocks:
                 found[path] = NotTraceableError(path, "", "a graph of its own, as asked for", is_block=True)
         return found
@@ -352,20 +358,12 @@ def _record_calls(root: nn.Module, example: Call) -> dict[nn.Module, list[Known]
         with contextlib.suppress(InputError):  # its forward will say so
             calls.setdefault(module, []).append(bind(module, *map(_as_it_is, (args, kwargs))))
 
-    modes = [(module, module.training) for module in root.modules()]
-    hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in root.modules()]
-    try:
-        root.eval()
-        args, kwargs = example
-        with torch.no_grad():
+    args, kwargs = example
+    with trial(root.modules()), evaluating(root), contextlib.ExitStack() as hooks:
+        for module in root.modules():
+            hooks.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
+        with contextlib.suppress(Exception):  # the shapes are recorded later, and that says where and why it fails
             root(*args, **kwargs)
-    except Exception:
-        pass  # the shapes are recorded later, and that says where and why it fails
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, training in modes:
-            module.training = training
     return calls
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from pege_fx.errors import InputError, OtherCallError
-from pege_fx.mode import PYTHON_FORWARD, check_argument, check_class
+from pege_fx.mode import PYTHON_FORWARD, check_argument, check_class, evaluating, trial
 from pege_fx.passes.graph import arguments, first_argument, is_unknown_code, join, module_of, owner, plain, rank_of
 
 
@@ -90,15 +90,14 @@ def record_shapes(gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, A
         OtherGraphCallError: if one of them is called in another way than it was traced for, in evaluation or in training.
         InputError: if the model fails on these inputs.
     """
-    modes = {module: module.training for module in gm.modules()}
     recorded = [graph for graph in inner if graph is not gm]
     try:
         for graph in recorded:
             graph.__dict__["forward"] = _Recorder(graph).call
-        if any(node.target in (check_argument, check_class) for graph in recorded for node in graph.graph.nodes):
-            _try_in_training(gm, args, kwargs)
-        gm.eval()
-        with torch.no_grad():
+        with trial(gm.modules()), evaluating(gm):
+            if any(node.target in (check_argument, check_class) for graph in recorded for node in graph.graph.nodes):
+                _try_in_training(gm, args, kwargs)
+            gm.eval()
             _Recorder(gm).call(*args, **kwargs)
     except OtherCallError as error:
         raise OtherGraphCallError(error.__notes__[0].removeprefix("in ")) from error
@@ -113,24 +112,18 @@ def record_shapes(gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, A
     finally:
         for graph in recorded:
             graph.__dict__.pop("forward", None)
-        for module, training in modes.items():
-            module.training = training
 
 
 def _try_in_training(gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Raise ``OtherCallError`` if training calls a graph inside in another way; other errors are for evaluation to find."""
-    buffers = [(buffer, buffer.clone()) for buffer in gm.buffers()]
     gm.train()
-    with torch.no_grad(), torch.random.fork_rng(devices=()):
+    with torch.random.fork_rng(devices=()):
         try:
             _Recorder(gm).call(*args, **kwargs)
         except OtherCallError:
             raise
         except Exception:
             return
-        finally:
-            for buffer, before in buffers:
-                buffer.copy_(before)
 
 
 _BATCHED = {nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from pege_fx.attention import multi_head_attention_forward
 from pege_fx.batch_norm import NORM_THEN, BatchNorm
-from pege_fx.mode import TRAINING_MODE, check_argument, check_class, check_keys
+from pege_fx.mode import TRAINING_MODE, attributes, check_argument, check_class, check_keys, put_back
 from pege_fx.passes.graph import arguments, is_leaf_function, is_matrix, plain, reads_size
 from pege_fx.passes.threads import TRACING, LocalTracer
 
@@ -184,7 +184,7 @@ class PegeTracer(LocalTracer):
 
         What ``forward`` keeps on a module (a cached grid) is not kept: while tracing it is no tensor.
         """
-        before = [(module, _state(module)) for module in root.modules()]
+        before = [(module, attributes(module)) for module in root.modules()]
         try:
             return self.trace(root)
         except Exception as error:
@@ -193,8 +193,7 @@ class PegeTracer(LocalTracer):
         finally:
             constants = {name: value for name, value in vars(root).items() if name.startswith(_CONSTANTS)}
             for module, state in before:
-                module.__dict__.clear()
-                module.__dict__.update(state)
+                put_back(module, state)
             root.__dict__.update(constants)
 
     def mode_is_read(self) -> bool:
@@ -509,11 +508,6 @@ def _depends_on_data(node: Node, sources: list[Any]) -> bool:
 def _einops() -> tuple[Any, ...]:
     """einops, if the model uses it: its functions take tensors and nothing else, and stay whole in the graph."""
     return (sys.modules["einops"],) if "einops" in sys.modules else ()
-
-
-def _state(module: nn.Module) -> dict[str, Any]:
-    """The attributes of a module, with its dictionaries of tensors, children and hooks, which change in place, copied."""
-    return {name: value.copy() if type(value) in (dict, OrderedDict) else value for name, value in vars(module).items()}
 
 
 def _letters(pattern: str) -> str:

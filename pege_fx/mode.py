@@ -1,6 +1,9 @@
 """Modules that stand in a traced graph for what a graph does not hold: the training mode, code that stays Python."""
 
 import inspect
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch.fx
@@ -10,6 +13,49 @@ from pege_fx.errors import OtherCallError
 
 TRAINING_MODE = "training_mode"
 PYTHON_FORWARD = "python_forward"
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradient; every submodule's own mode comes back after."""
+    modes = {child: child.training for child in module.modules()}
+    try:
+        module.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for child, training in modes.items():
+            child.training = training
+
+
+def attributes(module: nn.Module) -> dict[str, Any]:
+    """The attributes of a module, with its dictionaries of tensors, children and hooks, which change in place, copied."""
+    return {name: value.copy() if type(value) in (dict, OrderedDict) else value for name, value in vars(module).items()}
+
+
+def put_back(module: nn.Module, before: dict[str, Any]) -> None:
+    """Give a module the attributes that it had."""
+    module.__dict__.clear()
+    module.__dict__.update(before)
+
+
+@contextmanager
+def trial(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Put back what calls inside leave in these modules: values of buffers, and attributes where the code is not torch's."""
+    modules = list(modules)
+    modules += [module.code for module in modules if isinstance(module, PythonForward)]
+    buffers = {buffer for module in modules for buffer in module.buffers(recurse=False) if not buffer.is_meta}
+    values = [(buffer, buffer.clone()) for buffer in buffers]
+    own = [(module, attributes(module)) for module in modules if not type(module).__module__.startswith(("torch.", "pege_fx."))]
+    try:
+        yield
+    finally:
+        for module, before in own:
+            put_back(module, before)
+        with torch.no_grad():
+            for buffer, value in values:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
 
 
 class TrainingMode(nn.Module):
