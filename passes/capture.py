@@ -12,7 +12,7 @@ import math
 import re
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -20,7 +20,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from pege_fx.batch_norm import only_normalizes
 from pege_fx.errors import InputError, ModelError, PegeWarning, PolicyError, closest
@@ -30,7 +30,7 @@ from pege_fx.mode import PYTHON_FORWARD, TRAINING_MODE, PythonForward, TrainingM
 from pege_fx.passes.branches import MergeError, merge_branches
 from pege_fx.passes.graph import attribute_of, hides_weights, join, parent_and_name, remove_dead_nodes, source_of
 from pege_fx.passes.threads import uncompiled
-from pege_fx.passes.trace import Known, NotTraceableError, PegeTracer
+from pege_fx.passes.trace import Known, NotTraceableError, PegeTracer, is_steady
 from pege_fx.plan import Capture
 from pege_fx.policy import path_pattern
 
@@ -286,10 +286,8 @@ class _Ladder:
                 return PegeTracer(live_training=True, opaque=opaque, known=known, evaluate=evaluate, mode=mode)
 
             if branches is None:
-                tracer = new()
-                return tracer, tracer.follow(root)
-            tracer, other = new(mode=True), new(mode=False)
-            training, evaluation = _follow(tracer, root, "training"), _follow(other, root, "evaluation")
+                return _follow(new, root, known)
+            (tracer, training), (other, evaluation) = (_follow(new, root, known, mode) for mode in (True, False))
             tracer.specialised |= other.specialised
             try:
                 return tracer, merge_branches(training, evaluation, root)
@@ -333,19 +331,47 @@ class _Ladder:
             captured.notes += inner.notes
 
 
-def _follow(tracer: PegeTracer, root: nn.Module, mode: str) -> Graph:
-    """Trace in one mode; say in which it can not be."""
+def _follow(
+    new: Callable[[bool | None], PegeTracer], root: nn.Module, known: Known, mode: bool | None = None
+) -> tuple[PegeTracer, Graph]:
+    """Trace, in one mode if asked; say in which it can not be."""
+    tracer = new(mode)
     try:
-        return tracer.follow(root)
+        graph = tracer.follow(root)
+        if tracer.changed and not is_steady(root, tracer, graph, new(mode)):
+            path, name, _ = tracer.changed[0]
+            raise _stateful(root, path, f"each call changes self.{name}")
+        if tracer.kept and known.is_call and not _repeats(root, known):
+            path, name = tracer.kept[0]
+            raise _stateful(root, path, f"a call reads what the last one left in self.{name}")
+        return tracer, graph
     except NotTraceableError as error:
-        if not error.asks_mode:
-            error.reason = f"traced for {mode}: {error.reason}"
+        if mode is not None and not error.asks_mode:
+            error.reason = f"traced for {'training' if mode else 'evaluation'}: {error.reason}"
         raise
+
+
+def _stateful(root: nn.Module, path: str, what: str) -> NotTraceableError:
+    return NotTraceableError(path, _place_of(root.get_submodule(path)), f"{what}, which a graph does not hold")
+
+
+def _repeats(root: nn.Module, known: Known) -> bool:
+    """Tell whether a second call on the example gives what the first does: a cache changes nothing, a state does."""
+    results = []
+    with trial(root.modules()), evaluating(root), torch.random.fork_rng(devices=()):
+        for _ in range(2):
+            args, kwargs = copy.deepcopy(known.call(root.forward))
+            torch.manual_seed(0)
+            try:
+                results.append([leaf for leaf in tree_leaves(root(*args, **kwargs)) if isinstance(leaf, Tensor)])
+            except Exception:
+                return True  # the shapes are recorded later, and that says where and why it fails
+    return all(torch.equal(first.nan_to_num(), second.nan_to_num()) for first, second in zip(*results, strict=True))
 
 
 def _is_asked_for_more(parent: nn.Module, name: str, child: nn.Module) -> bool:
     """Tell whether a parent's code calls another method of a child than its forward: a graph has none."""
-    methods = re.findall(rf"self\.{name}\.(\w+)\(", source_of(parent))
+    methods = re.findall(rf"self\.{name}\.(\w+)\(", source_of(type(parent)))
     own = set(dir(type(child))) - set(dir(nn.Module))
     return any(method in own and method not in dict(child.named_children()) for method in methods)
 
@@ -488,7 +514,9 @@ def _python_root(root: nn.Module, prefix: str) -> GraphModule:
     persistent = set(root.state_dict(keep_vars=True))
     for name, buffer in root.named_buffers(recurse=False):
         holder.register_buffer(name, buffer, persistent=name in persistent)
-    holder.add_module(PYTHON_FORWARD, PythonForward(root).train(root.training))
+    source = "".join(map(source_of, type(root).__mro__))
+    assigned = [name for name, _ in root.named_buffers(recurse=False) if re.search(rf"self\.{name}\b[^\n=]*=[^=]", source)]
+    holder.add_module(PYTHON_FORWARD, PythonForward(root, assigned).train(root.training))
     gm = (Grafted if prefix else GraphModule)(holder, graph, class_name=type(root).__name__)
     gm.meta["prefix"] = prefix
     return gm

@@ -28,7 +28,18 @@ from torch.utils._pytree import tree_leaves
 from pege_fx.attention import multi_head_attention_forward
 from pege_fx.batch_norm import NORM_THEN, BatchNorm
 from pege_fx.mode import TRAINING_MODE, attributes, check_argument, check_class, check_keys, put_back
-from pege_fx.passes.graph import arguments, is_leaf_function, is_matrix, plain, reads_size
+from pege_fx.passes.graph import (
+    after,
+    arguments,
+    call_method,
+    copy_origin,
+    get_attr,
+    is_leaf_function,
+    is_matrix,
+    join,
+    plain,
+    reads_size,
+)
 from pege_fx.passes.threads import TRACING, LocalTracer
 
 
@@ -65,6 +76,11 @@ class Known:
         values = {p.name: p.default for p in parameters if p.default is not p.empty}
         return cls(values, frozenset(p.name for p in required), positional, is_call=False)
 
+    def call(self, forward: Callable[..., Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The positional and keyword arguments of the call."""
+        bound = inspect.BoundArguments(inspect.signature(forward), OrderedDict(self.values))
+        return bound.args, bound.kwargs
+
 
 class NotTraceableError(Exception):
     """A module whose ``forward`` can not be followed: which, where, and why."""
@@ -100,6 +116,11 @@ class InPlaceProxy(Proxy):
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("data", "grad", "requires_grad"):
+            raise ContextError(f"it sets .{name} of a tensor, which a graph does not hold")
+        super().__setattr__(name, value)
 
 
 def _augmented(in_place: Callable[..., Any], anew: Callable[..., Any]) -> Callable[["InPlaceProxy", Any], Proxy]:
@@ -151,6 +172,9 @@ class PegeTracer(LocalTracer):
         known: of the arguments of ``forward``. What is None stays None: ``is None`` is no question to a graph.
         evaluate: compute values beside the graph; then sizes may steer Python, and ``specialised`` says where.
         mode: what ``if self.training`` takes; None: to ask is an error.
+
+    ``changed`` are the numbers, texts and constants that ``forward`` left in attributes: (module, name, value); ``kept`` are
+    the attributes in which it left what the graph computes: (module, name).
     """
 
     def __init__(
@@ -170,6 +194,8 @@ class PegeTracer(LocalTracer):
         self.known = known
         self.evaluate = evaluate
         self.specialised: dict[str, str] = {}
+        self.changed: list[tuple[str, str, Any]] = []
+        self.kept: list[tuple[str, str]] = []
         self.failed: str | None = None
         self._values: dict[Node, Any] = {}
         self._unsized: set[Node] = set()  # tensors whose sizes depend on what tensors hold
@@ -182,19 +208,51 @@ class PegeTracer(LocalTracer):
     def follow(self, root: nn.Module) -> Graph:
         """Trace, or raise ``NotTraceableError`` with the innermost module that can not be traced.
 
-        What ``forward`` keeps on a module (a cached grid) is not kept: while tracing it is no tensor.
+        What ``forward`` keeps on a module (a cached grid) is not kept: while tracing it is no tensor. A buffer is.
         """
-        before = [(module, attributes(module)) for module in root.modules()]
+        before = {module: attributes(module) for module in root.modules()}
         try:
-            return self.trace(root)
+            graph = self.trace(root)
+            for module, state in before.items():
+                self._keep_buffers(graph, module, state["_buffers"])
+                self._note_changes(module, state)
+            return graph
         except Exception as error:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
             raise NotTraceableError(self.failed or "", _where_raised(error), reason, error) from error
         finally:
             constants = {name: value for name, value in vars(root).items() if name.startswith(_CONSTANTS)}
-            for module, state in before:
+            for module, state in before.items():
                 put_back(module, state)
             root.__dict__.update(constants)
+
+    def _keep_buffers(self, graph: Graph, module: nn.Module, before: Mapping[str, Any]) -> None:
+        """Write what ``forward`` assigned to buffers into them, at the end of the graph; it goes on reading what they held."""
+        for name, old in before.items():
+            new: Any = module._buffers.get(name)
+            if not (isinstance(new, Proxy) and isinstance(old, Tensor)):
+                continue
+            target = join(self.path_of_module(module), name)
+            reads = graph.find_nodes(op="get_attr", target=target)
+            for read in reads:
+                readers = list(read.users)
+                held = call_method(graph, "clone", (read,), after(read))  # backward may need it
+                copy_origin(read, held)
+                for reader in readers:
+                    reader.replace_input_with(read, held)
+            output = graph.output_node()
+            known = self._values.get(new.node)
+            if reads or (isinstance(known, Tensor) and known.shape == old.shape):
+                call_method(graph, "copy_", (get_attr(graph, target, output), new.node), output)
+
+    def _note_changes(self, module: nn.Module, before: Mapping[str, Any]) -> None:
+        now = vars(module) | module._buffers
+        for name, old in (before | before["_buffers"]).items():
+            new = now.get(name)
+            if name != "training" and new is not old and isinstance(new, _CONSTANT) and not _is_same(old, new):
+                self.changed.append((self.path_of_module(module), name, new))
+            elif isinstance(new, Proxy) and name != "training" and name not in before["_buffers"]:
+                self.kept.append((self.path_of_module(module), name))
 
     def mode_is_read(self) -> bool:
         """Whether the graph needs the mode; if not, its node goes."""
@@ -471,7 +529,24 @@ class PegeTracer(LocalTracer):
             self._evaluating = before
 
 
+def is_steady(root: nn.Module, tracer: PegeTracer, graph: Graph, again: PegeTracer) -> bool:
+    """Tell whether ``forward``, from the attributes that it left, does and leaves the same: a flag or a counter tells."""
+    before = {module: attributes(module) for module in root.modules()}
+    try:
+        for name in [name for name in vars(root) if name.startswith(_CONSTANTS)]:
+            delattr(root, name)
+        for path, name, value in tracer.changed:
+            setattr(root.get_submodule(path), name, value)
+        return str(again.follow(root)) == str(graph) and not again.changed
+    except NotTraceableError:
+        return False
+    finally:
+        for module, state in before.items():
+            put_back(module, state)
+
+
 _UNKNOWN = object()
+_CONSTANT = (bool, int, float, str, Tensor)
 _CONSTANTS = ("_tensor_constant", "_torchbind_obj", "_tree_spec_constant", "_opaque_obj")  # what fx keeps on the root
 _SOME_TENSOR = torch.empty(0)
 NORM_THEN_TYPES = tuple(NORM_THEN.values())
@@ -508,6 +583,12 @@ def _depends_on_data(node: Node, sources: list[Any]) -> bool:
 def _einops() -> tuple[Any, ...]:
     """einops, if the model uses it: its functions take tensors and nothing else, and stay whole in the graph."""
     return (sys.modules["einops"],) if "einops" in sys.modules else ()
+
+
+def _is_same(old: Any, new: Any) -> bool:
+    if isinstance(old, Tensor) and isinstance(new, Tensor):
+        return torch.equal(old, new)
+    return type(old) is type(new) and bool(old == new)
 
 
 def _letters(pattern: str) -> str:

@@ -29,8 +29,11 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def attributes(module: nn.Module) -> dict[str, Any]:
-    """The attributes of a module, with its dictionaries of tensors, children and hooks, which change in place, copied."""
-    return {name: value.copy() if type(value) in (dict, OrderedDict) else value for name, value in vars(module).items()}
+    """The attributes of a module, with what changes in place copied: lists, dictionaries of tensors, children and hooks."""
+    return {name: value.copy() if type(value) in _CHANGING else value for name, value in vars(module).items()}
+
+
+_CHANGING = (dict, OrderedDict, list)
 
 
 def put_back(module: nn.Module, before: dict[str, Any]) -> None:
@@ -41,21 +44,22 @@ def put_back(module: nn.Module, before: dict[str, Any]) -> None:
 
 @contextmanager
 def trial(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Put back what calls inside leave in these modules: values of buffers, and attributes where the code is not torch's."""
+    """Put back what calls inside leave in these modules: in buffers, and in anything where the code is not torch's."""
     modules = list(modules)
     modules += [module.code for module in modules if isinstance(module, PythonForward)]
-    buffers = {buffer for module in modules for buffer in module.buffers(recurse=False) if not buffer.is_meta}
-    values = [(buffer, buffer.clone()) for buffer in buffers]
-    own = [(module, attributes(module)) for module in modules if not type(module).__module__.startswith(("torch.", "pege_fx."))]
+    own = {module: attributes(module) for module in modules if not type(module).__module__.startswith(("torch.", "pege_fx."))}
+    tensors = {buffer for module in modules for buffer in module.buffers(recurse=False)}
+    tensors |= {parameter for module in own for parameter in module.parameters(recurse=False)}
+    values = [(tensor, tensor.detach().clone()) for tensor in tensors if not tensor.is_meta]
     try:
         yield
     finally:
-        for module, before in own:
+        for module, before in own.items():
             put_back(module, before)
         with torch.no_grad():
-            for buffer, value in values:
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
+            for tensor, value in values:
+                if not torch.equal(tensor, value):
+                    tensor.copy_(value)
 
 
 class TrainingMode(nn.Module):
@@ -112,12 +116,14 @@ class PythonForward(nn.Module):
     """Runs the ``forward`` of a module that can not be traced, on children and tensors that the graph hands in.
 
     The graph owns those under their own names, so that ``state_dict``, ``to()`` and copies see them; the module here
-    is the code alone.
+    is the code alone. What the code assigns to a buffer is written into the graph's; if ``assigned`` names it, the code gets
+    a copy, because backward may need what it held.
     """
 
-    def __init__(self, code: nn.Module) -> None:
+    def __init__(self, code: nn.Module, assigned: Iterable[str] = ()) -> None:
         super().__init__()
         self._code = (code,)  # in a tuple: no child, so no key of it is doubled
+        self._assigned = frozenset(assigned)
 
     @property
     def code(self) -> nn.Module:
@@ -127,11 +133,17 @@ class PythonForward(nn.Module):
     def forward(self, owned: dict[str, Any], arguments: dict[str, Any], extra: tuple[Any, ...], more: dict[str, Any]) -> Any:
         code = self.code
         code.training = self.training
-        for name, value in owned.items():
+        handed = {name: value.clone() if name in self._assigned else value for name, value in owned.items()}
+        for name, value in handed.items():
             if getattr(code, name, None) is not value:
                 setattr(code, name, value)
         args, kwargs = self._as_called(code, arguments, bool(extra))
-        return code.forward(*args, *extra, **kwargs, **more)
+        result = code.forward(*args, *extra, **kwargs, **more)
+        with torch.no_grad():
+            for name, value in code.named_buffers(recurse=False):
+                if name in owned and value is not owned[name]:
+                    owned[name].resize_(value.shape).copy_(value)
+        return result
 
     @staticmethod
     def _as_called(code: nn.Module, arguments: dict[str, Any], all_positional: bool) -> tuple[list[Any], dict[str, Any]]:

@@ -748,3 +748,141 @@ def test_without_examples_an_argument_is_taken_for_a_tensor() -> None:
     zero = Constant(0.0)
     PEGEScheduler(gm, 1, zero, zero, zero)
     assert torch.equal(gm(x, x), model(x, x))
+
+
+class Running(nn.Module):
+    """Assigns to a buffer what it held, moved on, after dividing by it: backward needs the old one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.register_buffer("scale", torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc(x) / self.scale
+        self.scale = 0.5 * self.scale + x.abs().mean(0)
+        return y
+
+
+class RunningOnAValue(Running):
+    """The same, in Python."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + 1 if x.sum() > 0 else x)
+
+
+class RunningInTraining(Running):
+    """The same, in one mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc(x) / self.scale
+        if self.training:
+            self.scale = 0.5 * self.scale + x.abs().mean(0)
+        return y
+
+
+class Counter(nn.Module):
+    """A number that counts calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.calls = nn.Linear(4, 4), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        y: Tensor = self.fc(x) * self.calls
+        return y
+
+
+class First(nn.Module):
+    """A flag: the first call is another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.is_first = nn.Linear(4, 4), True
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc(x)
+        if self.is_first:
+            self.is_first = False
+            y = y * 2
+        return y
+
+
+class Recurrent(nn.Module):
+    """A state from call to call in a plain attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.state = nn.Linear(4, 4), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.state = x if self.state is None else x + 0.5 * self.state
+        y: Tensor = self.fc(self.state)
+        return y
+
+
+class SetsData(nn.Module):
+    """Gives a parameter other memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.gain = nn.Linear(4, 4), nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc(x) * self.gain
+        self.gain.data = self.gain.data * 0.5
+        return y
+
+
+STATES = {
+    Running: "",
+    RunningOnAValue: "depends on data",
+    RunningInTraining: "copy_ works in place in training alone",
+    Counter: "each call changes self.calls, which a graph does not hold",
+    First: "each call changes self.is_first",
+    Recurrent: "a call reads what the last one left in self.state",
+    SetsData: "it sets .data of a tensor",
+}
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("cls", STATES)
+@pytest.mark.filterwarnings("ignore::pege_fx.PegeWarning")
+def test_what_a_call_leaves_for_the_next_is_not_lost(cls: type[nn.Module], nested: bool) -> None:
+    torch.manual_seed(0)
+    model: nn.Module = nn.Sequential(cls(), nn.Linear(4, 4)) if nested else cls()
+    batches = torch.randn(4, 3, 4)
+    policy = pege_fx.QuantPolicy((pege_fx.Rule(weight=None, input=None),))
+    gm = pege_fx.prepare(model, policy, (batches[0],))
+    reasons = [note.reason for note in plan_of(gm).captures if note.rung == "python"]
+    assert [STATES[cls] in reason for reason in reasons] == ([True] if STATES[cls] else [])
+    for x in batches:
+        outputs = model(x), gm(x)
+        torch.testing.assert_close(*outputs)
+        for y in outputs:
+            y.sum().backward()
+    state = gm.state_dict()
+    torch.testing.assert_close({key: state[key] for key in model.state_dict()}, model.state_dict())
+
+
+class Sizes(nn.Module):
+    """Notes what it saw, a cache and a log: nothing that a later call reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.grid, self.size, self.seen = nn.Linear(4, 4), None, 0, []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.size = x.shape[0]
+        self.seen.append(x)
+        if self.grid is None or self.grid.shape[0] != self.size:
+            self.grid = torch.arange(x.shape[0], device=x.device)
+        y: Tensor = self.fc(x) + self.grid[:, None]
+        return y
+
+
+def test_what_no_later_call_reads_makes_no_module_stay_python() -> None:
+    gm = pege_fx.prepare(Sizes(), "W4A4", (torch.randn(3, 4),))
+    assert "python" not in {note.rung for note in plan_of(gm).captures}
+    copy.deepcopy(gm)
