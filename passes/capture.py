@@ -30,7 +30,7 @@ from pege_fx.mode import PYTHON_FORWARD, TRAINING_MODE, PythonForward, TrainingM
 from pege_fx.passes.branches import MergeError, merge_branches
 from pege_fx.passes.graph import attribute_of, hides_weights, join, parent_and_name, remove_dead_nodes, source_of
 from pege_fx.passes.threads import uncompiled
-from pege_fx.passes.trace import Known, NotTraceableError, PegeTracer, is_steady
+from pege_fx.passes.trace import Known, NotTraceableError, PegeTracer, is_steady, random_state
 from pege_fx.plan import Capture
 from pege_fx.policy import path_pattern
 
@@ -318,8 +318,8 @@ class _Ladder:
             path = join(prefix, name)
             if isinstance(child, GraphModule) or not any(p.ndim > 1 for p in child.parameters()):
                 continue
-            walked = isinstance(child, (nn.ModuleList, nn.ModuleDict)) or _is_iterated(module, name, child)
-            if walked or _is_asked_for_more(module, name, child):
+            is_container = type(child).forward is nn.Module.forward or _is_iterated(module, name, child)
+            if is_container or _is_asked_for_more(module, name, child):
                 self._capture_children(captured, child, path)
                 continue
             if PegeTracer().is_leaf_module(child, path) and any(True for _ in child.children()):
@@ -335,9 +335,13 @@ def _follow(
     new: Callable[[bool | None], PegeTracer], root: nn.Module, known: Known, mode: bool | None = None
 ) -> tuple[PegeTracer, Graph]:
     """Trace, in one mode if asked; say in which it can not be."""
-    tracer = new(mode)
+    tracer, drawn = new(mode), random_state()
     try:
         graph = tracer.follow(root)
+        if random_state() != drawn:
+            watching = new(mode)
+            watching.watches_random = True
+            watching.follow(root)  # says which module draws
         if tracer.changed and not is_steady(root, tracer, graph, new(mode)):
             path, name, _ = tracer.changed[0]
             raise _stateful(root, path, f"each call changes self.{name}")

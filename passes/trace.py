@@ -5,16 +5,19 @@ import inspect
 import math
 import operator
 import os
+import pickle
+import random
 import re
 import string
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 from unittest import mock
 
+import numpy
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
@@ -147,6 +150,12 @@ class ExampleProxy(InPlaceProxy):
     def __len__(self) -> int:
         return len(self.tracer.fixed(self, "len()", sized=True))
 
+    def __contains__(self, item: Any) -> bool:
+        value = self.tracer.fixed(self, "in", sized=True)
+        if isinstance(value, Tensor) or isinstance(item, Proxy):
+            raise DataDependenceError(f"in asks for the value of {self.node}, which depends on data")
+        return item in value
+
     def __index__(self) -> int:
         return int(self.tracer.fixed(self, "a whole number"))
 
@@ -197,6 +206,7 @@ class PegeTracer(LocalTracer):
         self.changed: list[tuple[str, str, Any]] = []
         self.kept: list[tuple[str, str]] = []
         self.failed: str | None = None
+        self.watches_random = False
         self._values: dict[Node, Any] = {}
         self._unsized: set[Node] = set()  # tensors whose sizes depend on what tensors hold
         self._static: set[Node] = set()  # made of parameters and buffers alone
@@ -211,8 +221,10 @@ class PegeTracer(LocalTracer):
         What ``forward`` keeps on a module (a cached grid) is not kept: while tracing it is no tensor. A buffer is.
         """
         before = {module: attributes(module) for module in root.modules()}
+        drawn = random_state() if self.watches_random else None
         try:
             graph = self.trace(root)
+            self._check_random(drawn)
             for module, state in before.items():
                 self._keep_buffers(graph, module, state["_buffers"])
                 self._note_changes(module, state)
@@ -290,7 +302,8 @@ class PegeTracer(LocalTracer):
     def _factory(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original, updated=())
         def make(*args: Any, **kwargs: Any) -> Any:
-            symbolic = any(isinstance(leaf, Proxy) for leaf in tree_leaves((args, kwargs)))
+            draws = original in _DRAWING and not self._evaluating
+            symbolic = draws or any(isinstance(leaf, Proxy) for leaf in tree_leaves((args, kwargs)))
             return self.create_proxy("call_function", original, args, kwargs) if symbolic else original(*args, **kwargs)
 
         return make
@@ -320,17 +333,24 @@ class PegeTracer(LocalTracer):
             return forward(
                 *args, **kwargs
             )  # made on the way, as ``nn.ReLU()(x)``: what it does, not what it is, is in the graph
+        drawn = random_state() if self.watches_random else None
         try:
             if isinstance(m, NORM_THEN_TYPES):
                 y = self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
                 for child in m.children():
                     y = child(y)
                 return y
-            return super().call_module(m, forward, args, kwargs)
+            result = super().call_module(m, forward, args, kwargs)
+            self._check_random(drawn)
+            return result
         except Exception:
             if self.failed is None:
                 self.failed = self.path_of_module(m)
             raise
+
+    def _check_random(self, drawn: Any) -> None:
+        if drawn is not None and random_state() != drawn:
+            raise ContextError("it draws random numbers, which a graph would hold as constants")
 
     def _check_context(self) -> None:
         if self.live_training and _context() != self._context:
@@ -459,6 +479,10 @@ class PegeTracer(LocalTracer):
             written_out = multi_head_attention_forward(*args, **kwargs)
             if written_out is not NotImplemented:
                 return written_out
+        if kind == "call_method" and target in _VIEWS and self.live_training:
+            view = self._view(args[0], target)
+            if view is not NotImplemented:
+                return view
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
         node = proxy.node
         if self.evaluate and is_leaf_function(node) and any(is_matrix(self._values.get(n)) for n in node.all_input_nodes):
@@ -485,17 +509,29 @@ class PegeTracer(LocalTracer):
         return bool(super().to_bool(obj))
 
     def iter(self, obj: Proxy) -> Iterator[Any]:
+        if isinstance(value := self._values.get(obj.node), dict):
+            self.fixed(obj, "a loop", sized=True)
+            return iter(list(value))
         try:
             return super().iter(obj)
         except Exception:
             if not self.evaluate:
                 raise
-        return iter(
-            [
-                self.create_proxy("call_function", operator.getitem, (obj, i), {})
-                for i in range(len(self.fixed(obj, "a loop", sized=True)))
-            ]
-        )
+        return iter(self._items(obj, range(len(self.fixed(obj, "a loop", sized=True)))))
+
+    def _items(self, obj: Proxy, keys: Iterable[Any]) -> list[Any]:
+        return [self.create_proxy("call_function", operator.getitem, (obj, key), {}) for key in keys]
+
+    def _view(self, obj: Proxy, view: str) -> Any:
+        """The keys, values or items of a dictionary, as the example has them."""
+        if not isinstance(value := self._values.get(obj.node), dict):
+            return NotImplemented if self.evaluate else self.fixed(obj, f"{view}()", sized=True)
+        self.fixed(obj, f"{view}()", sized=True)
+        keys = list(value)
+        if view == "keys":
+            return keys
+        items = self._items(obj, keys)
+        return items if view == "values" else list(zip(keys, items, strict=True))
 
     # --- example values --------------------------------------------------------------------------------------
 
@@ -522,11 +558,18 @@ class PegeTracer(LocalTracer):
             return _UNKNOWN
         args, kwargs = (plain(map_arg(part, self._values.__getitem__)) for part in arguments(node))
         before, self._evaluating = self._evaluating, True
+        drawn = torch.get_rng_state()
         try:
             with torch.no_grad():
                 return _run(self.root, node, args, kwargs)
         finally:
             self._evaluating = before
+            torch.set_rng_state(drawn)
+
+
+def random_state() -> tuple[Any, ...]:
+    """The states of the generators that Python, NumPy and torch draw from; what a graph draws leaves them alone."""
+    return random.getstate(), pickle.dumps(numpy.random.get_state()), bytes(torch.get_rng_state().numpy())
 
 
 def is_steady(root: nn.Module, tracer: PegeTracer, graph: Graph, again: PegeTracer) -> bool:
@@ -546,6 +589,7 @@ def is_steady(root: nn.Module, tracer: PegeTracer, graph: Graph, again: PegeTrac
 
 
 _UNKNOWN = object()
+_VIEWS = ("keys", "values", "items")  # of a dictionary
 _CONSTANT = (bool, int, float, str, Tensor)
 _CONSTANTS = ("_tensor_constant", "_torchbind_obj", "_tree_spec_constant", "_opaque_obj")  # what fx keeps on the root
 _SOME_TENSOR = torch.empty(0)
@@ -556,7 +600,20 @@ _SELECTING: set[Any] = {
     torch.unique, torch.unique_consecutive, torch.argwhere, torch.bincount, "bincount", torch.repeat_interleave,
     "repeat_interleave",
 }  # fmt: skip
-_FACTORIES = ("arange", "zeros", "ones", "full", "empty", "rand", "randn", "eye", "linspace", "tensor", "finfo", "iinfo")
+_DRAWING = {torch.rand, torch.randn, torch.randint, torch.randperm, torch.normal}  # anew in each call: never a constant
+_FACTORIES = (
+    "arange",
+    "zeros",
+    "ones",
+    "full",
+    "empty",
+    "eye",
+    "linspace",
+    "tensor",
+    "finfo",
+    "iinfo",
+    *(f.__name__ for f in _DRAWING),
+)
 
 
 def _globals_of(root: Any) -> list[dict[str, Any]]:

@@ -2,11 +2,13 @@
 
 import copy
 import pickle
+import random
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -886,3 +888,86 @@ def test_what_no_later_call_reads_makes_no_module_stay_python() -> None:
     gm = pege_fx.prepare(Sizes(), "W4A4", (torch.randn(3, 4),))
     assert "python" not in {note.rung for note in plan_of(gm).captures}
     copy.deepcopy(gm)
+
+
+DRAWS = {
+    "torch": lambda x: x + torch.randn(4),
+    "torch, in place": lambda x: x + torch.empty(4).uniform_(),
+    "torch, as a number": lambda x: x * torch.rand(1).item(),
+    "torch, deciding": lambda x: x if torch.rand(1) < 0.5 else -x,
+    "Python": lambda x: x * random.random(),
+    "NumPy": lambda x: x * float(numpy.random.rand()),
+}
+
+
+class Draws(nn.Module):
+    def __init__(self, draw: Any) -> None:
+        super().__init__()
+        self.draw = draw
+
+    def forward(self, x: Tensor) -> Any:
+        return self.draw(x)
+
+
+@pytest.mark.parametrize("examples", [None, (torch.ones(3, 4),)])
+@pytest.mark.parametrize("how", DRAWS)
+@pytest.mark.filterwarnings("ignore::pege_fx.PegeWarning")
+def test_random_numbers_are_drawn_in_each_call(how: str, examples: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Draws(DRAWS[how]), nn.Linear(4, 4))
+    gm = pege_fx.prepare(model, "W4A4", examples)
+    results = {tuple(gm(torch.ones(3, 4)).flatten().tolist()) for _ in range(20)}
+    assert len(results) > 1
+    assert [note.path for note in plan_of(gm).captures if note.rung in ("leaf", "python")] == ["1"] * (
+        how not in ("torch", "torch, as a number")
+    )
+
+
+class OverDictionaries(nn.Module):
+    """Asks a dictionary for what it has, in each way that Python knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+        x, mask = batch.values()
+        if "mask" in batch and "bias" not in batch:
+            x = x * mask
+        more = {key: self.fc(value) for key, value in batch.items()} | {f"_{key}": batch[key] for key in batch}
+        return {"y": self.fc(x), "sum": self._sum(**batch), "keys": list(batch.keys()), **more}
+
+    def _sum(self, x: Tensor, mask: Tensor) -> Tensor:
+        return x + mask
+
+
+@pytest.mark.filterwarnings("ignore:nothing is quantized")
+def test_a_dictionary_is_walked_as_the_example_has_it() -> None:
+    model, batch = OverDictionaries(), {"x": torch.randn(3, 4), "mask": torch.randn(3, 4)}
+    with pytest.warns(PegeWarning, match=r"values\(\) of batch is 2 items"):
+        gm = pege_fx.prepare(model, pege_fx.QuantPolicy((pege_fx.Rule(weight=None, input=None),)), (batch,))
+    found, expected = gm(batch), model(batch)
+    assert found.pop("keys") == expected.pop("keys") == ["x", "mask"]
+    torch.testing.assert_close(found, expected)
+
+
+class Namespace(nn.Module):
+    """Keeps weights in containers that have no forward, and can not be traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_name = nn.ParameterDict({"w": nn.Parameter(torch.randn(4, 4))})
+        self.listed = nn.ParameterList([nn.Parameter(torch.randn(4, 4))])
+        self.held = nn.Module()
+        self.held.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.held.fc(x @ self.by_name["w"] @ self.listed[0])
+        return y if y.sum() > 0 else -y
+
+
+@pytest.mark.filterwarnings("ignore::pege_fx.PegeWarning")
+def test_containers_of_a_module_that_stays_python_stay_containers() -> None:
+    model, x = Namespace(), torch.randn(3, 4)
+    gm = pege_fx.prepare(model, "W8A8", (x,))
+    assert isinstance(gm.get_submodule("held.fc"), GraphModule)
+    torch.testing.assert_close(gm.eval()(x), model(x), atol=0.2, rtol=0.1)
