@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 
 from pege_fx.attention import multi_head_attention_forward
 from pege_fx.batch_norm import NORM_THEN, BatchNorm
-from pege_fx.mode import TRAINING_MODE, attributes, check_argument, check_class, check_keys, put_back
+from pege_fx.mode import TRAINING_MODE, Attributes, attributes, check_argument, check_class, check_keys, put_back
 from pege_fx.passes.graph import (
     after,
     arguments,
@@ -120,8 +120,13 @@ class InPlaceProxy(Proxy):
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
+    def __lt__(self, other: Any) -> Any:
+        if self.node.target is _RAND and isinstance(other, (int, float)) and other <= 0:
+            return False  # layers dropped with probability 0
+        return self.tracer.create_proxy("call_function", operator.lt, (self, other), {})
+
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("data", "grad", "requires_grad"):
+        if name in ("data", "grad"):
             raise ContextError(f"it sets .{name} of a tensor, which a graph does not hold")
         super().__setattr__(name, value)
 
@@ -182,8 +187,8 @@ class PegeTracer(LocalTracer):
         evaluate: compute values beside the graph; then sizes may steer Python, and ``specialised`` says where.
         mode: what ``if self.training`` takes; None: to ask is an error.
 
-    ``changed`` are the numbers, texts and constants that ``forward`` left in attributes: (module, name, value); ``kept`` are
-    the attributes in which it left what the graph computes: (module, name).
+    ``changed`` are the numbers and texts that ``forward`` left in attributes: (module, name, value); ``kept`` are the
+    attributes in which it left tensors: (module, name).
     """
 
     def __init__(
@@ -203,7 +208,7 @@ class PegeTracer(LocalTracer):
         self.known = known
         self.evaluate = evaluate
         self.specialised: dict[str, str] = {}
-        self.changed: list[tuple[str, str, Any]] = []
+        self.changed: list[tuple[str, str, bool | int | float | str]] = []
         self.kept: list[tuple[str, str]] = []
         self.failed: str | None = None
         self.watches_random = False
@@ -226,7 +231,7 @@ class PegeTracer(LocalTracer):
             graph = self.trace(root)
             self._check_random(drawn)
             for module, state in before.items():
-                self._keep_buffers(graph, module, state["_buffers"])
+                self._keep_buffers(graph, module, state["_buffers"][1])
                 self._note_changes(module, state)
             return graph
         except Exception as error:
@@ -257,14 +262,19 @@ class PegeTracer(LocalTracer):
             if reads or (isinstance(known, Tensor) and known.shape == old.shape):
                 call_method(graph, "copy_", (get_attr(graph, target, output), new.node), output)
 
-    def _note_changes(self, module: nn.Module, before: Mapping[str, Any]) -> None:
-        now = vars(module) | module._buffers
-        for name, old in (before | before["_buffers"]).items():
-            new = now.get(name)
-            if name != "training" and new is not old and isinstance(new, _CONSTANT) and not _is_same(old, new):
-                self.changed.append((self.path_of_module(module), name, new))
-            elif isinstance(new, Proxy) and name != "training" and name not in before["_buffers"]:
-                self.kept.append((self.path_of_module(module), name))
+    def _note_changes(self, module: nn.Module, before: Attributes) -> None:
+        path = self.path_of_module(module)
+        for name, new in vars(module).items():
+            old, _ = before.get(name, (None, None))
+            if name == "training" or new is old:
+                continue
+            if isinstance(new, (Proxy, Tensor)):
+                self.kept.append((path, name))
+            elif isinstance(new, (bool, int, float, str)) and (type(new) is not type(old) or new != old):
+                self.changed.append((path, name, new))
+        for name, new in module._buffers.items():
+            if isinstance(new, Tensor) and new is not before["_buffers"][1].get(name):
+                self.kept.append((path, name))
 
     def mode_is_read(self) -> bool:
         """Whether the graph needs the mode; if not, its node goes."""
@@ -326,6 +336,8 @@ class PegeTracer(LocalTracer):
             return forward(*args, **kwargs)
         if not self.live_training:
             return super().call_module(m, forward, args, kwargs)
+        if isinstance(m, nn.Identity) and args and not isinstance(args[0], Proxy):
+            return args[0]  # None stays None
         if _called_by_checkpoint():
             raise ContextError("it checkpoints inside forward, which a graph does not hold")
         self._check_context()  # here, so that the module with the block is to blame and not the one it calls
@@ -590,7 +602,6 @@ def is_steady(root: nn.Module, tracer: PegeTracer, graph: Graph, again: PegeTrac
 
 _UNKNOWN = object()
 _VIEWS = ("keys", "values", "items")  # of a dictionary
-_CONSTANT = (bool, int, float, str, Tensor)
 _CONSTANTS = ("_tensor_constant", "_torchbind_obj", "_tree_spec_constant", "_opaque_obj")  # what fx keeps on the root
 _SOME_TENSOR = torch.empty(0)
 NORM_THEN_TYPES = tuple(NORM_THEN.values())
@@ -600,6 +611,7 @@ _SELECTING: set[Any] = {
     torch.unique, torch.unique_consecutive, torch.argwhere, torch.bincount, "bincount", torch.repeat_interleave,
     "repeat_interleave",
 }  # fmt: skip
+_RAND = torch.rand  # while tracing, torch has another
 _DRAWING = {torch.rand, torch.randn, torch.randint, torch.randperm, torch.normal}  # anew in each call: never a constant
 _FACTORIES = (
     "arange",
@@ -640,12 +652,6 @@ def _depends_on_data(node: Node, sources: list[Any]) -> bool:
 def _einops() -> tuple[Any, ...]:
     """einops, if the model uses it: its functions take tensors and nothing else, and stay whole in the graph."""
     return (sys.modules["einops"],) if "einops" in sys.modules else ()
-
-
-def _is_same(old: Any, new: Any) -> bool:
-    if isinstance(old, Tensor) and isinstance(new, Tensor):
-        return torch.equal(old, new)
-    return type(old) is type(new) and bool(old == new)
 
 
 def _letters(pattern: str) -> str:

@@ -4,7 +4,7 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch.fx
 from torch import nn
@@ -28,18 +28,27 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             child.training = training
 
 
-def attributes(module: nn.Module) -> dict[str, Any]:
-    """The attributes of a module, with what changes in place copied: lists, dictionaries of tensors, children and hooks."""
-    return {name: value.copy() if type(value) in _CHANGING else value for name, value in vars(module).items()}
+Attributes: TypeAlias = dict[str, tuple[Any, Any]]  # the attribute, and a copy if it changes in place
+
+
+def attributes(module: nn.Module) -> Attributes:
+    """The attributes of a module, with copies of what changes in place: lists, dictionaries of tensors, children and hooks."""
+    return {name: (value, value.copy() if type(value) in _CHANGING else value) for name, value in vars(module).items()}
+
+
+def put_back(module: nn.Module, before: Attributes) -> None:
+    """Give a module the attributes that it had; lists and dictionaries, which others may hold too, are the same ones."""
+    module.__dict__.clear()
+    for name, (value, copied) in before.items():
+        if type(value) is list:
+            value[:] = copied
+        elif type(value) in _CHANGING:
+            value.clear()
+            value.update(copied)
+        module.__dict__[name] = value
 
 
 _CHANGING = (dict, OrderedDict, list)
-
-
-def put_back(module: nn.Module, before: dict[str, Any]) -> None:
-    """Give a module the attributes that it had."""
-    module.__dict__.clear()
-    module.__dict__.update(before)
 
 
 @contextmanager

@@ -971,3 +971,89 @@ def test_containers_of_a_module_that_stays_python_stay_containers() -> None:
     gm = pege_fx.prepare(model, "W8A8", (x,))
     assert isinstance(gm.get_submodule("held.fc"), GraphModule)
     torch.testing.assert_close(gm.eval()(x), model(x), atol=0.2, rtol=0.1)
+
+
+class LayerDrop(nn.Module):
+    """Drops layers with a probability, as many transformers do, which is 0 as a rule."""
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.layers, self.probability = nn.ModuleList(nn.Linear(4, 4) for _ in range(2)), probability
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            if self.training and torch.rand([]) < self.probability:
+                continue
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize(("probability", "rung"), [(0.0, "symbolic"), (0.5, "python")])
+@pytest.mark.filterwarnings("ignore::pege_fx.PegeWarning")
+def test_layers_dropped_with_probability_0_are_no_question(probability: float, rung: str) -> None:
+    gm = pege_fx.prepare(LayerDrop(probability), "W4A4", (torch.randn(3, 4),))
+    assert plan_of(gm).captures[0].rung == rung
+
+
+class Caches(nn.Module):
+    """Keeps a constant tensor, and puts results into a list that another module holds too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.offsets, self.results = nn.Linear(4, 4), None, []
+        self.other = nn.ReLU()
+        self.other.results = self.results
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.offsets is None:
+            self.offsets = torch.arange(4.0)
+        self.results.append(x)
+        y: Tensor = self.other(self.fc(x) + self.offsets)
+        return y
+
+
+def test_a_constant_cache_is_none_either_and_shared_lists_stay_shared() -> None:
+    model = Caches()
+    gm = pege_fx.prepare(model, "W4A4", (torch.randn(3, 4),))
+    assert "python" not in {note.rung for note in plan_of(gm).captures}
+    assert model.results is model.other.results
+    assert not model.results
+
+
+class Cached(nn.Module):
+    """Hands its block a list in evaluation, and nothing in training."""
+
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.norm = nn.Linear(4, 4), nn.Identity()
+
+        def forward(self, x: Tensor, state: list[Tensor] | None = None, more: Tensor | None = None) -> Tensor:
+            more = self.norm(more)
+            x = x if more is None else x + more
+            if state is not None:
+                x = x + state[0]
+            y: Tensor = self.fc(x)
+            return y
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.fc = self.Inner(), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if x.sum() > 0 else -x
+        y: Tensor = self.fc(self.inner(x, None if self.training else [x]))
+        return y
+
+
+@pytest.mark.filterwarnings("ignore::pege_fx.PegeWarning")
+def test_what_training_calls_in_another_way_stays_python() -> None:
+    gm = pege_fx.prepare(Cached(), "W4A4", (torch.randn(3, 4),))
+    assert [note.path for note in plan_of(gm).captures if note.rung == "python"] == ["", "inner"]
+    gm.train()(torch.randn(3, 4))
+    gm.eval()(torch.randn(3, 4))
+
+
+def test_an_identity_leaves_none_as_it_is() -> None:
+    gm = pege_fx.prepare(Cached.Inner(), "W4A4", (torch.randn(3, 4),))
+    assert "python" not in {note.rung for note in plan_of(gm).captures}
