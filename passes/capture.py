@@ -30,7 +30,7 @@ from pege_fx.mode import PYTHON_FORWARD, TRAINING_MODE, PythonForward, TrainingM
 from pege_fx.passes.branches import MergeError, merge_branches
 from pege_fx.passes.graph import attribute_of, hides_weights, join, parent_and_name, remove_dead_nodes, source_of
 from pege_fx.passes.threads import uncompiled
-from pege_fx.passes.trace import Known, NotTraceableError, PegeTracer, is_steady, random_state
+from pege_fx.passes.trace import Known, NotTraceableError, PegeTracer, is_steady
 from pege_fx.plan import Capture
 from pege_fx.policy import path_pattern
 
@@ -335,13 +335,9 @@ def _follow(
     new: Callable[[bool | None], PegeTracer], root: nn.Module, known: Known, mode: bool | None = None
 ) -> tuple[PegeTracer, Graph]:
     """Trace, in one mode if asked; say in which it can not be."""
-    tracer, drawn = new(mode), random_state()
+    tracer = new(mode)
     try:
         graph = tracer.follow(root)
-        if random_state() != drawn:
-            watching = new(mode)
-            watching.watches_random = True
-            watching.follow(root)  # says which module draws
         if tracer.changed and not is_steady(root, tracer, graph, new(mode)):
             path, name, _ = tracer.changed[0]
             raise _stateful(root, path, f"each call changes self.{name}")

@@ -5,7 +5,6 @@ import inspect
 import math
 import operator
 import os
-import pickle
 import random
 import re
 import string
@@ -15,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
-from unittest import mock
 
 import numpy
 import torch
@@ -26,6 +24,7 @@ from torch.fx import Graph, Node, Proxy
 from torch.fx.node import map_arg
 from torch.fx.proxy import Attribute
 from torch.nn.utils.parametrize import is_parametrized
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from pege_fx.attention import multi_head_attention_forward
@@ -43,7 +42,7 @@ from pege_fx.passes.graph import (
     plain,
     reads_size,
 )
-from pege_fx.passes.threads import TRACING, LocalTracer
+from pege_fx.passes.threads import TRACING, LocalTracer, replaced
 
 
 @dataclass(frozen=True)
@@ -175,6 +174,20 @@ class ExampleAttribute(Attribute, ExampleProxy):
     """An attribute of such a proxy: ``x.shape``, or a method about to be called."""
 
 
+class _Draws(TorchFunctionMode):
+    """Refuses, in the thread that traces, what makes random numbers without the graph."""
+
+    def __init__(self, tracer: "PegeTracer") -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in _DRAWN_IN_PLACE and not any(map(_is_proxy, tree_leaves((args, kwargs)))):
+            self.tracer.refuse_to_draw()
+        return func(*args, **kwargs)
+
+
 class PegeTracer(LocalTracer):
     """fx's tracer; with ``live_training``, ``self.training`` is a value of the graph.
 
@@ -211,7 +224,6 @@ class PegeTracer(LocalTracer):
         self.changed: list[tuple[str, str, bool | int | float | str]] = []
         self.kept: list[tuple[str, str]] = []
         self.failed: str | None = None
-        self.watches_random = False
         self._values: dict[Node, Any] = {}
         self._unsized: set[Node] = set()  # tensors whose sizes depend on what tensors hold
         self._static: set[Node] = set()  # made of parameters and buffers alone
@@ -225,31 +237,29 @@ class PegeTracer(LocalTracer):
 
         What ``forward`` keeps on a module (a cached grid) is not kept: while tracing it is no tensor. A buffer is.
         """
-        before = {module: attributes(module) for module in root.modules()}
-        drawn = random_state() if self.watches_random else None
+        before = [(path, module, attributes(module)) for path, module in root.named_modules()]
         try:
             graph = self.trace(root)
-            self._check_random(drawn)
-            for module, state in before.items():
-                self._keep_buffers(graph, module, state["_buffers"][1])
-                self._note_changes(module, state)
+            for path, module, state in before:
+                self._keep_buffers(graph, path, module, state.copies["_buffers"])
+                self._note_changes(path, module, state)
             return graph
         except Exception as error:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
             raise NotTraceableError(self.failed or "", _where_raised(error), reason, error) from error
         finally:
             constants = {name: value for name, value in vars(root).items() if name.startswith(_CONSTANTS)}
-            for module, state in before.items():
+            for _, module, state in before:
                 put_back(module, state)
             root.__dict__.update(constants)
 
-    def _keep_buffers(self, graph: Graph, module: nn.Module, before: Mapping[str, Any]) -> None:
+    def _keep_buffers(self, graph: Graph, path: str, module: nn.Module, before: Mapping[str, Any]) -> None:
         """Write what ``forward`` assigned to buffers into them, at the end of the graph; it goes on reading what they held."""
         for name, old in before.items():
             new: Any = module._buffers.get(name)
             if not (isinstance(new, Proxy) and isinstance(old, Tensor)):
                 continue
-            target = join(self.path_of_module(module), name)
+            target = join(path, name)
             reads = graph.find_nodes(op="get_attr", target=target)
             for read in reads:
                 readers = list(read.users)
@@ -262,18 +272,16 @@ class PegeTracer(LocalTracer):
             if reads or (isinstance(known, Tensor) and known.shape == old.shape):
                 call_method(graph, "copy_", (get_attr(graph, target, output), new.node), output)
 
-    def _note_changes(self, module: nn.Module, before: Attributes) -> None:
-        path = self.path_of_module(module)
+    def _note_changes(self, path: str, module: nn.Module, before: Attributes) -> None:
         for name, new in vars(module).items():
-            old, _ = before.get(name, (None, None))
-            if name == "training" or new is old:
+            if (old := before.values.get(name)) is new or name == "training":
                 continue
             if isinstance(new, (Proxy, Tensor)):
                 self.kept.append((path, name))
             elif isinstance(new, (bool, int, float, str)) and (type(new) is not type(old) or new != old):
                 self.changed.append((path, name, new))
         for name, new in module._buffers.items():
-            if isinstance(new, Tensor) and new is not before["_buffers"][1].get(name):
+            if isinstance(new, Tensor) and new is not before.copies["_buffers"].get(name):
                 self.kept.append((path, name))
 
     def mode_is_read(self) -> bool:
@@ -286,17 +294,36 @@ class PegeTracer(LocalTracer):
 
     def trace(self, root: Any, concrete_args: Any = None) -> Graph:
         """Trace, with the functions that make tensors of a size taking sizes of the graph."""
-        with TRACING, ExitStack() as patches:
-            for forward_globals in _globals_of(root):
-                patches.enter_context(mock.patch.dict(forward_globals, {"isinstance": self._isinstance}))
-            patches.enter_context(mock.patch.object(F, "grouped_mm", self._factory(F.grouped_mm)))
-            for name in _FACTORIES:
-                patches.enter_context(mock.patch.object(torch, name, self._factory(getattr(torch, name))))
+        with TRACING, ExitStack() as stack:
+            for namespace, names in self._stand_ins(root):
+                stack.enter_context(replaced(namespace, names))
+            stack.enter_context(_Draws(self))
             graph = super().trace(root, concrete_args)
         for node in graph.nodes:
             if (getattr(node.target, "__module__", None) or "torch").partition(".")[0] in ("torch", "_operator"):
                 node.meta.pop("is_wrapped", None)  # fx says so of the last node of a wrapped function that was followed
         return graph
+
+    def _stand_ins(self, root: Any) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+        """What stands in for functions while tracing: (namespace, by name)."""
+        yield vars(torch), {name: self._factory(getattr(torch, name)) for name in _FACTORIES}
+        yield vars(F), {"grouped_mm": self._factory(F.grouped_mm)}
+        guards = {function: self._guard(function) for function in _DRAWN_ELSEWHERE}
+        own = {"isinstance": self._isinstance}
+        for namespace, more in ((vars(random), {}), (vars(numpy.random), {}), *((names, own) for names in _globals_of(root))):
+            found = {name: guards[value] for name, value in namespace.items() if type(value) in _METHODS and value in guards}
+            yield namespace, found | more
+
+    def _guard(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def draw(*args: Any, **kwargs: Any) -> Any:
+            self.refuse_to_draw()
+            return original(*args, **kwargs)
+
+        return draw
+
+    def refuse_to_draw(self) -> None:
+        if self.live_training and self.is_called and not self._evaluating:
+            raise ContextError("it draws random numbers, which a graph would hold as constants")
 
     def _isinstance(self, value: Any, cls: Any) -> bool:
         """``isinstance`` for the code of the model: a proxy is what it stands for, a tensor where that is not known."""
@@ -312,7 +339,7 @@ class PegeTracer(LocalTracer):
     def _factory(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original, updated=())
         def make(*args: Any, **kwargs: Any) -> Any:
-            draws = original in _DRAWING and not self._evaluating
+            draws = original in _DRAWING and self.live_training and self.is_called and not self._evaluating
             symbolic = draws or any(isinstance(leaf, Proxy) for leaf in tree_leaves((args, kwargs)))
             return self.create_proxy("call_function", original, args, kwargs) if symbolic else original(*args, **kwargs)
 
@@ -345,24 +372,17 @@ class PegeTracer(LocalTracer):
             return forward(
                 *args, **kwargs
             )  # made on the way, as ``nn.ReLU()(x)``: what it does, not what it is, is in the graph
-        drawn = random_state() if self.watches_random else None
         try:
             if isinstance(m, NORM_THEN_TYPES):
                 y = self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
                 for child in m.children():
                     y = child(y)
                 return y
-            result = super().call_module(m, forward, args, kwargs)
-            self._check_random(drawn)
-            return result
+            return super().call_module(m, forward, args, kwargs)
         except Exception:
             if self.failed is None:
                 self.failed = self.path_of_module(m)
             raise
-
-    def _check_random(self, drawn: Any) -> None:
-        if drawn is not None and random_state() != drawn:
-            raise ContextError("it draws random numbers, which a graph would hold as constants")
 
     def _check_context(self) -> None:
         if self.live_training and _context() != self._context:
@@ -570,18 +590,11 @@ class PegeTracer(LocalTracer):
             return _UNKNOWN
         args, kwargs = (plain(map_arg(part, self._values.__getitem__)) for part in arguments(node))
         before, self._evaluating = self._evaluating, True
-        drawn = torch.get_rng_state()
         try:
             with torch.no_grad():
                 return _run(self.root, node, args, kwargs)
         finally:
             self._evaluating = before
-            torch.set_rng_state(drawn)
-
-
-def random_state() -> tuple[Any, ...]:
-    """The states of the generators that Python, NumPy and torch draw from; what a graph draws leaves them alone."""
-    return random.getstate(), pickle.dumps(numpy.random.get_state()), bytes(torch.get_rng_state().numpy())
 
 
 def is_steady(root: nn.Module, tracer: PegeTracer, graph: Graph, again: PegeTracer) -> bool:
@@ -611,6 +624,19 @@ _SELECTING: set[Any] = {
     torch.unique, torch.unique_consecutive, torch.argwhere, torch.bincount, "bincount", torch.repeat_interleave,
     "repeat_interleave",
 }  # fmt: skip
+_DRAWN_IN_PLACE = {"uniform_", "normal_", "random_", "bernoulli_", "exponential_", "geometric_", "cauchy_", "log_normal_"}
+_DRAWN_IN_PLACE |= {"rand_like", "randn_like", "randint_like", "bernoulli", "multinomial", "poisson"}  # of constants
+_DRAWN_ELSEWHERE = [
+    *map(
+        random.__dict__.__getitem__,
+        ("random", "uniform", "randint", "randrange", "choice", "choices", "sample", "shuffle", "gauss"),
+    ),
+    *map(
+        vars(numpy.random).__getitem__,
+        ("rand", "randn", "random", "uniform", "randint", "choice", "permutation", "shuffle", "normal"),
+    ),
+]
+_METHODS = {type(function) for function in _DRAWN_ELSEWHERE}
 _RAND = torch.rand  # while tracing, torch has another
 _DRAWING = {torch.rand, torch.randn, torch.randint, torch.randperm, torch.normal}  # anew in each call: never a constant
 _FACTORIES = (
@@ -652,6 +678,10 @@ def _depends_on_data(node: Node, sources: list[Any]) -> bool:
 def _einops() -> tuple[Any, ...]:
     """einops, if the model uses it: its functions take tensors and nothing else, and stay whole in the graph."""
     return (sys.modules["einops"],) if "einops" in sys.modules else ()
+
+
+def _is_proxy(value: Any) -> bool:
+    return isinstance(value, Proxy)
 
 
 def _letters(pattern: str) -> str:

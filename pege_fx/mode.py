@@ -4,7 +4,7 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import torch.fx
 from torch import nn
@@ -28,24 +28,28 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             child.training = training
 
 
-Attributes: TypeAlias = dict[str, tuple[Any, Any]]  # the attribute, and a copy if it changes in place
+class Attributes(NamedTuple):
+    """The attributes of a module, and copies of those that change in place: lists, dictionaries of tensors, children, hooks."""
+
+    values: dict[str, Any]
+    copies: dict[str, Any]
 
 
 def attributes(module: nn.Module) -> Attributes:
-    """The attributes of a module, with copies of what changes in place: lists, dictionaries of tensors, children and hooks."""
-    return {name: (value, value.copy() if type(value) in _CHANGING else value) for name, value in vars(module).items()}
+    """Note the attributes of a module."""
+    values = vars(module).copy()
+    return Attributes(values, {name: value.copy() for name, value in values.items() if type(value) in _CHANGING})
 
 
 def put_back(module: nn.Module, before: Attributes) -> None:
     """Give a module the attributes that it had; lists and dictionaries, which others may hold too, are the same ones."""
     module.__dict__.clear()
-    for name, (value, copied) in before.items():
-        if type(value) is list:
-            value[:] = copied
-        elif type(value) in _CHANGING:
-            value.clear()
-            value.update(copied)
-        module.__dict__[name] = value
+    module.__dict__.update(before.values)
+    for name, copied in before.copies.items():
+        if not ((value := before.values[name]) or copied):
+            continue
+        value.clear()
+        (value.extend if type(value) is list else value.update)(copied)
 
 
 _CHANGING = (dict, OrderedDict, list)

@@ -6,6 +6,7 @@ import random
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from random import uniform
 from typing import Any
 
 import numpy
@@ -896,6 +897,7 @@ DRAWS = {
     "torch, as a number": lambda x: x * torch.rand(1).item(),
     "torch, deciding": lambda x: x if torch.rand(1) < 0.5 else -x,
     "Python": lambda x: x * random.random(),
+    "Python, by name": lambda x: x * uniform(0, 1),
     "NumPy": lambda x: x * float(numpy.random.rand()),
 }
 
