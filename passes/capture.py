@@ -33,6 +33,7 @@ from pege_fx.passes.threads import uncompiled
 from pege_fx.passes.trace import Known, NotTraceableError, PegeTracer, is_steady
 from pege_fx.plan import Capture
 from pege_fx.policy import path_pattern
+from pege_fx.recurrent import CELLS, LAYERS
 
 _HUGE_PAGES = 2**22  # from so many bytes on NumPy asks for them
 
@@ -214,7 +215,7 @@ class _Ladder:
         calls = self._calls.get(module)
         if not calls:
             return Known.defaults(module.forward)
-        for name in calls[0].values:
+        for name in () if isinstance(module, (*LAYERS, *CELLS)) else calls[0].values:
             if len({call.values[name] is None for call in calls}) > 1:
                 raise NotTraceableError("", _place_of(module), f"it is called with {name} and without")
         return calls[0]

@@ -43,6 +43,7 @@ from pege_fx.passes.graph import (
     reads_size,
 )
 from pege_fx.passes.threads import TRACING, LocalTracer, replaced
+from pege_fx.recurrent import CELLS, LAYERS, given_or_zeros
 
 
 @dataclass(frozen=True)
@@ -444,6 +445,14 @@ class PegeTracer(LocalTracer):
         target = str(argument.node.target)
         name = target.lstrip("*")
         if self.known is None:
+            return argument
+        if name == "hx" and isinstance(self.root, CELLS):
+            source = self.proxy(next(iter(self.graph.nodes)))
+            given = (argument, source, self.root.hidden_size, isinstance(self.root, nn.LSTMCell))
+            proxy = self.create_proxy("call_function", given_or_zeros, given, {})
+            proxy.node.meta["is_wrapped"] = True  # one node for a tracer of the generated code as well
+            return proxy
+        if name == "hx" and isinstance(self.root, LAYERS):
             return argument
         nothing: Any = {} if target.startswith("**") else () if target.startswith("*") else argument
         value = self.known.values.get(name, nothing)

@@ -1059,3 +1059,37 @@ def test_what_training_calls_in_another_way_stays_python() -> None:
 def test_an_identity_leaves_none_as_it_is() -> None:
     gm = pege_fx.prepare(Cached.Inner(), "W4A4", (torch.randn(3, 4),))
     assert "python" not in {note.rung for note in plan_of(gm).captures}
+
+
+class Decoder(nn.Module):
+    """A loop that decides on values, over a layer and a cell that get a hidden state from the second step on."""
+
+    def __init__(self, layer: type[nn.Module], cell: type[nn.Module]) -> None:
+        super().__init__()
+        self.layer, self.cell, self.out = layer(4, 4), cell(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = state = None
+        for _ in range(3):
+            y, h = self.layer(x[None], h)
+            state = self.cell(y[0], state)
+            x = self.out(state[0] if isinstance(state, tuple) else state)
+            x = x if x.sum() > 0 else -x
+        return x
+
+
+@pytest.mark.parametrize("with_examples", [False, True])
+@pytest.mark.parametrize(("layer", "cell"), [(nn.LSTM, nn.LSTMCell), (nn.GRU, nn.GRUCell), (nn.RNN, nn.RNNCell)])
+@pytest.mark.filterwarnings("ignore::pege_fx.PegeWarning")
+def test_recurrent_layers_are_called_with_a_hidden_state_and_without(layer: Any, cell: Any, with_examples: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Decoder(layer, cell), torch.randn(3, 4)
+    examples = (x,) if with_examples else None
+    gm = pege_fx.prepare(model, pege_fx.QuantPolicy((pege_fx.Rule(weight=None, input=None),)), examples)
+    assert [note.path for note in plan_of(gm).captures if note.rung == "python"] == [""]
+    torch.testing.assert_close(gm(x), model(x))
+    quantized = pege_fx.prepare(model, "W4A4", examples)
+    quantized(x).sum().backward()
+    assert all(op.edges for op in plan_of(quantized).operations)
+    pickle.loads(pickle.dumps(quantized))(x)
+    assert torch.equal(pege_fx.convert(quantized)(x), quantized.eval()(x))
