@@ -340,7 +340,7 @@ def _follow(
     try:
         graph = tracer.follow(root)
         if tracer.changed and not is_steady(root, tracer, graph, new(mode)):
-            path, name, _ = tracer.changed[0]
+            path, name = tracer.changed[0]
             raise _stateful(root, path, f"each call changes self.{name}")
         if tracer.kept and known.is_call and not _repeats(root, known):
             path, name = tracer.kept[0]
@@ -434,6 +434,8 @@ class Grafted(GraphModule):
 
 
 def _keep_attributes(source: nn.Module, target: GraphModule) -> None:
+    for name in [name for name, value in [*source._parameters.items(), *source._buffers.items()] if value is None]:
+        setattr(target, name, None)  # a layer without a bias
     for name, value in vars(source).items():
         if not name.startswith("_") and not hasattr(target, name) and not isinstance(value, (Tensor, nn.Module)):
             setattr(target, name, value)

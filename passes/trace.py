@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, is_dataclass
+from types import FunctionType
 from typing import Any
 
 import numpy
@@ -117,6 +118,9 @@ class InPlaceProxy(Proxy):
 
     tracer: "PegeTracer"
 
+    def __getattr__(self, name: str) -> Attribute:
+        return InPlaceAttribute(self, name)
+
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
@@ -129,6 +133,10 @@ class InPlaceProxy(Proxy):
         if name in ("data", "grad"):
             raise ContextError(f"it sets .{name} of a tensor, which a graph does not hold")
         super().__setattr__(name, value)
+
+
+class InPlaceAttribute(Attribute, InPlaceProxy):
+    """An attribute of such a proxy."""
 
 
 def _augmented(in_place: Callable[..., Any], anew: Callable[..., Any]) -> Callable[["InPlaceProxy", Any], Proxy]:
@@ -201,8 +209,8 @@ class PegeTracer(LocalTracer):
         evaluate: compute values beside the graph; then sizes may steer Python, and ``specialised`` says where.
         mode: what ``if self.training`` takes; None: to ask is an error.
 
-    ``changed`` are the numbers and texts that ``forward`` left in attributes: (module, name, value); ``kept`` are the
-    attributes in which it left tensors: (module, name).
+    ``changed`` are the attributes, (module, name), in which ``forward`` left other numbers and texts than it found, ``left``
+    then everything that it left; ``kept`` are those in which it left tensors.
     """
 
     def __init__(
@@ -222,7 +230,8 @@ class PegeTracer(LocalTracer):
         self.known = known
         self.evaluate = evaluate
         self.specialised: dict[str, str] = {}
-        self.changed: list[tuple[str, str, bool | int | float | str]] = []
+        self.changed: list[tuple[str, str]] = []
+        self.left: list[tuple[nn.Module, Attributes]] = []
         self.kept: list[tuple[str, str]] = []
         self.failed: str | None = None
         self._values: dict[Node, Any] = {}
@@ -244,6 +253,7 @@ class PegeTracer(LocalTracer):
             for path, module, state in before:
                 self._keep_buffers(graph, path, module, state.copies["_buffers"])
                 self._note_changes(path, module, state)
+            self.left = [(module, _without_proxies(attributes(module), state)) for _, module, state in before if self.changed]
             return graph
         except Exception as error:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
@@ -280,7 +290,7 @@ class PegeTracer(LocalTracer):
             if isinstance(new, (Proxy, Tensor)):
                 self.kept.append((path, name))
             elif isinstance(new, (bool, int, float, str)) and (type(new) is not type(old) or new != old):
-                self.changed.append((path, name, new))
+                self.changed.append((path, name))
         for name, new in module._buffers.items():
             if isinstance(new, Tensor) and new is not before.copies["_buffers"].get(name):
                 self.kept.append((path, name))
@@ -311,6 +321,7 @@ class PegeTracer(LocalTracer):
         yield vars(F), {"grouped_mm": self._factory(F.grouped_mm)}
         guards = {function: self._guard(function) for function in _DRAWN_ELSEWHERE}
         own = {"isinstance": self._isinstance}
+        guards |= {check: _assume(check) for check in _checks()}
         for namespace, more in ((vars(random), {}), (vars(numpy.random), {}), *((names, own) for names in _globals_of(root))):
             found = {name: guards[value] for name, value in namespace.items() if type(value) in _METHODS and value in guards}
             yield namespace, found | more
@@ -610,10 +621,8 @@ def is_steady(root: nn.Module, tracer: PegeTracer, graph: Graph, again: PegeTrac
     """Tell whether ``forward``, from the attributes that it left, does and leaves the same: a flag or a counter tells."""
     before = {module: attributes(module) for module in root.modules()}
     try:
-        for name in [name for name in vars(root) if name.startswith(_CONSTANTS)]:
-            delattr(root, name)
-        for path, name, value in tracer.changed:
-            setattr(root.get_submodule(path), name, value)
+        for module, state in tracer.left:
+            put_back(module, state)
         return str(again.follow(root)) == str(graph) and not again.changed
     except NotTraceableError:
         return False
@@ -645,7 +654,7 @@ _DRAWN_ELSEWHERE = [
         ("rand", "randn", "random", "uniform", "randint", "choice", "permutation", "shuffle", "normal"),
     ),
 ]
-_METHODS = {type(function) for function in _DRAWN_ELSEWHERE}
+_METHODS = {FunctionType, *map(type, _DRAWN_ELSEWHERE)}
 _RAND = torch.rand  # while tracing, torch has another
 _DRAWING = {torch.rand, torch.randn, torch.randint, torch.randperm, torch.normal}  # anew in each call: never a constant
 _FACTORIES = (
@@ -691,6 +700,33 @@ def _einops() -> tuple[Any, ...]:
 
 def _is_proxy(value: Any) -> bool:
     return isinstance(value, Proxy)
+
+
+def _without_proxies(left: Attributes, before: Attributes) -> Attributes:
+    """What ``forward`` left, without what is no value but a node of a graph that is done."""
+    values = {name: before.values.get(name) if _is_proxy(value) else value for name, value in left.values.items()}
+    values = {name: value for name, value in values.items() if not name.startswith(_CONSTANTS)}
+    copies = left.copies.copy()
+    for name, value in left.copies.items():
+        if any(map(_is_proxy, value.values() if isinstance(value, dict) else value)):
+            copies[name] = before.copies.get(name, type(value)())
+    return Attributes(values, copies)
+
+
+def _checks() -> tuple[Any, ...]:
+    """The function with which transformers checks what tensors hold or how large they are, if the model uses it."""
+    module = sys.modules.get("transformers.utils.import_utils")
+    return tuple(filter(None, [getattr(module, "torch_compilable_check", None)]))
+
+
+def _assume(check: Callable[..., Any]) -> Callable[..., Any]:
+    """A check that holds for what a graph computes, as it would be for a compiler."""
+
+    def assume(cond: Any, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(cond, Proxy):
+            check(cond, *args, **kwargs)
+
+    return assume
 
 
 def _letters(pattern: str) -> str:

@@ -57,17 +57,18 @@ _CHANGING = (dict, OrderedDict, list)
 
 @contextmanager
 def trial(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Put back what calls inside leave in these modules: in buffers, and in anything where the code is not torch's."""
+    """Put back what calls inside leave in modules: attributes, hooks, buffers; parameters, where the code is not torch's."""
     modules = list(modules)
     modules += [module.code for module in modules if isinstance(module, PythonForward)]
-    own = {module: attributes(module) for module in modules if not type(module).__module__.startswith(("torch.", "pege_fx."))}
+    states = [(module, attributes(module)) for module in modules]
+    own = [module for module in modules if not type(module).__module__.startswith(("torch.", "pege_fx."))]
     tensors = {buffer for module in modules for buffer in module.buffers(recurse=False)}
     tensors |= {parameter for module in own for parameter in module.parameters(recurse=False)}
     values = [(tensor, tensor.detach().clone()) for tensor in tensors if not tensor.is_meta]
     try:
         yield
     finally:
-        for module, before in own.items():
+        for module, before in states:
             put_back(module, before)
         with torch.no_grad():
             for tensor, value in values:

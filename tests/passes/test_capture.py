@@ -1093,3 +1093,67 @@ def test_recurrent_layers_are_called_with_a_hidden_state_and_without(layer: Any,
     assert all(op.edges for op in plan_of(quantized).operations)
     pickle.loads(pickle.dumps(quantized))(x)
     assert torch.equal(pege_fx.convert(quantized)(x), quantized.eval()(x))
+
+
+class ReadsBias(nn.Module):
+    """Reads the bias of a layer that has none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc(x) if x.sum() > 0 else self.fc(-x)
+        return y if self.fc.bias is None else y - self.fc.bias
+
+
+@pytest.mark.filterwarnings("ignore::pege_fx.PegeWarning")
+def test_python_may_read_that_a_layer_has_no_bias() -> None:
+    gm = pege_fx.prepare(ReadsBias(), "W4A4", (torch.randn(3, 4),))
+    for made in (gm, copy.deepcopy(gm), pickle.loads(pickle.dumps(gm)), pege_fx.convert(gm)):
+        assert torch.equal(made.eval()(torch.ones(3, 4)), gm.eval()(torch.ones(3, 4)))
+
+
+class InstallsHooks(nn.Module):
+    """Installs hooks that collect outputs, once, and says so in an attribute, as transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.installed = nn.ModuleList(nn.Sequential(nn.Linear(4, 4)) for _ in range(2)), False
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        if not self.installed:
+            for layer in self.layers:
+                layer.register_forward_hook(lambda module, args, output: self.seen.append(output))
+            self.installed = True
+        self.seen.clear()
+        for layer in self.layers:
+            x = layer(x)
+        return (x, *self.seen)
+
+
+@pytest.mark.parametrize("examples", [None, (torch.ones(3, 4),)])
+def test_hooks_that_are_installed_once_are_part_of_the_graph(examples: Any) -> None:
+    gm = pege_fx.prepare(InstallsHooks(), "W4A4", examples)
+    assert plan_of(gm).captures[0].rung == "symbolic"
+    assert len(gm(torch.ones(3, 4))) == 3
+
+
+class WritesIntoAttribute(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc(x) * 1
+        y.data[:, 0] = 5.0
+        y.mT[1] += 1
+        return y
+
+
+def test_what_is_written_into_an_attribute_is_written_after_pickle_too() -> None:
+    x = torch.randn(3, 4)
+    gm = pege_fx.prepare(WritesIntoAttribute(), "W4A4", (x,))
+    assert torch.equal(pickle.loads(pickle.dumps(gm))(x), gm(x))
+    assert (gm(x)[:, 0] == 5).all()
