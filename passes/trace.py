@@ -272,6 +272,12 @@ class PegeTracer(LocalTracer):
                 continue
             target = join(path, name)
             reads = graph.find_nodes(op="get_attr", target=target)
+            if self.known is not None and self.known.is_call and not self.evaluate:
+                raise DataDependenceError(f"what size {target} is given, the example says")
+            given = self._values.get(new.node)
+            if (isinstance(given, Tensor) and given.shape != old.shape) or not (reads or self.evaluate):
+                self.kept.append((path, name))  # a cache, of which the graph makes its own
+                continue
             for read in reads:
                 readers = list(read.users)
                 held = call_method(graph, "clone", (read,), after(read))  # backward may need it
@@ -279,9 +285,7 @@ class PegeTracer(LocalTracer):
                 for reader in readers:
                     reader.replace_input_with(read, held)
             output = graph.output_node()
-            known = self._values.get(new.node)
-            if reads or (isinstance(known, Tensor) and known.shape == old.shape):
-                call_method(graph, "copy_", (get_attr(graph, target, output), new.node), output)
+            call_method(graph, "copy_", (get_attr(graph, target, output), new.node), output)
 
     def _note_changes(self, path: str, module: nn.Module, before: Attributes) -> None:
         for name, new in vars(module).items():

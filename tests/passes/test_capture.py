@@ -1157,3 +1157,26 @@ def test_what_is_written_into_an_attribute_is_written_after_pickle_too() -> None
     gm = pege_fx.prepare(WritesIntoAttribute(), "W4A4", (x,))
     assert torch.equal(pickle.loads(pickle.dumps(gm))(x), gm(x))
     assert (gm(x)[:, 0] == 5).all()
+
+
+class Resized(nn.Module):
+    """A buffer made anew for another size, as a cache."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.register_buffer("offsets", torch.zeros(1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.offsets.shape[0] != x.shape[0]:
+            self.offsets = torch.arange(x.shape[0]) * 1.0
+        y: Tensor = self.fc(x) + self.offsets[:, None]
+        return y
+
+
+def test_a_buffer_of_another_size_is_a_cache() -> None:
+    model, x = Resized(), torch.randn(3, 4)
+    with pytest.warns(PegeWarning, match="fixed as in the example"):
+        gm = pege_fx.prepare(model, "W8A8", (x,))
+    assert "python" not in {note.rung for note in plan_of(gm).captures}
+    torch.testing.assert_close(gm.eval()(x), model(x), atol=0.1, rtol=0.1)
