@@ -26,6 +26,7 @@ from pege_fx.scheduler import plan_of
 
 POLICY = "W4A4"
 ALL_FLOAT = QuantPolicy((Rule(weight=None, input=None),))
+RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 CLOSE = 5e-3  # of the largest output: float32 in another order moves boxes of untrained detectors by 1e-3
 # Every claim, in the order in which it is checked.
 CLAIMS = {
@@ -59,6 +60,7 @@ def check(case: Case, stop: bool = False) -> dict[str, Any]:
         torch.manual_seed(0)
         example = case.make()
         row["parameters"] = sum(p.numel() for p in example.model.parameters())
+        row |= {"note": example.note} if example.note else {}
         checks = _Checks(example, row)
         for claim in CLAIMS:
             try:
@@ -184,6 +186,7 @@ def describe(gm: GraphModule) -> dict[str, Any]:
     edges = [(op, edge) for op in plan.operations for edge in op.edges]
     in_float = [f"{op.path} {edge.operand}: {edge.reason}" for op, edge in edges if edge.spec is None]
     in_float += [f"{op.path}: {op.reason}" for op in plan.operations if op.reason]
+    never_called = [op for op in plan.operations if op.edges and op.macs is None and op.function not in RECURRENT]
     python = [f"{c.path or 'the model'}: {c.reason} ({c.place})" for c in plan.captures if c.rung == "python"]
     return {
         "rungs": dict(Counter(c.rung for c in plan.captures)),
@@ -191,6 +194,8 @@ def describe(gm: GraphModule) -> dict[str, Any]:
         "python": [_without_paths(text) for text in python[:12]],
         "edges": len(edges),
         "float edges": [_without_paths(text) for text in in_float[:12]],
+        "never called": [op.path for op in never_called][:12],
+        "recurrent": any(op.function in RECURRENT for op in plan.operations),
     }
 
 

@@ -229,12 +229,19 @@ def _rung(row: dict[str, Any]) -> str:
 
 
 def _remarks(row: dict[str, Any]) -> str:
-    """What failed; where not enough is quantized, the largest that is not."""
+    """What failed; where not enough is quantized, why, and the largest that is not."""
     words = [f"**{claim}**: {what[:240]}" for claim, what in row["problems"].items()]
-    words += [row["not pickled"]] if "not pickled" in row else []
+    words += [row[key] for key in ("note", "not pickled") if key in row]
     if (share(row, *LAYERS) or 1.0) < ENOUGH:
-        alone = share(row, *LAYERS, what="one operand")
-        words.append(f"{percent(alone)} % have one operand on a grid; largest: {next(iter(row['missed']))}")
+        alone = share(row, *LAYERS, what="one operand") or 0.0
+        words += (
+            [f"hidden states inside of a recurrent layer are the float operand of {percent(alone)} %"]
+            if row["recurrent"]
+            else []
+        )
+        if row["never called"]:
+            words.append(f"Python reads the weights of modules that it does not call: {', '.join(row['never called'])}")
+        words.append(f"largest in float: {next(iter(row['missed']))}")
     return "; ".join(words)
 
 

@@ -179,11 +179,13 @@ def prepare_time(repeats: int) -> list[dict[str, Any]]:
         calls: dict[str, Callable[[], object]] = {
             "trace": lambda model=model: torch.fx.symbolic_trace(model),
             "prepare": lambda model=model: pege_fx.prepare(model, "W4A4"),
+            "shared": lambda model=model: pege_fx.prepare(model, "W4A4", share_parameters=True),
         }
         times = interleaved(calls, repeats)
-        ratio = times["prepare"] / times["trace"]
         rows.append(
-            {"model": name, "trace ms": 1e3 * times["trace"], "prepare ms": 1e3 * times["prepare"], "over trace": ratio}
+            {"model": name}
+            | {f"{call} ms": 1e3 * seconds for call, seconds in times.items()}
+            | {"over trace": times["prepare"] / times["trace"], "shared over trace": times["shared"] / times["trace"]}
         )
     return rows
 

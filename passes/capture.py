@@ -12,7 +12,7 @@ import math
 import re
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -20,19 +20,20 @@ import numpy
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from pege_fx.batch_norm import only_normalizes
 from pege_fx.errors import InputError, ModelError, PegeWarning, PolicyError, closest
 from pege_fx.explicit import make_explicit
 from pege_fx.fake_quant import FakeQuant
-from pege_fx.mode import PYTHON_FORWARD, TRAINING_MODE, PythonForward, TrainingMode
+from pege_fx.mode import PYTHON_FORWARD, TRAINING_MODE, PythonForward, TrainingMode, evaluating, trial
 from pege_fx.passes.branches import MergeError, merge_branches
 from pege_fx.passes.graph import attribute_of, hides_weights, join, parent_and_name, remove_dead_nodes, source_of
 from pege_fx.passes.threads import uncompiled
-from pege_fx.passes.trace import Known, NotTraceableError, PegeTracer
+from pege_fx.passes.trace import Known, NotTraceableError, PegeTracer, is_steady
 from pege_fx.plan import Capture
 from pege_fx.policy import path_pattern
+from pege_fx.recurrent import CELLS, LAYERS
 
 _HUGE_PAGES = 2**22  # from so many bytes on NumPy asks for them
 
@@ -84,7 +85,13 @@ def bind(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
 Call: TypeAlias = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 
-def capture(model: nn.Module, example: Call | None = None, blocks: Iterable[str] = (), refused: Iterable[str] = ()) -> Captured:
+def capture(
+    model: nn.Module,
+    example: Call | None = None,
+    blocks: Iterable[str] = (),
+    refused: Iterable[str] = (),
+    share_parameters: bool = False,
+) -> Captured:
     """Capture a copy of the model.
 
     Args:
@@ -92,6 +99,7 @@ def capture(model: nn.Module, example: Call | None = None, blocks: Iterable[str]
         example: positional and keyword arguments of a call.
         blocks: patterns of module paths; the outermost modules that they name become GraphModules of their own.
         refused: paths of modules that stay Python, because they are called in more ways than one graph holds.
+        share_parameters: the copy's parameters and buffers are the model's own.
 
     Raises:
         ModelError, InputError: if the model can not be copied, or the example does not fit.
@@ -99,31 +107,30 @@ def capture(model: nn.Module, example: Call | None = None, blocks: Iterable[str]
     """
     if example is not None:
         bind(model, *example)
-    names = [name for name, _ in model.named_modules() if name]
     chosen: set[str] = set()
     for block in [blocks] if isinstance(blocks, str) else blocks:
+        names = [name for name, _ in model.named_modules() if name]
         found = {name for name in names if path_pattern(block).fullmatch(name)}
         if not found:
             raise PolicyError(f"blocks={block!r} names no module.\n  closest paths: {closest(block, names)}")
         chosen |= found
     outermost = {name for name in chosen if not any(name.startswith(f"{other}.") for other in chosen)}
-    root = _copy(model)
+    root = _copy(model, {id(value): value for value in (*model.parameters(), *model.buffers())} if share_parameters else {})
     make_explicit(root)
     return _Ladder(root, example, outermost, set(refused)).climb(root, "")
 
 
-def _copy(model: nn.Module) -> nn.Module:
+def _copy(model: nn.Module, copies: dict[int, Any]) -> nn.Module:
     """``copy.deepcopy``, which takes longer than tracing, with short cuts for what modules are mostly made of.
 
     Large parameters: memory from NumPy, which asks for huge pages; touching it costs a quarter. Modules that say nothing of
     how they are copied, and in them tensors, numbers, tuples of numbers, and dictionaries (a module has a dozen).
     """
-    copies: dict[int, Any] = {}
     for parameter in model.parameters():
-        if type(parameter) is nn.Parameter and not vars(parameter):
+        if id(parameter) not in copies and type(parameter) is nn.Parameter and not vars(parameter):
             copies[id(parameter)] = nn.Parameter(_copy_tensor(parameter.detach()), parameter.requires_grad)
     for buffer in model.buffers():
-        if type(buffer) is Tensor and not vars(buffer) and not buffer.requires_grad:
+        if id(buffer) not in copies and type(buffer) is Tensor and not vars(buffer) and not buffer.requires_grad:
             copies[id(buffer)] = _copy_tensor(buffer)
     try:
         for module in reversed(list(model.modules())):  # children first
@@ -208,7 +215,7 @@ class _Ladder:
         calls = self._calls.get(module)
         if not calls:
             return Known.defaults(module.forward)
-        for name in calls[0].values:
+        for name in () if isinstance(module, (*LAYERS, *CELLS)) else calls[0].values:
             if len({call.values[name] is None for call in calls}) > 1:
                 raise NotTraceableError("", _place_of(module), f"it is called with {name} and without")
         return calls[0]
@@ -261,7 +268,7 @@ class _Ladder:
     def _blocks_in(self, root: nn.Module, prefix: str) -> dict[str, NotTraceableError]:
         """The blocks below a module, by path."""
         found: dict[str, NotTraceableError] = {}
-        for path, _ in root.named_modules():
+        for path, _ in root.named_modules() if self.blocks else ():
             if path and join(prefix, path) in self.blocks:
                 found[path] = NotTraceableError(path, "", "a graph of its own, as asked for", is_block=True)
         return found
@@ -280,10 +287,8 @@ class _Ladder:
                 return PegeTracer(live_training=True, opaque=opaque, known=known, evaluate=evaluate, mode=mode)
 
             if branches is None:
-                tracer = new()
-                return tracer, tracer.follow(root)
-            tracer, other = new(mode=True), new(mode=False)
-            training, evaluation = _follow(tracer, root, "training"), _follow(other, root, "evaluation")
+                return _follow(new, root, known)
+            (tracer, training), (other, evaluation) = (_follow(new, root, known, mode) for mode in (True, False))
             tracer.specialised |= other.specialised
             try:
                 return tracer, merge_branches(training, evaluation, root)
@@ -314,8 +319,8 @@ class _Ladder:
             path = join(prefix, name)
             if isinstance(child, GraphModule) or not any(p.ndim > 1 for p in child.parameters()):
                 continue
-            walked = isinstance(child, (nn.ModuleList, nn.ModuleDict)) or _is_iterated(module, name, child)
-            if walked or _is_asked_for_more(module, name, child):
+            is_container = type(child).forward is nn.Module.forward or _is_iterated(module, name, child)
+            if is_container or _is_asked_for_more(module, name, child):
                 self._capture_children(captured, child, path)
                 continue
             if PegeTracer().is_leaf_module(child, path) and any(True for _ in child.children()):
@@ -327,19 +332,47 @@ class _Ladder:
             captured.notes += inner.notes
 
 
-def _follow(tracer: PegeTracer, root: nn.Module, mode: str) -> Graph:
-    """Trace in one mode; say in which it can not be."""
+def _follow(
+    new: Callable[[bool | None], PegeTracer], root: nn.Module, known: Known, mode: bool | None = None
+) -> tuple[PegeTracer, Graph]:
+    """Trace, in one mode if asked; say in which it can not be."""
+    tracer = new(mode)
     try:
-        return tracer.follow(root)
+        graph = tracer.follow(root)
+        if tracer.changed and not is_steady(root, tracer, graph, new(mode)):
+            path, name = tracer.changed[0]
+            raise _stateful(root, path, f"each call changes self.{name}")
+        if tracer.kept and known.is_call and not _repeats(root, known):
+            path, name = tracer.kept[0]
+            raise _stateful(root, path, f"a call reads what the last one left in self.{name}")
+        return tracer, graph
     except NotTraceableError as error:
-        if not error.asks_mode:
-            error.reason = f"traced for {mode}: {error.reason}"
+        if mode is not None and not error.asks_mode:
+            error.reason = f"traced for {'training' if mode else 'evaluation'}: {error.reason}"
         raise
+
+
+def _stateful(root: nn.Module, path: str, what: str) -> NotTraceableError:
+    return NotTraceableError(path, _place_of(root.get_submodule(path)), f"{what}, which a graph does not hold")
+
+
+def _repeats(root: nn.Module, known: Known) -> bool:
+    """Tell whether a second call on the example gives what the first does: a cache changes nothing, a state does."""
+    results = []
+    with trial(root.modules()), evaluating(root), torch.random.fork_rng(devices=()):
+        for _ in range(2):
+            args, kwargs = copy.deepcopy(known.call(root.forward))
+            torch.manual_seed(0)
+            try:
+                results.append([leaf for leaf in tree_leaves(root(*args, **kwargs)) if isinstance(leaf, Tensor)])
+            except Exception:
+                return True  # the shapes are recorded later, and that says where and why it fails
+    return all(torch.equal(first.nan_to_num(), second.nan_to_num()) for first, second in zip(*results, strict=True))
 
 
 def _is_asked_for_more(parent: nn.Module, name: str, child: nn.Module) -> bool:
     """Tell whether a parent's code calls another method of a child than its forward: a graph has none."""
-    methods = re.findall(rf"self\.{name}\.(\w+)\(", source_of(parent))
+    methods = re.findall(rf"self\.{name}\.(\w+)\(", source_of(type(parent)))
     own = set(dir(type(child))) - set(dir(nn.Module))
     return any(method in own and method not in dict(child.named_children()) for method in methods)
 
@@ -352,20 +385,12 @@ def _record_calls(root: nn.Module, example: Call) -> dict[nn.Module, list[Known]
         with contextlib.suppress(InputError):  # its forward will say so
             calls.setdefault(module, []).append(bind(module, *map(_as_it_is, (args, kwargs))))
 
-    modes = [(module, module.training) for module in root.modules()]
-    hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in root.modules()]
-    try:
-        root.eval()
-        args, kwargs = example
-        with torch.no_grad():
+    args, kwargs = example
+    with trial(root.modules()), evaluating(root), contextlib.ExitStack() as hooks:
+        for module in root.modules():
+            hooks.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
+        with contextlib.suppress(Exception):  # the shapes are recorded later, and that says where and why it fails
             root(*args, **kwargs)
-    except Exception:
-        pass  # the shapes are recorded later, and that says where and why it fails
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, training in modes:
-            module.training = training
     return calls
 
 
@@ -409,6 +434,8 @@ class Grafted(GraphModule):
 
 
 def _keep_attributes(source: nn.Module, target: GraphModule) -> None:
+    for name in [name for name, value in [*source._parameters.items(), *source._buffers.items()] if value is None]:
+        setattr(target, name, None)  # a layer without a bias
     for name, value in vars(source).items():
         if not name.startswith("_") and not hasattr(target, name) and not isinstance(value, (Tensor, nn.Module)):
             setattr(target, name, value)
@@ -490,7 +517,9 @@ def _python_root(root: nn.Module, prefix: str) -> GraphModule:
     persistent = set(root.state_dict(keep_vars=True))
     for name, buffer in root.named_buffers(recurse=False):
         holder.register_buffer(name, buffer, persistent=name in persistent)
-    holder.add_module(PYTHON_FORWARD, PythonForward(root).train(root.training))
+    source = "".join(map(source_of, type(root).__mro__))
+    assigned = [name for name, _ in root.named_buffers(recurse=False) if re.search(rf"self\.{name}\b[^\n=]*=[^=]", source)]
+    holder.add_module(PYTHON_FORWARD, PythonForward(root, assigned).train(root.training))
     gm = (Grafted if prefix else GraphModule)(holder, graph, class_name=type(root).__name__)
     gm.meta["prefix"] = prefix
     return gm

@@ -362,12 +362,12 @@ def attribute_of(gm: nn.Module, node: Node) -> Any:
     return look_up(gm, str(node.target))
 
 
-def source_of(module: nn.Module) -> str:
+def source_of(cls: type) -> str:
     """Return the source of a module's class, "" for torch's own and where there is none."""
-    if type(module).__module__.startswith("torch."):
+    if cls.__module__.startswith("torch."):
         return ""
     try:
-        return inspect.getsource(type(module))
+        return inspect.getsource(cls)
     except (OSError, TypeError):
         return ""
 
@@ -659,6 +659,12 @@ def _mark_own(node: Node) -> None:
     """Unpickling a graph traces its code: tell fx that a function of this package is to stay one node."""
     if getattr(node.target, "__module__", "").startswith("pege_fx."):
         node.meta["is_wrapped"] = True
+
+
+def call_method(graph: Graph, method: str, args: tuple[Node, ...], before: Node) -> Node:
+    """Insert a ``call_method`` node."""
+    with graph.inserting_before(before):
+        return graph.create_node("call_method", method, args)
 
 
 def after(node: Node) -> Node:

@@ -209,7 +209,7 @@ class _Used:
                 continue
             value = attribute_of(gm, node)
             if isinstance(value, PythonForward):
-                self.python += source_of(value.code)
+                self.python += source_of(type(value.code))
                 self.modules.add(value)
             elif isinstance(value, nn.Module):
                 self._add_module(value)
@@ -222,7 +222,7 @@ class _Used:
         if isinstance(module, GraphModule):
             self.below_python.add(module)
             return
-        self.python += source_of(module)
+        self.python += source_of(type(module))
         self.tensors |= {id(value) for value in [*module.parameters(recurse=False), *module.buffers(recurse=False)]}
         for child in module.children():
             self._add_module(child)

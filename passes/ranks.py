@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from pege_fx.errors import InputError, OtherCallError
-from pege_fx.mode import PYTHON_FORWARD, check_argument, check_class
+from pege_fx.mode import PYTHON_FORWARD, evaluating, trial
 from pege_fx.passes.graph import arguments, first_argument, is_unknown_code, join, module_of, owner, plain, rank_of
 
 
@@ -21,6 +21,8 @@ class OtherGraphCallError(Exception):
 class _Recorder(Interpreter):
     """Runs the graph once and notes shape and dtype of every tensor, and what code outside of the graph writes to."""
 
+    failed = False
+
     def run_node(self, n: Node) -> Any:
         assert isinstance(self.module, GraphModule)
         before = _versions(n, self.env) if is_unknown_code(self.module, n) else {}
@@ -28,6 +30,7 @@ class _Recorder(Interpreter):
             result = _note(n, super().run_node(n))
         except Exception as error:
             if not hasattr(error, "__notes__"):  # the innermost says where
+                self.failed = True
                 inner = str(n.target) if n.op == "call_module" and n.target != PYTHON_FORWARD else owner(n)
                 error.add_note(f"in {join(self.module.meta.get('prefix', ''), inner) or 'the model itself'}")
             raise
@@ -90,16 +93,17 @@ def record_shapes(gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, A
         OtherGraphCallError: if one of them is called in another way than it was traced for, in evaluation or in training.
         InputError: if the model fails on these inputs.
     """
-    modes = {module: module.training for module in gm.modules()}
-    recorded = [graph for graph in inner if graph is not gm]
+    recorders = {graph: _Recorder(graph) for graph in inner if graph is not gm}
     try:
-        for graph in recorded:
-            graph.__dict__["forward"] = _Recorder(graph).call
-        if any(node.target in (check_argument, check_class) for graph in recorded for node in graph.graph.nodes):
-            _try_in_training(gm, args, kwargs)
-        gm.eval()
-        with torch.no_grad():
+        for graph, recorder in recorders.items():
+            graph.__dict__["forward"] = recorder.call
+        with trial(gm.modules()), evaluating(gm):
+            if recorders:
+                _try_in_training(gm, args, kwargs, recorders)
+            gm.eval()
             _Recorder(gm).call(*args, **kwargs)
+    except OtherGraphCallError:
+        raise
     except OtherCallError as error:
         raise OtherGraphCallError(error.__notes__[0].removeprefix("in ")) from error
     except Exception as error:
@@ -111,26 +115,25 @@ def record_shapes(gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, A
             f"the model fails on the example inputs {shapes}, {where}: {type(error).__name__}: {reason}"
         ) from error
     finally:
-        for graph in recorded:
+        for graph in recorders:
             graph.__dict__.pop("forward", None)
-        for module, training in modes.items():
-            module.training = training
 
 
-def _try_in_training(gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Raise ``OtherCallError`` if training calls a graph inside in another way; other errors are for evaluation to find."""
-    buffers = [(buffer, buffer.clone()) for buffer in gm.buffers()]
+def _try_in_training(
+    gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any], recorders: Mapping[GraphModule, _Recorder]
+) -> None:
+    """Raise if training calls a graph inside in another way; other errors are for evaluation to find."""
     gm.train()
-    with torch.no_grad(), torch.random.fork_rng(devices=()):
+    with torch.random.fork_rng(devices=()):
         try:
             _Recorder(gm).call(*args, **kwargs)
         except OtherCallError:
             raise
+        except (TypeError, AttributeError, LookupError) as error:  # None where evaluation gives a list, and the like
+            if path := next((graph.meta["prefix"] for graph, recorder in recorders.items() if recorder.failed), ""):
+                raise OtherGraphCallError(path) from error
         except Exception:
             return
-        finally:
-            for buffer, before in buffers:
-                buffer.copy_(before)
 
 
 _BATCHED = {nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}

@@ -44,3 +44,16 @@ def uncompiled() -> Iterator[None]:
 
     with TRACING, mock.patch.object(GraphModule, "recompile", recompile):
         yield
+
+
+@contextmanager
+def replaced(namespace: dict[str, Any], names: dict[str, Any]) -> Iterator[None]:
+    """Let names of a module mean something else; other threads, which see them too, never find one missing."""
+    before = {name: namespace[name] for name in names if name in namespace}
+    namespace.update(names)
+    try:
+        yield
+    finally:
+        namespace.update(before)
+        for name in names.keys() - before.keys():
+            del namespace[name]

@@ -5,16 +5,18 @@ import inspect
 import math
 import operator
 import os
+import random
 import re
 import string
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, is_dataclass
+from types import FunctionType
 from typing import Any
-from unittest import mock
 
+import numpy
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
@@ -23,14 +25,27 @@ from torch.fx import Graph, Node, Proxy
 from torch.fx.node import map_arg
 from torch.fx.proxy import Attribute
 from torch.nn.utils.parametrize import is_parametrized
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from pege_fx.attention import multi_head_attention_forward
 from pege_fx.batch_norm import NORM_THEN, BatchNorm
 from pege_fx.kernels import TRACING
-from pege_fx.mode import TRAINING_MODE, check_argument, check_class, check_keys
-from pege_fx.passes.graph import arguments, is_leaf_function, is_matrix, plain, reads_size
-from pege_fx.passes.threads import LocalTracer
+from pege_fx.mode import TRAINING_MODE, Attributes, attributes, check_argument, check_class, check_keys, put_back
+from pege_fx.passes.graph import (
+    after,
+    arguments,
+    call_method,
+    copy_origin,
+    get_attr,
+    is_leaf_function,
+    is_matrix,
+    join,
+    plain,
+    reads_size,
+)
+from pege_fx.passes.threads import LocalTracer, replaced
+from pege_fx.recurrent import CELLS, LAYERS, given_or_zeros
 
 
 @dataclass(frozen=True)
@@ -66,6 +81,11 @@ class Known:
         values = {p.name: p.default for p in parameters if p.default is not p.empty}
         return cls(values, frozenset(p.name for p in required), positional, is_call=False)
 
+    def call(self, forward: Callable[..., Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The positional and keyword arguments of the call."""
+        bound = inspect.BoundArguments(inspect.signature(forward), OrderedDict(self.values))
+        return bound.args, bound.kwargs
+
 
 class NotTraceableError(Exception):
     """A module whose ``forward`` can not be followed: which, where, and why."""
@@ -99,8 +119,25 @@ class InPlaceProxy(Proxy):
 
     tracer: "PegeTracer"
 
+    def __getattr__(self, name: str) -> Attribute:
+        return InPlaceAttribute(self, name)
+
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+    def __lt__(self, other: Any) -> Any:
+        if self.node.target is _RAND and isinstance(other, (int, float)) and other <= 0:
+            return False  # layers dropped with probability 0
+        return self.tracer.create_proxy("call_function", operator.lt, (self, other), {})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("data", "grad"):
+            raise ContextError(f"it sets .{name} of a tensor, which a graph does not hold")
+        super().__setattr__(name, value)
+
+
+class InPlaceAttribute(Attribute, InPlaceProxy):
+    """An attribute of such a proxy."""
 
 
 def _augmented(in_place: Callable[..., Any], anew: Callable[..., Any]) -> Callable[["InPlaceProxy", Any], Proxy]:
@@ -127,6 +164,12 @@ class ExampleProxy(InPlaceProxy):
     def __len__(self) -> int:
         return len(self.tracer.fixed(self, "len()", sized=True))
 
+    def __contains__(self, item: Any) -> bool:
+        value = self.tracer.fixed(self, "in", sized=True)
+        if isinstance(value, Tensor) or isinstance(item, Proxy):
+            raise DataDependenceError(f"in asks for the value of {self.node}, which depends on data")
+        return item in value
+
     def __index__(self) -> int:
         return int(self.tracer.fixed(self, "a whole number"))
 
@@ -141,6 +184,20 @@ class ExampleAttribute(Attribute, ExampleProxy):
     """An attribute of such a proxy: ``x.shape``, or a method about to be called."""
 
 
+class _Draws(TorchFunctionMode):
+    """Refuses, in the thread that traces, what makes random numbers without the graph."""
+
+    def __init__(self, tracer: "PegeTracer") -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in _DRAWN_IN_PLACE and not any(map(_is_proxy, tree_leaves((args, kwargs)))):
+            self.tracer.refuse_to_draw()
+        return func(*args, **kwargs)
+
+
 class PegeTracer(LocalTracer):
     """fx's tracer; with ``live_training``, ``self.training`` is a value of the graph.
 
@@ -152,6 +209,9 @@ class PegeTracer(LocalTracer):
         known: of the arguments of ``forward``. What is None stays None: ``is None`` is no question to a graph.
         evaluate: compute values beside the graph; then sizes may steer Python, and ``specialised`` says where.
         mode: what ``if self.training`` takes; None: to ask is an error.
+
+    ``changed`` are the attributes, (module, name), in which ``forward`` left other numbers and texts than it found, ``left``
+    then everything that it left; ``kept`` are those in which it left tensors.
     """
 
     def __init__(
@@ -171,6 +231,9 @@ class PegeTracer(LocalTracer):
         self.known = known
         self.evaluate = evaluate
         self.specialised: dict[str, str] = {}
+        self.changed: list[tuple[str, str]] = []
+        self.left: list[tuple[nn.Module, Attributes]] = []
+        self.kept: list[tuple[str, str]] = []
         self.failed: str | None = None
         self._values: dict[Node, Any] = {}
         self._unsized: set[Node] = set()  # tensors whose sizes depend on what tensors hold
@@ -183,20 +246,59 @@ class PegeTracer(LocalTracer):
     def follow(self, root: nn.Module) -> Graph:
         """Trace, or raise ``NotTraceableError`` with the innermost module that can not be traced.
 
-        What ``forward`` keeps on a module (a cached grid) is not kept: while tracing it is no tensor.
+        What ``forward`` keeps on a module (a cached grid) is not kept: while tracing it is no tensor. A buffer is.
         """
-        before = [(module, _state(module)) for module in root.modules()]
+        before = [(path, module, attributes(module)) for path, module in root.named_modules()]
         try:
-            return self.trace(root)
+            graph = self.trace(root)
+            for path, module, state in before:
+                self._keep_buffers(graph, path, module, state.copies["_buffers"])
+                self._note_changes(path, module, state)
+            self.left = [(module, _without_proxies(attributes(module), state)) for _, module, state in before if self.changed]
+            return graph
         except Exception as error:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
             raise NotTraceableError(self.failed or "", _where_raised(error), reason, error) from error
         finally:
             constants = {name: value for name, value in vars(root).items() if name.startswith(_CONSTANTS)}
-            for module, state in before:
-                module.__dict__.clear()
-                module.__dict__.update(state)
+            for _, module, state in before:
+                put_back(module, state)
             root.__dict__.update(constants)
+
+    def _keep_buffers(self, graph: Graph, path: str, module: nn.Module, before: Mapping[str, Any]) -> None:
+        """Write what ``forward`` assigned to buffers into them, at the end of the graph; it goes on reading what they held."""
+        for name, old in before.items():
+            new: Any = module._buffers.get(name)
+            if not (isinstance(new, Proxy) and isinstance(old, Tensor)):
+                continue
+            target = join(path, name)
+            reads = graph.find_nodes(op="get_attr", target=target)
+            if self.known is not None and self.known.is_call and not self.evaluate:
+                raise DataDependenceError(f"what size {target} is given, the example says")
+            given = self._values.get(new.node)
+            if (isinstance(given, Tensor) and given.shape != old.shape) or not (reads or self.evaluate):
+                self.kept.append((path, name))  # a cache, of which the graph makes its own
+                continue
+            for read in reads:
+                readers = list(read.users)
+                held = call_method(graph, "clone", (read,), after(read))  # backward may need it
+                copy_origin(read, held)
+                for reader in readers:
+                    reader.replace_input_with(read, held)
+            output = graph.output_node()
+            call_method(graph, "copy_", (get_attr(graph, target, output), new.node), output)
+
+    def _note_changes(self, path: str, module: nn.Module, before: Attributes) -> None:
+        for name, new in vars(module).items():
+            if (old := before.values.get(name)) is new or name == "training":
+                continue
+            if isinstance(new, (Proxy, Tensor)):
+                self.kept.append((path, name))
+            elif isinstance(new, (bool, int, float, str)) and (type(new) is not type(old) or new != old):
+                self.changed.append((path, name))
+        for name, new in module._buffers.items():
+            if isinstance(new, Tensor) and new is not before.copies["_buffers"].get(name):
+                self.kept.append((path, name))
 
     def mode_is_read(self) -> bool:
         """Whether the graph needs the mode; if not, its node goes."""
@@ -208,17 +310,37 @@ class PegeTracer(LocalTracer):
 
     def trace(self, root: Any, concrete_args: Any = None) -> Graph:
         """Trace, with the functions that make tensors of a size taking sizes of the graph."""
-        with TRACING, ExitStack() as patches:
-            for forward_globals in _globals_of(root):
-                patches.enter_context(mock.patch.dict(forward_globals, {"isinstance": self._isinstance}))
-            patches.enter_context(mock.patch.object(F, "grouped_mm", self._factory(F.grouped_mm)))
-            for name in _FACTORIES:
-                patches.enter_context(mock.patch.object(torch, name, self._factory(getattr(torch, name))))
+        with TRACING, ExitStack() as stack:
+            for namespace, names in self._stand_ins(root):
+                stack.enter_context(replaced(namespace, names))
+            stack.enter_context(_Draws(self))
             graph = super().trace(root, concrete_args)
         for node in graph.nodes:
             if (getattr(node.target, "__module__", None) or "torch").partition(".")[0] in ("torch", "_operator"):
                 node.meta.pop("is_wrapped", None)  # fx says so of the last node of a wrapped function that was followed
         return graph
+
+    def _stand_ins(self, root: Any) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+        """What stands in for functions while tracing: (namespace, by name)."""
+        yield vars(torch), {name: self._factory(getattr(torch, name)) for name in _FACTORIES}
+        yield vars(F), {"grouped_mm": self._factory(F.grouped_mm)}
+        guards = {function: self._guard(function) for function in _DRAWN_ELSEWHERE}
+        own = {"isinstance": self._isinstance}
+        guards |= {check: _assume(check) for check in _checks()}
+        for namespace, more in ((vars(random), {}), (vars(numpy.random), {}), *((names, own) for names in _globals_of(root))):
+            found = {name: guards[value] for name, value in namespace.items() if type(value) in _METHODS and value in guards}
+            yield namespace, found | more
+
+    def _guard(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def draw(*args: Any, **kwargs: Any) -> Any:
+            self.refuse_to_draw()
+            return original(*args, **kwargs)
+
+        return draw
+
+    def refuse_to_draw(self) -> None:
+        if self.live_training and self.is_called and not self._evaluating:
+            raise ContextError("it draws random numbers, which a graph would hold as constants")
 
     def _isinstance(self, value: Any, cls: Any) -> bool:
         """``isinstance`` for the code of the model: a proxy is what it stands for, a tensor where that is not known."""
@@ -234,7 +356,8 @@ class PegeTracer(LocalTracer):
     def _factory(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original, updated=())
         def make(*args: Any, **kwargs: Any) -> Any:
-            symbolic = any(isinstance(leaf, Proxy) for leaf in tree_leaves((args, kwargs)))
+            draws = original in _DRAWING and self.live_training and self.is_called and not self._evaluating
+            symbolic = draws or any(isinstance(leaf, Proxy) for leaf in tree_leaves((args, kwargs)))
             return self.create_proxy("call_function", original, args, kwargs) if symbolic else original(*args, **kwargs)
 
         return make
@@ -257,6 +380,8 @@ class PegeTracer(LocalTracer):
             return forward(*args, **kwargs)
         if not self.live_training:
             return super().call_module(m, forward, args, kwargs)
+        if isinstance(m, nn.Identity) and args and not isinstance(args[0], Proxy):
+            return args[0]  # None stays None
         if _called_by_checkpoint():
             raise ContextError("it checkpoints inside forward, which a graph does not hold")
         self._check_context()  # here, so that the module with the block is to blame and not the one it calls
@@ -337,6 +462,14 @@ class PegeTracer(LocalTracer):
         name = target.lstrip("*")
         if self.known is None:
             return argument
+        if name == "hx" and isinstance(self.root, CELLS):
+            source = self.proxy(next(iter(self.graph.nodes)))
+            given = (argument, source, self.root.hidden_size, isinstance(self.root, nn.LSTMCell))
+            proxy = self.create_proxy("call_function", given_or_zeros, given, {})
+            proxy.node.meta["is_wrapped"] = True  # one node for a tracer of the generated code as well
+            return proxy
+        if name == "hx" and isinstance(self.root, LAYERS):
+            return argument
         nothing: Any = {} if target.startswith("**") else () if target.startswith("*") else argument
         value = self.known.values.get(name, nothing)
         if target == name:
@@ -403,6 +536,10 @@ class PegeTracer(LocalTracer):
             written_out = multi_head_attention_forward(*args, **kwargs)
             if written_out is not NotImplemented:
                 return written_out
+        if kind == "call_method" and target in _VIEWS and self.live_training:
+            view = self._view(args[0], target)
+            if view is not NotImplemented:
+                return view
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
         node = proxy.node
         if self.evaluate and is_leaf_function(node) and any(is_matrix(self._values.get(n)) for n in node.all_input_nodes):
@@ -429,17 +566,29 @@ class PegeTracer(LocalTracer):
         return bool(super().to_bool(obj))
 
     def iter(self, obj: Proxy) -> Iterator[Any]:
+        if isinstance(value := self._values.get(obj.node), dict):
+            self.fixed(obj, "a loop", sized=True)
+            return iter(list(value))
         try:
             return super().iter(obj)
         except Exception:
             if not self.evaluate:
                 raise
-        return iter(
-            [
-                self.create_proxy("call_function", operator.getitem, (obj, i), {})
-                for i in range(len(self.fixed(obj, "a loop", sized=True)))
-            ]
-        )
+        return iter(self._items(obj, range(len(self.fixed(obj, "a loop", sized=True)))))
+
+    def _items(self, obj: Proxy, keys: Iterable[Any]) -> list[Any]:
+        return [self.create_proxy("call_function", operator.getitem, (obj, key), {}) for key in keys]
+
+    def _view(self, obj: Proxy, view: str) -> Any:
+        """The keys, values or items of a dictionary, as the example has them."""
+        if not isinstance(value := self._values.get(obj.node), dict):
+            return NotImplemented if self.evaluate else self.fixed(obj, f"{view}()", sized=True)
+        self.fixed(obj, f"{view}()", sized=True)
+        keys = list(value)
+        if view == "keys":
+            return keys
+        items = self._items(obj, keys)
+        return items if view == "values" else list(zip(keys, items, strict=True))
 
     # --- example values --------------------------------------------------------------------------------------
 
@@ -473,7 +622,22 @@ class PegeTracer(LocalTracer):
             self._evaluating = before
 
 
+def is_steady(root: nn.Module, tracer: PegeTracer, graph: Graph, again: PegeTracer) -> bool:
+    """Tell whether ``forward``, from the attributes that it left, does and leaves the same: a flag or a counter tells."""
+    before = {module: attributes(module) for module in root.modules()}
+    try:
+        for module, state in tracer.left:
+            put_back(module, state)
+        return str(again.follow(root)) == str(graph) and not again.changed
+    except NotTraceableError:
+        return False
+    finally:
+        for module, state in before.items():
+            put_back(module, state)
+
+
 _UNKNOWN = object()
+_VIEWS = ("keys", "values", "items")  # of a dictionary
 _CONSTANTS = ("_tensor_constant", "_torchbind_obj", "_tree_spec_constant", "_opaque_obj")  # what fx keeps on the root
 _SOME_TENSOR = torch.empty(0)
 NORM_THEN_TYPES = tuple(NORM_THEN.values())
@@ -483,7 +647,34 @@ _SELECTING: set[Any] = {
     torch.unique, torch.unique_consecutive, torch.argwhere, torch.bincount, "bincount", torch.repeat_interleave,
     "repeat_interleave",
 }  # fmt: skip
-_FACTORIES = ("arange", "zeros", "ones", "full", "empty", "rand", "randn", "eye", "linspace", "tensor", "finfo", "iinfo")
+_DRAWN_IN_PLACE = {"uniform_", "normal_", "random_", "bernoulli_", "exponential_", "geometric_", "cauchy_", "log_normal_"}
+_DRAWN_IN_PLACE |= {"rand_like", "randn_like", "randint_like", "bernoulli", "multinomial", "poisson"}  # of constants
+_DRAWN_ELSEWHERE = [
+    *map(
+        random.__dict__.__getitem__,
+        ("random", "uniform", "randint", "randrange", "choice", "choices", "sample", "shuffle", "gauss"),
+    ),
+    *map(
+        vars(numpy.random).__getitem__,
+        ("rand", "randn", "random", "uniform", "randint", "choice", "permutation", "shuffle", "normal"),
+    ),
+]
+_METHODS = {FunctionType, *map(type, _DRAWN_ELSEWHERE)}
+_RAND = torch.rand  # while tracing, torch has another
+_DRAWING = {torch.rand, torch.randn, torch.randint, torch.randperm, torch.normal}  # anew in each call: never a constant
+_FACTORIES = (
+    "arange",
+    "zeros",
+    "ones",
+    "full",
+    "empty",
+    "eye",
+    "linspace",
+    "tensor",
+    "finfo",
+    "iinfo",
+    *(f.__name__ for f in _DRAWING),
+)
 
 
 def _globals_of(root: Any) -> list[dict[str, Any]]:
@@ -512,9 +703,35 @@ def _einops() -> tuple[Any, ...]:
     return (sys.modules["einops"],) if "einops" in sys.modules else ()
 
 
-def _state(module: nn.Module) -> dict[str, Any]:
-    """The attributes of a module, with its dictionaries of tensors, children and hooks, which change in place, copied."""
-    return {name: value.copy() if type(value) in (dict, OrderedDict) else value for name, value in vars(module).items()}
+def _is_proxy(value: Any) -> bool:
+    return isinstance(value, Proxy)
+
+
+def _without_proxies(left: Attributes, before: Attributes) -> Attributes:
+    """What ``forward`` left, without what is no value but a node of a graph that is done."""
+    values = {name: before.values.get(name) if _is_proxy(value) else value for name, value in left.values.items()}
+    values = {name: value for name, value in values.items() if not name.startswith(_CONSTANTS)}
+    copies = left.copies.copy()
+    for name, value in left.copies.items():
+        if any(map(_is_proxy, value.values() if isinstance(value, dict) else value)):
+            copies[name] = before.copies.get(name, type(value)())
+    return Attributes(values, copies)
+
+
+def _checks() -> tuple[Any, ...]:
+    """The function with which transformers checks what tensors hold or how large they are, if the model uses it."""
+    module = sys.modules.get("transformers.utils.import_utils")
+    return tuple(filter(None, [getattr(module, "torch_compilable_check", None)]))
+
+
+def _assume(check: Callable[..., Any]) -> Callable[..., Any]:
+    """A check that holds for what a graph computes, as it would be for a compiler."""
+
+    def assume(cond: Any, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(cond, Proxy):
+            check(cond, *args, **kwargs)
+
+    return assume
 
 
 def _letters(pattern: str) -> str:

@@ -15,6 +15,7 @@ from pege_fx.diff import PassTrace
 from pege_fx.errors import ModelError, PegeWarning, PolicyError
 from pege_fx.fake_quant import fake_quants
 from pege_fx.inspection import Explanation, bystanders
+from pege_fx.mode import trial
 from pege_fx.passes.capture import Captured, capture, check_model, stays_python, warn_of
 from pege_fx.passes.pipeline import Pass, Pipeline, run
 from pege_fx.passes.plan import record_classes, warn_if_nothing
@@ -92,14 +93,18 @@ def _as_policy(policy: QuantPolicy | str) -> QuantPolicy:
 
 
 def _capture(
-    model: nn.Module, args: tuple[Any, ...] | None, kwargs: Mapping[str, Any] | None, blocks: Iterable[str] = ()
+    model: nn.Module,
+    args: tuple[Any, ...] | None,
+    kwargs: Mapping[str, Any] | None,
+    blocks: Iterable[str] = (),
+    share_parameters: bool = False,
 ) -> tuple[Captured, tuple[tuple[Any, ...], Mapping[str, Any]] | None]:
     """Return the model as graphs, and the example call if there is one."""
     check_model(model)
     example = None if args is None and kwargs is None else _call(args, kwargs)
     refused: list[str] = []
     while True:
-        captured = capture(model, example, blocks, refused)
+        captured = capture(model, example, blocks, refused, share_parameters)
         record_classes(model, captured.graphs)
         groups: dict[str, Any] = {}
         for gm in captured.graphs:
@@ -131,11 +136,14 @@ def _call(args: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...],
 
 
 def _whole_plan(captured: Captured, policy: QuantPolicy) -> Plan:
-    """The plans of all graphs as one; the graphs forget what only the passes needed."""
+    """The plans of all graphs as one, on each fake-quant too; the graphs forget what only the passes needed."""
     operations = [operation for gm in captured.graphs for operation in gm.meta["plan"].operations]
-    grids = {id(value) for fq in fake_quants(captured.root).values() for value in fq.parameters()}
+    sites = fake_quants(captured.root).values()
+    grids = {id(value) for fq in sites for value in fq.parameters()}
     parameters = sum(value.numel() for value in captured.root.parameters() if id(value) not in grids)
     plan = Plan(type(captured.root).__name__, policy, tuple(operations), tuple(captured.notes), parameters)
+    for fq in sites:
+        fq.plan = plan
     for gm in captured.graphs:
         for key in ("family", "groups", "plan"):
             gm.meta.pop(key, None)
@@ -153,6 +161,7 @@ def prepare(
     batch_norm: BatchNormMode = "train",
     seed: int = 0,
     blocks: Iterable[str] = (),
+    share_parameters: bool = False,
     passes: Iterable[Pass] | None = None,
 ) -> GraphModule:
     """Return a GraphModule that trains quantized: traced, BatchNorm folded, a fake-quant on every edge of the policy.
@@ -169,6 +178,9 @@ def prepare(
         seed: of the replacement masks.
         blocks: patterns of module paths (as in ``Rule(match=...)``); each module that they name becomes a GraphModule of its
             own inside the whole, which sharding or activation checkpointing can wrap.
+        share_parameters: hold the model's own parameters and buffers instead of copies, for models that do not fit twice.
+            Training the graph then trains the model; ``prepare`` itself changes nothing of it. Move the model before, not the
+            graph after: ``to()`` moves parameters for both and buffers for the graph alone.
         passes: run instead of ``prepare_passes(policy, batch_norm=..., seed=...)``.
 
     Raises:
@@ -182,13 +194,14 @@ def prepare(
     policy = _as_policy(policy)
     pipeline = prepare_passes(policy, batch_norm=batch_norm, seed=seed) if passes is None else passes
     with _collector_paused():
-        captured, example = _capture(model, example_inputs, example_kwargs, blocks)
+        captured, example = _capture(model, example_inputs, example_kwargs, blocks, share_parameters)
+        modules = [] if example is None else list(captured.root.modules())  # those of the model
         run(captured.graphs, pipeline)
-        plan, gm = _whole_plan(captured, policy), captured.root
-    for fq in fake_quants(gm).values():
-        fq.plan = plan
+        _whole_plan(captured, policy)
+    gm = captured.root
     if example is not None:
-        observe(gm, [example])
+        with trial(modules):
+            observe(gm, [example])
     return gm
 
 

@@ -13,9 +13,9 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from pege_fx.errors import NonFiniteError, PegeWarning
 from pege_fx.fake_quant import FakeQuant, fake_quants
+from pege_fx.mode import evaluating
 from pege_fx.passes.graph import join, owner
 from pege_fx.scheduler import plan_of
-from pege_fx.training import evaluating
 
 
 @dataclass(frozen=True)

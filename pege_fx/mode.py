@@ -1,7 +1,10 @@
 """Modules that stand in a traced graph for what a graph does not hold: the training mode, code that stays Python."""
 
 import inspect
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch.fx
 from torch import nn
@@ -10,6 +13,67 @@ from pege_fx.errors import OtherCallError
 
 TRAINING_MODE = "training_mode"
 PYTHON_FORWARD = "python_forward"
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradient; every submodule's own mode comes back after."""
+    modes = {child: child.training for child in module.modules()}
+    try:
+        module.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for child, training in modes.items():
+            child.training = training
+
+
+class Attributes(NamedTuple):
+    """The attributes of a module, and copies of those that change in place: lists, dictionaries of tensors, children, hooks."""
+
+    values: dict[str, Any]
+    copies: dict[str, Any]
+
+
+def attributes(module: nn.Module) -> Attributes:
+    """Note the attributes of a module."""
+    values = vars(module).copy()
+    return Attributes(values, {name: value.copy() for name, value in values.items() if type(value) in _CHANGING})
+
+
+def put_back(module: nn.Module, before: Attributes) -> None:
+    """Give a module the attributes that it had; lists and dictionaries, which others may hold too, are the same ones."""
+    module.__dict__.clear()
+    module.__dict__.update(before.values)
+    for name, copied in before.copies.items():
+        if not ((value := before.values[name]) or copied):
+            continue
+        value.clear()
+        (value.extend if type(value) is list else value.update)(copied)
+
+
+_CHANGING = (dict, OrderedDict, list)
+
+
+@contextmanager
+def trial(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Put back what calls inside leave in modules: attributes, hooks, buffers; parameters, where the code is not torch's."""
+    modules = list(modules)
+    modules += [module.code for module in modules if isinstance(module, PythonForward)]
+    states = [(module, attributes(module)) for module in modules]
+    own = [module for module in modules if not type(module).__module__.startswith(("torch.", "pege_fx."))]
+    tensors = {buffer for module in modules for buffer in module.buffers(recurse=False)}
+    tensors |= {parameter for module in own for parameter in module.parameters(recurse=False)}
+    values = [(tensor, tensor.detach().clone()) for tensor in tensors if not tensor.is_meta]
+    try:
+        yield
+    finally:
+        for module, before in states:
+            put_back(module, before)
+        with torch.no_grad():
+            for tensor, value in values:
+                if not torch.equal(tensor, value):
+                    tensor.copy_(value)
 
 
 class TrainingMode(nn.Module):
@@ -66,12 +130,14 @@ class PythonForward(nn.Module):
     """Runs the ``forward`` of a module that can not be traced, on children and tensors that the graph hands in.
 
     The graph owns those under their own names, so that ``state_dict``, ``to()`` and copies see them; the module here
-    is the code alone.
+    is the code alone. What the code assigns to a buffer is written into the graph's; if ``assigned`` names it, the code gets
+    a copy, because backward may need what it held.
     """
 
-    def __init__(self, code: nn.Module) -> None:
+    def __init__(self, code: nn.Module, assigned: Iterable[str] = ()) -> None:
         super().__init__()
         self._code = (code,)  # in a tuple: no child, so no key of it is doubled
+        self._assigned = frozenset(assigned)
 
     @property
     def code(self) -> nn.Module:
@@ -81,11 +147,17 @@ class PythonForward(nn.Module):
     def forward(self, owned: dict[str, Any], arguments: dict[str, Any], extra: tuple[Any, ...], more: dict[str, Any]) -> Any:
         code = self.code
         code.training = self.training
-        for name, value in owned.items():
+        handed = {name: value.clone() if name in self._assigned else value for name, value in owned.items()}
+        for name, value in handed.items():
             if getattr(code, name, None) is not value:
                 setattr(code, name, value)
         args, kwargs = self._as_called(code, arguments, bool(extra))
-        return code.forward(*args, *extra, **kwargs, **more)
+        result = code.forward(*args, *extra, **kwargs, **more)
+        with torch.no_grad():
+            for name, value in code.named_buffers(recurse=False):
+                if name in owned and value is not owned[name]:
+                    owned[name].resize_(value.shape).copy_(value)
+        return result
 
     @staticmethod
     def _as_called(code: nn.Module, arguments: dict[str, Any], all_positional: bool) -> tuple[list[Any], dict[str, Any]]:

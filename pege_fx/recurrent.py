@@ -107,6 +107,17 @@ class ExplicitRNN(nn.RNN):
         return _call(self, f"rnn_{self.nonlinearity}", input, hx)
 
 
+def given_or_zeros(hx: Any, input: Tensor, hidden_size: int, is_pair: bool) -> Any:
+    """Return the hidden state that a cell is given, or the zeros that it takes without one."""
+    if hx is not None:
+        return hx
+    zeros = input.new_zeros(*input.shape[:-1], hidden_size)
+    return (zeros, zeros) if is_pair else zeros
+
+
+torch.fx.wrap("given_or_zeros")
+
+
 # Cells, written out: both of their products are edges. The gates' order is torch's.
 
 
@@ -156,6 +167,8 @@ EXPLICIT_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.GRU: ExplicitGRU,
     nn.RNN: ExplicitRNN,
 }
+# Code that stays Python may call these with a hidden state and without; their graphs take both.
+LAYERS, CELLS = (ExplicitLSTM, ExplicitGRU, ExplicitRNN), (ExplicitLSTMCell, ExplicitGRUCell, ExplicitRNNCell)
 EXPLICIT_CELLS: dict[type[nn.Module], type[nn.Module]] = {
     nn.LSTMCell: ExplicitLSTMCell,
     nn.GRUCell: ExplicitGRUCell,

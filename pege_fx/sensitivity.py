@@ -17,13 +17,14 @@ from pege_fx.errors import InputError, ModelError, OutputError, closest
 from pege_fx.fake_quant import FakeQuant, fake_quants
 from pege_fx.listing import Listing
 from pege_fx.mixed_precision import Budget, mixed_precision
+from pege_fx.mode import evaluating
 from pege_fx.passes.graph import behind_transposes, join, module_of, operand
 from pege_fx.plan import FLOAT_BITS, Plan
 from pege_fx.policy import QuantPolicy
 from pege_fx.scheduler import plan_of
 from pege_fx.size import graphs_of
 from pege_fx.spec import METHODS, QuantSpec
-from pege_fx.training import as_arguments, call, evaluating
+from pege_fx.training import as_arguments, call
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

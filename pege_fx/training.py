@@ -1,8 +1,7 @@
 """What a training loop needs beside the scheduler: calibration, parameter groups, the second term of the loss."""
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,20 +11,8 @@ from torch.fx import GraphModule
 from pege_fx.errors import InputError, ModelError
 from pege_fx.fake_quant import fake_quants
 from pege_fx.functional import discretization_error
+from pege_fx.mode import evaluating
 from pege_fx.scheduler import plan_of
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradient; every submodule's own mode comes back after."""
-    modes = {child: child.training for child in module.modules()}
-    try:
-        module.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for child, training in modes.items():
-            child.training = training
 
 
 def calibrate(gm: GraphModule, batches: Iterable[Any]) -> None:

@@ -3,15 +3,19 @@
 import copy
 import re
 import warnings
+from typing import Any
 
 import pytest
 import torch
 import torchvision
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import pege_fx
 from pege_fx import InputError, ModelError, PegeWarning, PolicyError, VerifyError
+from pege_fx.testing import Case, networks
 
 
 def net() -> nn.Sequential:
@@ -116,6 +120,68 @@ def test_the_model_is_left_alone() -> None:
     assert [type(m) for m in model.modules()] == classes
     assert all(p.grad is None for p in model.parameters())
     assert not {id(p) for p in model.parameters()} & {id(p) for p in gm.parameters()}
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(networks(), st.sampled_from(["train", "freeze", "keep"]))
+@pytest.mark.filterwarnings("ignore::pege_fx.PegeWarning")
+def test_shared_parameters_compute_what_copies_do(case: Case, batch_norm: Any) -> None:
+    model, own = case.network, case.network.state_dict(keep_vars=True)
+    classes, before = [type(m) for m in model.modules()], copy.deepcopy(model.state_dict())
+    copied = pege_fx.prepare(model, "W4A4", case.inputs, batch_norm=batch_norm)
+    shared = pege_fx.prepare(model, "W4A4", case.inputs, batch_norm=batch_norm, share_parameters=True)
+    assert [type(m) for m in model.modules()] == classes
+    assert all(torch.equal(value, before[name]) for name, value in own.items())
+    if batch_norm != "freeze":  # which makes other parameters
+        state = shared.state_dict(keep_vars=True)
+        assert all(state[name] is value for name, value in own.items())
+    for gm in (copied, shared):
+        torch.manual_seed(0)
+        gm.train()(*case.inputs).square().mean().backward()
+    for (name, one), other in zip(copied.named_parameters(), shared.parameters(), strict=True):
+        assert (one.grad is None) == (other.grad is None), name
+        assert one.grad is None or torch.equal(one.grad, other.grad), name
+
+
+class Counts(nn.Module):
+    """Leaves traces of every call: in buffers by Python's hand and by torch's, in attributes, in a module that stays Python."""
+
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("largest", torch.zeros(()))
+            self.fc, self.calls = nn.Linear(4, 4), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            if x.max() > self.largest:
+                self.largest = x.max()
+            return self.fc(x)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.fc = self.Inner(), nn.Linear(4, 4)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("var", torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.fc(nn.functional.batch_norm(self.inner(x), self.mean, self.var, training=True))
+
+
+@pytest.mark.parametrize("share_parameters", [False, True])
+@pytest.mark.filterwarnings("ignore::pege_fx.PegeWarning")
+def test_the_example_leaves_no_trace(share_parameters: bool) -> None:
+    model = Counts()
+    before = copy.deepcopy(model.state_dict())
+    gm = pege_fx.prepare(model, "W4A4", torch.randn(3, 4) + 2, share_parameters=share_parameters)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    torch.testing.assert_close({key: gm.state_dict()[key] for key in before}, before, rtol=0, atol=0)
+    assert model.inner.calls == gm.inner.calls == 0
+    gm(torch.randn(3, 4) + 2)
+    assert gm.calls == gm.inner.calls == 1
+    assert gm.inner.largest > 0
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "vgg11_bn", "efficientnet_b0"])

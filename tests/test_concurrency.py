@@ -5,6 +5,7 @@ import hashlib
 import multiprocessing
 import os
 import pickle
+import random
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -224,3 +226,23 @@ def test_deterministic_runs_are_bit_identical_whatever_the_order_of_sets() -> No
     (one, errors), (other, _) = (run.communicate(timeout=120) for run in runs)
     assert one, errors
     assert one == other
+
+
+def test_what_other_threads_draw_is_theirs() -> None:
+    """While tracing, functions that draw are others; a thread that trains meanwhile, or a DataLoader's, sees nothing of it."""
+    done = threading.Event()
+    drawn: list[Any] = []
+
+    def draw() -> None:
+        while not done.is_set():
+            drawn.append((torch.randn(2), torch.empty(2).uniform_(), random.random(), numpy.random.rand()))
+
+    def prepare() -> int:
+        try:
+            return sum(len(pege_fx.scheduler.plan_of(prepared(seed)).captures) for seed in range(5))
+        finally:
+            done.set()
+
+    _, rungs = at_once(draw, prepare)
+    assert rungs == 5  # each is traced whole
+    assert {(type(a), type(b), type(c), type(d)) for a, b, c, d in drawn} == {(torch.Tensor, torch.Tensor, float, float)}

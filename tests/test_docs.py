@@ -126,6 +126,8 @@ def rows_next_to_others() -> Iterator[str]:
         yield f"| {what} | {' | '.join(f'{figure:.2f}' for figure in figures)} |"
     for row in results["evaluation, resnet18"]:
         yield f"| {row['input']} | {row['over float']:.2f} |"
+    for row in results["prepare"]:
+        yield f"| {row['model']} | {row['over trace']:.1f} | {row['shared over trace']:.1f} |"
 
 
 def test_figures_next_to_others_are_those_of_the_result_file() -> None:

@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 
 import pege_fx
 from pege_fx import Constant, InputError, ModelError, PEGEScheduler, QuantPolicy, fake_quants
-from pege_fx.training import evaluating
+from pege_fx.mode import evaluating
 
 
 class Net(nn.Module):

@@ -13,12 +13,16 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Example:
-    """A model in training mode and a call of it; ``evaluation`` are the arguments for ``eval()``, where they are others."""
+    """A model in training mode and a call of it.
+
+    ``evaluation`` are the arguments for ``eval()``, where they are others; ``note`` says what was done to the model.
+    """
 
     model: nn.Module
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     evaluation: tuple[Any, ...] | None = None
+    note: str = ""
 
     def call(self, training: bool) -> Call:
         """A copy of the arguments: models may change theirs."""

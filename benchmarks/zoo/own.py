@@ -38,6 +38,15 @@ MODELS: dict[str, Callable[[], Example]] = {
     "pointnet": lambda: Example(vision.PointNet(), (torch.randn(4, 3, 20),)),
     "graph convolution": lambda: Example(sequences.GraphConvolution(), (torch.randn(9, 12), torch.rand(9, 9))),
     "recommender": lambda: Example(sequences.Recommender(), (torch.randn(4, 5), [ids(20, 4, 3) for _ in range(3)])),
+    "teacher forcing": lambda: Example(sequences.TeacherForcing(), (ids(30, 2, 5), ids(30, 2, 6))),
+    "message passing": lambda: Example(
+        sequences.MessagePassing(), (torch.randn(7, 12), torch.randint(0, 7, (2, 15)), torch.tensor([0, 0, 0, 1, 1, 1, 1]))
+    ),
+    "super resolution": lambda: Example(vision.SuperResolution(), (torch.rand(2, 3, 8, 8),)),
+    "multi-task dictionary": lambda: Example(
+        vision.MultiTask(), ({"image": images(9), "target": torch.tensor([1, 2])}, True), {"extra": torch.randn(2)}
+    ),
+    "averaged codes": lambda: Example(vision.AveragedCodes(), (torch.randn(9, 4),)),
     "checkpointed": lambda: Example(vision.Checkpointed(), (images(12),)),
 }
 

@@ -1,6 +1,7 @@
 """Sequence models as users write them: packed sequences, loops over time, tied heads, bare parameters, experts."""
 
 import math
+import random
 
 import torch
 import torch.nn.functional as F
@@ -180,3 +181,40 @@ class Recommender(nn.Module):
         products = torch.bmm(rows, rows.transpose(1, 2))
         picked = torch.stack([products[:, i, j] for i, j in self.pairs], 1)
         return self.top(torch.cat((x, picked), 1))
+
+
+class TeacherForcing(nn.Module):
+    """An encoder and a decoder cell that sees the truth or its own words, by chance, as in PyTorch's tutorial."""
+
+    def __init__(self, words: int = 30, d: int = 16) -> None:
+        super().__init__()
+        self.embed, self.encoder = nn.Embedding(words, d), nn.GRU(d, d, batch_first=True)
+        self.decoder, self.out = nn.GRUCell(d, d), nn.Linear(d, words)
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        _, h = self.encoder(self.embed(source))
+        h, word, steps = h[0], target[:, 0], []
+        for t in range(1, target.shape[1]):
+            h = self.decoder(self.embed(word), h)
+            steps.append(self.out(h))
+            word = target[:, t] if self.training and random.random() < 0.5 else steps[-1].argmax(1)
+        return torch.stack(steps, 1)
+
+
+class MessagePassing(nn.Module):
+    """Edges as pairs of indices, softmax over neighbours, sums by index_add, graphs pooled by what a tensor holds."""
+
+    def __init__(self, d: int = 12) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleDict({"own": nn.Linear(d, d), "message": nn.Linear(2 * d, d)}) for _ in range(2))
+        self.norm, self.attention, self.out = nn.BatchNorm1d(d), nn.Linear(d, 1), nn.Linear(d, 3)
+
+    def forward(self, x: Tensor, edges: Tensor, graphs: Tensor) -> Tensor:
+        source, target = edges
+        for layer in self.layers:
+            message = layer["message"](torch.cat((x[source], x[target]), -1))
+            weight = self.attention(message).exp()
+            total = torch.zeros(x.size(0), 1, device=x.device).index_add_(0, target, weight)
+            message = message * (weight / (total[target] + 1e-6))
+            x = F.relu(self.norm(layer["own"](x) + torch.zeros_like(x).index_add(0, target, message)))
+        return self.out(torch.zeros(int(graphs.max()) + 1, x.size(1), device=x.device).index_add(0, graphs, x))

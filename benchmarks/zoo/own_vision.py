@@ -298,3 +298,62 @@ class Checkpointed(nn.Module):
         with torch.no_grad():
             center = x.mean((2, 3), keepdim=True)
         return self.head((x - center).abs().amax((2, 3)))
+
+
+class SuperResolution(nn.Module):
+    """Depthwise separable blocks and PixelShuffle, on top of an interpolated image."""
+
+    def __init__(self, scale: int = 2) -> None:
+        super().__init__()
+        self.scale = scale
+        blocks = [
+            nn.Sequential(nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.Conv2d(16, 16, 1), nn.Hardswish()) for _ in range(2)
+        ]
+        self.body = nn.Sequential(nn.Conv2d(3, 16, 5, padding=2), nn.PReLU(16), *blocks)
+        self.up = nn.Sequential(nn.Conv2d(16, 3 * scale**2, 3, padding=1), nn.PixelShuffle(scale))
+        self.register_buffer("mean", torch.full((1, 3, 1, 1), 0.4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        base = F.interpolate(x, scale_factor=self.scale, mode="bicubic", align_corners=False)
+        return torch.clamp(self.up(self.body(x - self.mean)) + base, 0, 1)
+
+
+class MultiTask(nn.Module):
+    """A dictionary in and one out, heads and scales by name, optional parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.mix = nn.Conv2d(3, 8, 3, 2), nn.ParameterDict({"w": nn.Parameter(torch.randn(8, 8) * 0.3)})
+        self.heads = nn.ModuleDict({"classes": nn.Linear(8, 4), "boxes": nn.Linear(8, 2)})
+        self.scales = nn.ParameterList(nn.Parameter(torch.ones(1)) for _ in range(2))
+
+    def forward(self, batch: dict[str, Tensor], return_features: bool = False, **more: Tensor) -> dict[str, Tensor]:
+        x = F.relu(self.stem(batch["image"])).mean((2, 3)) @ self.mix["w"]
+        out = {name: head(x) * scale for (name, head), scale in zip(self.heads.items(), self.scales)}
+        if return_features:
+            out["features"] = x
+        if "target" in batch:
+            out["loss"] = F.cross_entropy(out["classes"], batch["target"])
+        return out | {name: value + 1 for name, value in more.items()}
+
+
+class AveragedCodes(nn.Module):
+    """A codebook that moves by itself in training: buffers written in place, straight through."""
+
+    def __init__(self, codes: int = 8, d: int = 6) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(4, d), nn.Linear(d, 4)
+        self.register_buffer("codes", torch.randn(codes, d))
+        self.register_buffer("size", torch.zeros(codes))
+        self.register_buffer("sums", self.codes.clone())
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        z = self.encoder(x)
+        chosen = torch.cdist(z, self.codes).argmin(-1)
+        q = F.embedding(chosen, self.codes)
+        if self.training:
+            hot = F.one_hot(chosen, len(self.codes)).type(z.dtype)
+            self.size.data.mul_(0.9).add_(hot.sum(0), alpha=0.1)
+            self.sums.data.mul_(0.9).add_(hot.t() @ z.detach(), alpha=0.1)
+            self.codes.data.copy_(self.sums / (self.size.unsqueeze(1) + 1e-5))
+        return self.decoder(z + (q - z).detach()), F.mse_loss(q.detach(), z)

@@ -66,6 +66,18 @@ MODELS: dict[str, tuple[int, dict]] = {
     "mambaout_femto": (64, {}),
     "vit_relpos_small_patch16_224": (32, {"img_size": 32}),
     "shvit_s1": (64, {}),
+    "crossvit_tiny_240": (240, {}),
+    "tnt_s_patch16_224": (224, {}),
+    "pit_ti_224": (224, {}),
+    "gcvit_xxtiny": (224, {}),
+    "ghostnetv2_100": (64, {}),
+    "rexnet_100": (64, {}),
+    "lambda_resnet26t": (256, {}),
+    "skresnet18": (64, {}),
+    "dpn48b": (64, {}),
+    "efficientformerv2_s0": (224, {}),
+    "swiftformer_xs": (224, {}),
+    "repvgg_a0": (64, {}),
 }
 
 

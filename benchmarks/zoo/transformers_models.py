@@ -102,6 +102,35 @@ def time_series() -> Made:
     return build("PatchTSTConfig", "PatchTSTForPrediction", **settings), {"past_values": torch.randn(2, 32, 3)}
 
 
+def blip() -> Made:
+    words = SMALL | {"encoder_hidden_size": 32, "max_position_embeddings": 32}
+    pixels = SIZES | {"image_size": 32, "patch_size": 8}
+    settings = {"text_config": words, "vision_config": pixels, "projection_dim": 16, "image_text_hidden_size": 16}
+    model = build("BlipConfig", "BlipForImageTextRetrieval", **settings)
+    return model, {"pixel_values": image(), "input_ids": tokens()}
+
+
+def video() -> Made:
+    settings = SIZES | {"image_size": 16, "num_frames": 4, "tubelet_size": [2, 8, 8], "num_labels": 4}
+    return build("VivitConfig", "VivitForVideoClassification", **settings), {"pixel_values": torch.randn(2, 4, 3, 16, 16)}
+
+
+def spectrogram() -> Made:
+    settings = SIZES | {"num_mel_bins": 16, "max_length": 32, "patch_size": 8, "frequency_stride": 8, "time_stride": 8}
+    return build("ASTConfig", "ASTForAudioClassification", **settings), {"input_values": torch.randn(2, 32, 16)}
+
+
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
+STAGES = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "num_labels": 5}
+PROPHET = {"vocab_size": 99, "hidden_size": 32} | {
+    f"{name.format(side)}": value
+    for side in ("encoder", "decoder")
+    for name, value in (("{}_ffn_dim", 64), ("num_{}_layers", 2), ("num_{}_attention_heads", 4))
+}
+PERCEIVER = {"vocab_size": 99, "d_model": 32, "d_latents": 32, "num_latents": 8, "num_self_attends_per_block": 2}
+PERCEIVER |= {"num_self_attention_heads": 4, "num_cross_attention_heads": 4, "max_position_embeddings": 32}
+PERCEIVER |= {"qk_channels": 32, "v_channels": 32}
+
 GPT = {"vocab_size": 99, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
 DISTIL = {"vocab_size": 99, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "max_position_embeddings": 64}
 
@@ -297,6 +326,34 @@ MODELS: dict[str, Callable[[], Made]] = {
         "YolosConfig", "YolosForObjectDetection", **(VISION | {"image_size": [32, 32]}), num_detection_tokens=5
     ),
     "patchtst": time_series,
+    "xlm-roberta-qa": lambda: text("XLMRobertaConfig", "XLMRobertaForQuestionAnswering", **SMALL),
+    "nystromformer": lambda: text(
+        "NystromformerConfig", "NystromformerForSequenceClassification", **SMALL, segment_means_seq_len=16, num_landmarks=4
+    ),
+    "squeezebert": lambda: text("SqueezeBertConfig", "SqueezeBertForSequenceClassification", **SMALL, embedding_size=32),
+    "roformer": lambda: text("RoFormerConfig", "RoFormerForSequenceClassification", **SMALL),
+    "convbert": lambda: text("ConvBertConfig", "ConvBertForSequenceClassification", **SMALL, embedding_size=32),
+    "mpnet": lambda: text("MPNetConfig", "MPNetForSequenceClassification", **SMALL),
+    "granite": lambda: text("GraniteConfig", "GraniteForCausalLM", **GROUPED, pad_token_id=0),
+    "cohere": lambda: text("CohereConfig", "CohereForCausalLM", **GROUPED, pad_token_id=0),
+    "starcoder2": lambda: text("Starcoder2Config", "Starcoder2ForCausalLM", **GROUPED),
+    "qwen2-moe": lambda: text("Qwen2MoeConfig", "Qwen2MoeForCausalLM", **GROUPED, **EXPERTS),
+    "mpt": lambda: text("MptConfig", "MptForCausalLM", vocab_size=99, d_model=32, n_heads=4, n_layers=2, max_seq_len=64),
+    "rwkv": lambda: text(
+        "RwkvConfig", "RwkvForCausalLM", vocab_size=99, hidden_size=32, num_hidden_layers=2, context_length=32
+    ),
+    "prophetnet": lambda: sequence_to_sequence("ProphetNetConfig", "ProphetNetForConditionalGeneration", **PROPHET),
+    "sew": lambda: speech("SEWConfig", "SEWForCTC"),
+    "wavlm": lambda: speech("WavLMConfig", "WavLMForCTC"),
+    "ast": spectrogram,
+    "blip": blip,
+    "pvt": lambda: vision(
+        "PvtConfig", "PvtForImageClassification", 64, image_size=64, num_attention_heads=[1, 2, 2, 4], **STAGES
+    ),
+    "regnet": lambda: vision("RegNetConfig", "RegNetForImageClassification", 64, embedding_size=8, groups_width=8, **STAGES),
+    "table-transformer": lambda: detr("TableTransformerConfig", "TableTransformerForObjectDetection"),
+    "vivit": video,
+    "perceiver": lambda: text("PerceiverConfig", "PerceiverForSequenceClassification", **PERCEIVER),
 }
 
 

@@ -20,7 +20,27 @@ def classifier(name: str) -> Example:
     if name in ("googlenet", "inception_v3"):
         settings["init_weights"] = False  # takes minutes
     model = torchvision.models.get_model(name, weights=None, num_classes=10, **settings)
-    return Example(model, (torch.randn(2, 3, size, size),))
+    x = torch.randn(2, 3, size, size)
+    if name != "efficientnet_v2_l":
+        return Example(model, (x,))
+    settle(model, torch.randn(32, 3, size, size))
+    return Example(model, (x,), note="its BatchNorms have seen a batch: with untrained statistics gradients explode")
+
+
+@torch.no_grad()
+def settle(model: nn.Module, x: Tensor) -> None:
+    """Give BatchNorms the statistics of a batch, as training does.
+
+    Untrained, they normalise in training and not in evaluation, where calibration sees activations that shrink or grow from
+    block to block. In training nearly all then rounds to zero, and each BatchNorm multiplies gradients by 1 / sqrt(eps).
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    model.train()(x)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
 
 
 def segmentation(name: str) -> Example:
