@@ -45,6 +45,16 @@ TARGETS: dict[str, list[str]] = {
     "passes.insert": ["tests/passes/test_insert.py"],
     "passes.normalize": ["tests/passes/test_normalize.py"],
     "passes.effects": ["tests/passes/test_effects.py"],
+    "passes.graph": ["tests/passes/test_graph.py", "tests/passes/test_normalize.py", "tests/passes/test_insert.py"],
+    "passes.lower": ["tests/passes/test_lower.py", "tests/test_storage.py"],
+    "passes.ranks": ["tests/passes/test_ranks.py"],
+    "passes.trace": ["tests/passes/test_trace.py"],
+    "passes.capture": ["tests/passes/test_capture.py"],
+    "passes.branches": ["tests/passes/test_branches.py"],
+    "passes.values": ["tests/passes/test_insert.py", "tests/test_joining.py"],
+    "passes.inline": ["tests/passes/test_capture.py"],
+    "passes.costs": ["tests/passes/test_costs.py"],
+    "passes.verify": ["tests/passes/test_verify.py"],
 }
 SLOW = "compiled or compiles or kernels_equal or other_layouts or processes_evaluate"
 MEMORY = 24 * 2**30
