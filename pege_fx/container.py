@@ -77,7 +77,7 @@ def read(path: str | os.PathLike[str], kind: str) -> Any:
 
 def _hint(path: Path) -> str:
     before = previous_of(path)
-    return f"\n  the one before it is {before}." if before.exists() else ""
+    return f"\n  the one before it is {before}." if os.path.exists(before) else ""  # which raises for no path
 
 
 def _keep(path: Path, before: Path) -> None:

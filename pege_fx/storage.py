@@ -103,9 +103,9 @@ def load_deployed(path: str | os.PathLike[str]) -> GraphModule:
         gm.graph.lint()
         gm.recompile()
         gm.meta["replacement"] = float(header.get("replacement", 1.0))
+        return gm.eval()
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, IndexError, SyntaxError, OverflowError) as error:
         raise CheckpointError(f"{path} is broken: {type(error).__name__}: {error}") from error
-    return gm.eval()
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -115,7 +115,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
     except FileNotFoundError as error:
         raise CheckpointError(f"there is no file {path}.") from error
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is broken or no safetensors file: {error}") from error
     text = found.get(FORMAT)
     if text is None:
