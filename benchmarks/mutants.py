@@ -244,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     # What every fork would import again.
     import graphviz  # noqa: F401
-    import hypothesis  # noqa: F401
+    import hypothesis
     import networkx  # noqa: F401
     import pytest  # noqa: F401
     import rich.table  # noqa: F401
@@ -253,6 +253,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     import torch._dynamo
 
     torch.set_num_threads(1)
+    phases = [hypothesis.Phase.explicit, hypothesis.Phase.generate]  # no time to make a counter-example smaller
+    hypothesis.settings.register_profile("mutants", phases=phases)
+    hypothesis.settings.load_profile("mutants")  # tests/conftest.py starts from it
     for name in TARGETS:
         if not fnmatch.fnmatch(name, options.only):
             continue
