@@ -330,8 +330,11 @@ class QuantPolicy:
         import tomli_w
 
         text = tomli_w.dumps(self.to_dict())
-        if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
+        try:
+            if path is not None:
+                Path(path).write_text(text, encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise PolicyError(f"can not write the policy {path}: {error}.") from error
         return text
 
     @classmethod

@@ -285,6 +285,8 @@ def test_paths_that_are_no_files_are_refused(tmp_path: Path) -> None:
         for read in (QuantPolicy.from_toml, read_checkpoint, pege_fx.load_deployed):
             with pytest.raises(PegeError):
                 read(path)  # type: ignore[operator]
+        with pytest.raises(PegeError):
+            POLICY.to_toml(path)
     assert pege_fx.newest("a\0b") is None
     assert pege_fx.newest("x" * 5000) is None
 
