@@ -56,7 +56,7 @@ TARGETS: dict[str, list[str]] = {
     "passes.costs": ["tests/passes/test_costs.py"],
     "passes.verify": ["tests/passes/test_verify.py"],
 }
-SLOW = "compiled or compiles or kernels_equal or other_layouts or processes_evaluate"
+SLOW = "networks_keep_their_function or compiled or compiles or kernels_equal or other_layouts or processes_evaluate"
 MEMORY = 24 * 2**30
 
 # Of a binary operator only the neighbours: that 1.0 << 2 raises shows nothing about the tests.
