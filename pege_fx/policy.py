@@ -16,6 +16,7 @@ from typing import Any, Final, Literal, TypeAlias
 from torch import nn
 
 from pege_fx.errors import PolicyError, closest
+from pege_fx.files import not_a_file
 from pege_fx.spec import QuantSpec
 
 
@@ -340,6 +341,8 @@ class QuantPolicy:
     @classmethod
     def from_toml(cls, path: str | os.PathLike[str]) -> "QuantPolicy":
         """Read a policy from a TOML file."""
+        if not_a_file(path):
+            raise PolicyError(f"can not read the policy {path}: it is a folder, a pipe or a device, give a file.")
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:

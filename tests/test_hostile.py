@@ -3,6 +3,7 @@
 import ast
 import copy
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -281,12 +282,17 @@ def test_policies_in_toml_that_nobody_could_mean_are_refused(data: bytes, tmp_pa
 
 def test_paths_that_are_no_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    os.mkfifo(tmp_path / "pipe")  # which nobody writes to
     for path in (tmp_path, tmp_path / "loop", tmp_path / "loop" / "file", Path("a\0b"), Path("x" * 5000)):
         for read in (QuantPolicy.from_toml, read_checkpoint, pege_fx.load_deployed):
             with pytest.raises(PegeError):
                 read(path)  # type: ignore[operator]
         with pytest.raises(PegeError):
             POLICY.to_toml(path)
+    for path in (tmp_path / "pipe", Path("/dev/zero")):  # reading them would not end
+        for read in (QuantPolicy.from_toml, read_checkpoint, pege_fx.load_deployed):
+            with pytest.raises(PegeError, match="give a file"):
+                read(path)  # type: ignore[operator]
     assert pege_fx.newest("a\0b") is None
     assert pege_fx.newest("x" * 5000) is None
 

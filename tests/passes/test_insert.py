@@ -192,6 +192,17 @@ def test_what_has_schedules_of_its_own_has_a_fake_quant_of_its_own() -> None:
     assert {name: site.group for name, site in found.items()} == {"x_fq": "default", "x_fq_1": "slow"}
 
 
+class Sum(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.relu(x)
+
+
+def test_the_first_of_the_inputs_on_one_scale_sees_the_others_once() -> None:
+    gm = pege_fx.prepare(Sum(), QuantPolicy((Rule(function="add", input="4", shared_scale=True),)))
+    calls = gm.graph.find_nodes(op="call_module", target="add_inputs_fq")
+    assert [[str(value) for value in node.args] for node in calls] == [["x", "0", "relu"], ["relu", "1"]]
+
+
 def test_an_output_rule_quantizes_the_result_and_an_in_place_reader_leaves_it_alone() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 2))
     gm = pege_fx.prepare(model, QuantPolicy((Rule(match="0", output="4"),)), (torch.randn(3, 4),))
