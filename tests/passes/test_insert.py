@@ -201,6 +201,13 @@ def test_the_first_of_the_inputs_on_one_scale_sees_the_others_once() -> None:
     gm = pege_fx.prepare(Sum(), QuantPolicy((Rule(function="add", input="4", shared_scale=True),)))
     calls = gm.graph.find_nodes(op="call_module", target="add_inputs_fq")
     assert [[str(value) for value in node.args] for node in calls] == [["x", "0", "relu"], ["relu", "1"]]
+    assert [node.all_input_nodes for node in gm.graph.nodes if node.name == "add"] == [calls]
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_a_fake_quant_knows_whether_its_result_is_made_again(recompute: bool) -> None:
+    gm = pege_fx.prepare(nn.Linear(4, 4), QuantPolicy((Rule(weight="4", input="4", recompute=recompute),)))
+    assert [fq.recompute for fq in pege_fx.fake_quants(gm).values()] == [recompute, recompute]
 
 
 def test_an_output_rule_quantizes_the_result_and_an_in_place_reader_leaves_it_alone() -> None:
