@@ -14,6 +14,7 @@ from torch.fx import Graph, GraphModule, Node, symbolic_trace
 
 from pege_fx.passes import graph as g
 from pege_fx.passes.trace import PegeTracer
+from pege_fx.spec import Channels
 from pege_fx.testing import Case, networks
 
 
@@ -131,6 +132,7 @@ def test_channels_of_a_factor_are_its_rows_on_the_left_and_its_columns_on_the_ri
     else:
         assert torch.allclose(doubled @ image(5, 2), (weight @ image(5, 2)) * torch.arange(1.0, 4.0)[:, None])
     assert g.channels_of(node, name, image(2, 3, 5)) is None
+    assert g.channels_of(node, name, image(5)) is None
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
@@ -148,6 +150,30 @@ def test_channels_are_those_that_one_weight_channel_reaches(transposed: bool, gr
     factors = torch.arange(1.0, 9.0)
     scaled = function(x, weight * channels.broadcast(factors, tuple(weight.shape)), groups=groups)
     torch.testing.assert_close(scaled, function(x, weight, groups=groups) * factors[:, None, None])
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_input_channels_are_those_that_one_weight_channel_reads(groups: int) -> None:
+    weight, graph = image(8, 4 // groups, 3, 3), Graph()
+    node = graph.call_function(F.conv2d, (graph.placeholder("x"), graph.placeholder("w")), {"groups": groups})
+    channels = g.input_channels_of(node, weight)
+    assert channels.count == 4
+    x, factors = image(2, 4, 6, 6), torch.arange(1.0, 5.0)
+    scaled = F.conv2d(x, weight * channels.broadcast(factors, tuple(weight.shape)), groups=groups)
+    torch.testing.assert_close(scaled, F.conv2d(x * factors[:, None, None], weight, groups=groups))
+    linear = graph.call_function(F.linear, tuple(graph.find_nodes(op="placeholder")))
+    assert g.input_channels_of(linear, image(3, 5)) == Channels(5, axis=1)
+
+
+@pytest.mark.parametrize("padding", [None, 0, 1, (0, 0), (0, 1), (1, 0), "valid", "same"])
+@pytest.mark.parametrize("kernel", [(1, 1), (1, 3), (3, 1), (3, 3)])
+def test_a_layer_pads_if_one_of_its_outputs_reads_less_than_another(padding: Any, kernel: tuple[int, int]) -> None:
+    weight, graph = torch.ones(1, 1, *kernel), Graph()
+    kwargs = {} if padding is None else {"padding": padding}
+    node = graph.call_function(F.conv2d, (graph.placeholder("x"), graph.placeholder("w")), kwargs)
+    read = F.conv2d(torch.ones(1, 1, 6, 6), weight, **kwargs)
+    assert g.pads(node, weight) == bool(read.min() < read.max())
+    assert not g.pads(graph.call_function(F.linear, tuple(graph.find_nodes(op="placeholder"))), image(3, 5))
 
 
 # --- modules, attributes, names --------------------------------------------------------------------------------------
