@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node, symbolic_trace
 
+from pege_fx.mode import TrainingMode
 from pege_fx.passes import graph as g
 from pege_fx.passes.trace import PegeTracer
 from pege_fx.spec import Channels
@@ -196,6 +197,58 @@ def test_call_sites_count_a_module_under_all_its_names() -> None:
     assert g.call_sites(gm)[gm.get_submodule("inner.0")] == 2
     assert g.call_sites(gm)[gm.get_submodule("inner.1")] == 1
     assert [str(node.target) for node, _ in g.calls(gm, nn.Linear)] == ["inner.0", "inner.0"]
+
+
+def test_a_graph_inside_a_module_counts_for_itself_alone() -> None:
+    holder, inner = nn.Module(), symbolic_trace(nn.Linear(2, 2))
+    holder.add_module("inner", inner)
+    holder.own = nn.Parameter(torch.ones(2))
+    root = GraphModule(nn.Module(), Graph())
+    root.add_module("holder", holder)
+    root.graph.call_module("holder")
+    counts = g.uses([root, inner])
+    assert (counts[id(holder.own)], counts[id(inner.weight)]) == (1, 1)
+
+
+@pytest.mark.parametrize("place", ["builtins", __name__, "no_such_module"])
+def test_a_class_without_source_has_none(place: str) -> None:
+    assert g.source_of(type("Made", (nn.Module,), {"__module__": place})()) == ""
+    assert "def __init__" in g.source_of(Nested())
+
+
+class OwnDropout(nn.Dropout):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("module", "drops"),
+    [
+        (nn.Identity(), 0),
+        (nn.Dropout(0.5), 1),
+        (nn.FeatureAlphaDropout(0.5), 1),
+        (nn.Dropout(0.0), 0),
+        (nn.ReLU(), None),
+        (OwnDropout(), None),
+    ],
+)
+def test_modules_that_only_drop(module: nn.Module, drops: int | None) -> None:
+    gm = GraphModule(nn.Module(), Graph())
+    gm.add_module("m", module)
+    found = g.only_drops(gm, gm.graph.call_module("m", (gm.graph.placeholder("x"),)))
+    assert found == (None if drops is None else (module,) * drops)
+
+
+def test_functions_that_only_drop() -> None:
+    gm = GraphModule(nn.Module(), Graph())
+    gm.add_module("mode", TrainingMode())
+    x, mode = gm.graph.placeholder("x"), gm.graph.call_module("mode")
+
+    def drops(function: Any, *args: Any, **kwargs: Any) -> Any:
+        return g.only_drops(gm, gm.graph.call_function(function, (x, *args), kwargs))
+
+    assert drops(F.dropout, 0.5, False) == drops(torch.dropout, 0.5, train=False) == drops(F.dropout, p=0.0) == ()
+    assert drops(F.dropout) is drops(F.dropout2d, 0.1, True) is drops(F.relu) is None
+    assert drops(F.dropout, training=mode) == (gm.get_submodule("mode"),)
 
 
 def test_attributes_and_paths() -> None:

@@ -217,6 +217,13 @@ def test_an_output_rule_quantizes_the_result_and_an_in_place_reader_leaves_it_al
     assert list(pege_fx.fake_quants(gm)) == ["_0_fq"]
 
 
+def test_the_result_of_a_layer_is_that_of_the_norm_that_it_takes_over() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), nn.ReLU())
+    gm = pege_fx.prepare(model, QuantPolicy((Rule(output="4"),)), (torch.randn(3, 2, 4, 4),))
+    (placed,) = [node for node in gm.graph.nodes if node.name.endswith("_fq")]
+    assert [node.name for node in placed.all_input_nodes] == ["_1"]
+
+
 def test_names_say_what_they_quantize() -> None:
     gm = pege_fx.prepare(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), "W4A4")
     assert [node.name for node in gm.graph.nodes if "_fq" in node.name] == [
