@@ -47,7 +47,7 @@ TARGETS: dict[str, list[str]] = {
     "passes.effects": ["tests/passes/test_effects.py"],
     "passes.graph": ["tests/passes/test_graph.py", "tests/passes/test_normalize.py", "tests/passes/test_insert.py"],
     "passes.lower": ["tests/passes/test_lower.py", "tests/test_storage.py"],
-    "passes.ranks": ["tests/passes/test_ranks.py"],
+    "passes.ranks": ["tests/passes/test_ranks.py", "tests/passes/test_capture.py"],
     "passes.trace": ["tests/passes/test_trace.py"],
     "passes.capture": ["tests/passes/test_capture.py"],
     "passes.branches": ["tests/passes/test_branches.py"],

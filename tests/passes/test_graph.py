@@ -251,6 +251,34 @@ def test_functions_that_only_drop() -> None:
     assert drops(F.dropout, training=mode) == (gm.get_submodule("mode"),)
 
 
+def unknown(x: Tensor) -> Tensor:
+    return x + 1
+
+
+def test_code_that_the_graph_does_not_look_into_stays_unless_it_is_known_to_do_nothing_else() -> None:
+    gm = GraphModule(nn.Module(), Graph())
+    call = gm.graph.call_function(unknown, (gm.graph.placeholder("x"),))
+    g.remove_dead_nodes(gm)
+    assert [node.op for node in gm.graph.nodes] == ["placeholder", "call_function"]
+    g.remove_dead_nodes(gm, unread=[call])
+    assert [node.op for node in gm.graph.nodes] == ["placeholder"]
+
+
+@pytest.mark.parametrize(("given", "expected"), [((), 2.5), ((7.0,), 7.0)])
+def test_a_call_that_is_written_out_takes_the_defaults_of_what_it_called(given: tuple[float, ...], expected: float) -> None:
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor, factor: float = 2.5) -> Tensor:
+            return x * factor
+
+    inner, gm = symbolic_trace(Scaled()), GraphModule(nn.Module(), Graph())
+    gm.add_module("inner", inner)
+    call = gm.graph.call_module("inner", (gm.graph.placeholder("x"), *given))
+    gm.graph.output(call)
+    g.write_out(gm, call, inner.graph, lambda name: f"inner.{name}")
+    gm.recompile()
+    assert float(gm(torch.ones(()))) == expected
+
+
 def test_attributes_and_paths() -> None:
     gm = symbolic_trace(Nested())
     read = only(gm, "get_attr")
