@@ -83,6 +83,16 @@ def test_each_mode_computes_its_side_and_evaluation_deploys(name: str) -> None:
     assert "dropout" not in deployed.code
 
 
+def test_what_both_modes_share_is_there_once_however_long_it_is() -> None:
+    def long(x: Tensor) -> Tensor:
+        for _ in range(250):
+            x = torch.tanh(x)
+        return x
+
+    gm = prepared(Branching(lambda self, x: long(x * 2), lambda self, x: long(x)))
+    assert len(gm.graph.find_nodes(op="call_function", target=torch.tanh)) == 250
+
+
 def statistics(self: Any, x: Tensor) -> Tensor:
     return F.batch_norm(x, self.mean, self.variance, training=True)
 

@@ -106,7 +106,7 @@ def test_graphs_inside_are_noted_and_left_as_they_were() -> None:
     gm.add_module("inner", inner)
     gm.graph.output(gm.graph.call_module("inner", (gm.graph.placeholder("x"),)))
     record_shapes(gm, (torch.zeros(3, 4),), {}, [gm, inner])
-    assert [node.meta.get("shape") for node in inner.graph.nodes] == [(3, 4), (3, 2), None]
+    assert [node.meta.get("shape") for node in inner.graph.nodes] == [(3, 4), (3, 2), (3, 2)]
     assert "forward" not in vars(inner)
 
 
