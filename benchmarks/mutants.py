@@ -23,7 +23,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -84,8 +84,8 @@ def file_of(name: str) -> Path:
     return place / f"{name.replace('.', '/')}.py"
 
 
-def mutants(path: Path) -> Iterator[Mutant]:
-    """Yield every mutant of a file that compiles and is not in an annotation."""
+def mutants(path: Path, operators: Collection[str] = ()) -> Iterator[Mutant]:
+    """Yield every mutant of a file, or those of some operators, that compiles and is not in an annotation."""
     from cosmic_ray import plugins
     from cosmic_ray.ast import ast_nodes, get_ast
     from cosmic_ray.mutating import mutate_code
@@ -94,7 +94,7 @@ def mutants(path: Path) -> Iterator[Mutant]:
     annotations = list(_annotations(ast.parse(source)))
     for name in sorted(plugins.operator_names()):
         operator_class = plugins.get_operator(name)
-        if operator_class.arguments() or not _is_near(name):
+        if operator_class.arguments() or not _is_near(name) or (operators and name.removeprefix("core/") not in operators):
             continue
         positions = [start for node in ast_nodes(get_ast(source)) for start, _ in operator_class().mutation_positions(node)]
         for occurrence, position in enumerate(positions):
@@ -217,7 +217,7 @@ def again(name: str, before: dict[str, Any], timeout: int) -> dict[str, Any]:
 
     wanted = Counter(map(kind, before["survivors"]))
     drawn = []
-    for mutant in mutants(file_of(name)):
+    for mutant in mutants(file_of(name), {mutant["operator"] for mutant in before["survivors"]} or {"none"}):
         if wanted[key := kind(asdict(mutant))]:
             wanted[key] -= 1
             drawn.append(mutant)
