@@ -90,7 +90,7 @@ def test_what_both_modes_share_is_there_once_however_long_it_is() -> None:
             x = torch.tanh(x)
         return x
 
-    gm = prepared(Branching(lambda self, x: long(x * 2), lambda self, x: long(x)))
+    gm = prepared(Branching(lambda self, x: long(x * 2) * 2, lambda self, x: long(x)))
     assert len(gm.graph.find_nodes(op="call_function", target=torch.tanh)) == 250
 
 
