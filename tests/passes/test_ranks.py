@@ -210,3 +210,28 @@ def test_a_result_by_name_keeps_its_class_between_graphs() -> None:
     assert gm(x).shape == (3, 2)
     assert type(plain(Named(hidden=[x]))) is Named
     assert type(plain(immutable_dict({"a": immutable_list([x])}))["a"]) is list
+
+
+class Flagged(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor, twice: bool = False) -> Tensor:
+        x = self.norm(self.fc(x))
+        return x + x if twice else x
+
+
+class Steered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.flagged = Flagged()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.flagged(x, True) if x.isfinite().all() else x
+
+
+@pytest.mark.filterwarnings("ignore::pege_fx.PegeWarning")
+def test_an_example_that_training_does_not_take_is_an_example_of_evaluation() -> None:
+    x = torch.randn(1, 4)  # of which a BatchNorm in training makes an error
+    assert pege_fx.prepare(Steered(), "W4A4", (x,)).eval()(x).shape == (1, 4)
