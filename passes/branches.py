@@ -111,7 +111,8 @@ def drop_training_branches(gm: GraphModule) -> None:
             node.replace_all_uses_with(args[2])
     remove_dead_nodes(gm, read)
     while unread := [node for node in gm.graph.nodes if _changes_for_nobody(gm, node)]:
-        gm.graph.erase_node(unread[-1])
+        for node in unread:
+            gm.graph.erase_node(node)
         remove_dead_nodes(gm, read)
 
 

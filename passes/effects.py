@@ -4,6 +4,7 @@ Later passes may then share, move or prove things of a node's value without aski
 """
 
 import operator
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -66,7 +67,8 @@ class _Memory:
         self._later: dict[Node, Node] = {}
         self._stale: dict[Node, Node] = {}
         self._place = {node: place for place, node in enumerate(gm.graph.nodes)}
-        self._last_read = {source: self._place[node] for node in gm.graph.nodes for source in node.all_input_nodes}
+        reads = ((source, self._place[node]) for node in gm.graph.nodes for source in node.all_input_nodes)
+        self._last_read = defaultdict(int, reads)
 
     def latest(self, node: Node) -> Node:
         """Return the node that has the present value of ``node``'s tensor."""
@@ -105,13 +107,13 @@ class _Memory:
 
     def _write(self, changed: Node, write: Node) -> None:
         members = self._sharing[changed]
-        members -= {member for member in members if self._last_read.get(member, -1) < self._place[write]}
+        members -= {member for member in members if self._last_read[member] < self._place[write]}
         for member in members:
             self._stale[member] = write
 
     def _replace(self, node: Node, later: Node) -> None:
         self._later[node] = later
-        self._last_read[later] = max(self._last_read.get(later, -1), self._last_read[node])
+        self._last_read[later] = max(self._last_read[later], self._last_read[node])
         self._sharing[node].discard(node)
 
 

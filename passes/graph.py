@@ -278,13 +278,13 @@ def _channels_of(node: Node, described: Operator, name: str, weight: Tensor) -> 
 
 def input_channels_of(node: Node, weight: Tensor) -> Channels:
     """Return where the weight of a convolution (not a transposed one) or of a linear layer keeps its input channels."""
-    groups = operand(node, "groups") if operator_of(node) is not LINEAR else None
-    return Channels(weight.shape[1] * (groups or 1), axis=1, groups=groups or 1)
+    groups = operand(node, "groups") or 1
+    return Channels(weight.shape[1] * groups, axis=1, groups=groups)
 
 
 def pads(node: Node, weight: Tensor) -> bool:
     """Tell whether a convolution or linear layer adds anything to its input."""
-    padding = operand(node, "padding") if operator_of(node) is not LINEAR else None
+    padding = operand(node, "padding")
     if padding == "same":
         return any(size > 1 for size in weight.shape[2:])
     return padding not in (None, "valid") and any(

@@ -102,7 +102,7 @@ def _functional(gm: GraphModule, node: Node, named: dict[str, Any]) -> Norm:
         if source is not None and (value is None or len(source.users) > 1)
     ]
     live = module_of(gm, training, TrainingMode)
-    if training is True or sources[0] is None or sources[1] is None:
+    if training is True or sources[0] is None:  # torch takes both statistics or neither
         reason = "it keeps no running statistics" if training is not True else "it uses batch statistics in evaluation too"
     elif computed:
         reason = f"its {computed[0]} is computed, or read elsewhere"

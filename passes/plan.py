@@ -124,7 +124,7 @@ def _roles(family: list[GraphModule], candidates: list[tuple[GraphModule, Node]]
         roles[candidates[-1][1]].add("last")
         return roles
     inside: dict[Node, list[Node]] = {node: [node] for gm, node in candidates if gm is root}
-    calls = {str(call.target): call for call in root.graph.find_nodes(op="call_module")} if len(family) > 1 else {}
+    calls = {str(call.target): call for call in root.graph.find_nodes(op="call_module")}
     for gm, node in candidates:
         path = gm.meta.get("prefix", "")
         while path and path not in calls:

@@ -26,7 +26,8 @@ RANDOM = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
 _MAY_RETURN_INPUT = (*RANDOM, nn.Identity, nn.Flatten, nn.Unflatten, nn.Sequential)
 _MAKING: set[Any] = {
     operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.sub, torch.mul, torch.cat, torch.concat,
-    torch.stack, torch.rand_like, torch.randn_like, torch.relu, torch.sigmoid, torch.tanh, torch.softmax, torch.mean, torch.sum,
+    torch.stack, torch.relu, torch.sigmoid, torch.tanh, torch.softmax, torch.mean, torch.sum,
+    torch.rand_like, torch.randn_like, torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like,
     F.relu, F.relu6, F.gelu, F.silu, F.hardswish, F.sigmoid, F.tanh, F.softmax, F.layer_norm, F.group_norm, F.batch_norm,
     F.max_pool2d, F.avg_pool2d,
 }  # fmt: skip

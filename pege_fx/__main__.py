@@ -107,9 +107,10 @@ def load_policy(text: str) -> QuantPolicy:
     if not text.endswith(".json"):
         return QuantPolicy.parse(text)
     try:
-        return QuantPolicy.from_json(Path(text).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise pege_fx.PolicyError(f"can not read the policy {text}: {error.strerror}.") from error
+        content = Path(text).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise pege_fx.PolicyError(f"can not read the policy {text}: {getattr(error, 'strerror', error)}.") from error
+    return QuantPolicy.from_json(content)
 
 
 _SHAPE = re.compile(r"(?P<shape>\d+(?:x\d+)*)(?::(?P<dtype>\w+))?")

@@ -287,6 +287,9 @@ def _check_tensors(path: Any, there: Mapping[str, Tensor], here: Mapping[str, Te
     for name, value in here.items():
         if value.shape != there[name].shape:
             raise CheckpointError(f"{path}: {name} has shape {tuple(there[name].shape)} there and {tuple(value.shape)} here.")
+        kinds = there[name].dtype, value.dtype
+        if kinds[0] != kinds[1] and not all(kind.is_floating_point for kind in kinds):
+            raise CheckpointError(f"{path}: {name} is {kinds[0]} there and {kinds[1]} here.")
 
 
 def _described(gm: GraphModule, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -367,7 +370,7 @@ def newest(path: str | os.PathLike[str]) -> Path | None:
     >>> print(newest("no such file"))
     None
     """
-    found = [file for file in _generations(Path(path)) if file.exists()]
+    found = [file for file in _generations(Path(path)) if os.path.exists(file)]
     first: CheckpointError | None = None
     for file in found:
         try:

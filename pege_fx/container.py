@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pege_fx.errors import CheckpointError
+from pege_fx.files import not_a_file
 
 PREVIOUS = ".previous"
 
@@ -60,6 +61,8 @@ def read(path: str | os.PathLike[str], kind: str) -> Any:
         CheckpointError: if there is no such file, or it is truncated, corrupt, or something else.
     """
     path = Path(path)
+    if not_a_file(path):
+        raise CheckpointError(f"{path} is a folder, a pipe or a device: give a file.")
     try:
         with safe_open(path, framework="pt") as file:
             found = file.metadata() or {}
@@ -77,7 +80,7 @@ def read(path: str | os.PathLike[str], kind: str) -> Any:
 
 def _hint(path: Path) -> str:
     before = previous_of(path)
-    return f"\n  the one before it is {before}." if before.exists() else ""
+    return f"\n  the one before it is {before}." if os.path.exists(before) else ""  # which raises for no path
 
 
 def _keep(path: Path, before: Path) -> None:

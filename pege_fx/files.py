@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place, then moved in."""
+"""Files that are whole or not there: written beside their place, then moved in. And what is no file to read."""
 
 import contextlib
 import os
@@ -40,6 +40,15 @@ def atomic_write(path: str | os.PathLike[str], error: type[PegeError] = ExportEr
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def not_a_file(path: str | os.PathLike[str]) -> bool:
+    """Whether something else than a file is there: reading a pipe or a device may never end.
+
+    >>> not_a_file("/"), not_a_file("no such file")
+    (True, False)
+    """
+    return os.path.exists(path) and not os.path.isfile(path)
 
 
 def _umask() -> int:

@@ -47,6 +47,8 @@ def unpack(packed: Tensor, shape: Sequence[int], *, bits: int, signed: bool) -> 
     >>> unpack(torch.tensor([141], dtype=torch.uint8), (2, 2), bits=2, signed=True).tolist()
     [[1, -1], [0, -2]]
     """
+    if not 1 <= bits <= 8:  # a file may say anything
+        raise ValueError(f"codes of {bits} bits are not packed")
     dtype = torch.int8 if signed else torch.uint8
     shape = torch.Size(shape)
     if bits == 8:

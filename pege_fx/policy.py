@@ -15,7 +15,8 @@ from typing import Any, Final, Literal, TypeAlias
 
 from torch import nn
 
-from pege_fx.errors import PolicyError, SpecError, closest
+from pege_fx.errors import PolicyError, closest
+from pege_fx.files import not_a_file
 from pege_fx.spec import QuantSpec
 
 
@@ -182,7 +183,7 @@ def path_pattern(match: str) -> re.Pattern[str]:
         return re.compile(fnmatch.translate(match))
     try:
         return re.compile(match.removeprefix("re:"))
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise PolicyError(f"match={match!r} is not a regular expression: {error}.") from error
 
 
@@ -320,30 +321,54 @@ class QuantPolicy:
     def from_json(cls, text: str) -> "QuantPolicy":
         """Read a policy from JSON text."""
         try:
-            return cls.from_dict(json.loads(text))
-        except (json.JSONDecodeError, RecursionError) as error:
+            data = json.loads(text, object_pairs_hook=_without_repeats)
+        except (ValueError, RecursionError) as error:
             raise PolicyError(f"not JSON: {error}.") from error
+        return cls.from_dict(data)
 
     def to_toml(self, path: str | os.PathLike[str] | None = None) -> str:
         """Return the policy as TOML text, and write it to ``path`` if given."""
         import tomli_w
 
         text = tomli_w.dumps(self.to_dict())
-        if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
+        try:
+            if path is not None:
+                Path(path).write_text(text, encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise PolicyError(f"can not write the policy {path}: {error}.") from error
         return text
 
     @classmethod
     def from_toml(cls, path: str | os.PathLike[str]) -> "QuantPolicy":
         """Read a policy from a TOML file."""
+        if not_a_file(path):
+            raise PolicyError(f"can not read the policy {path}: it is a folder, a pipe or a device, give a file.")
         try:
-            return cls.from_dict(tomllib.loads(Path(path).read_text(encoding="utf-8")))
-        except (OSError, UnicodeDecodeError) as error:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
             raise PolicyError(f"can not read the policy {path}: {error}.") from error
-        except (tomllib.TOMLDecodeError, RecursionError) as error:
+        if _DEEP_KEY.search(text):
+            raise PolicyError(f"{path} is no policy: it has a key of more than 50 parts.")
+        try:
+            data = tomllib.loads(text)
+        except (ValueError, RecursionError) as error:
             raise PolicyError(f"{path} is not TOML: {error}.") from error
+        try:
+            return cls.from_dict(data)
         except PolicyError as error:
             raise PolicyError(f"{path}: {error}") from error
+
+
+# Python's reader takes time by the square of how many parts a key has.
+_DEEP_KEY = re.compile(r"""(?:[\w"'-]{1,64}[ \t]{0,64}\.[ \t]{0,64}){50}""")
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, in which one key twice is an error, as it is in TOML."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"one of the keys {', '.join(map(repr, found))} is there twice")
+    return found
 
 
 def _rule_to_dict(rule: Rule) -> dict[str, Any]:
@@ -388,5 +413,5 @@ def _rule_from_dict(number: int, entry: Any) -> Rule:
             if isinstance(fields.get(edge), Mapping):
                 fields[edge] = QuantSpec(**fields[edge])
         return Rule(**fields)
-    except (PolicyError, SpecError, TypeError) as error:
+    except (TypeError, ValueError) as error:
         raise PolicyError(f"rule {number}: {error}") from error

@@ -24,7 +24,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from pege_fx.errors import CheckpointError, ExportError
 from pege_fx.fake_quant import fake_quants
-from pege_fx.files import atomic_write
+from pege_fx.files import atomic_write, not_a_file
 from pege_fx.packing import pack, unpack
 from pege_fx.passes.graph import arguments, register_buffer, set_parameter, where
 from pege_fx.size import stored_codes
@@ -103,19 +103,21 @@ def load_deployed(path: str | os.PathLike[str]) -> GraphModule:
         gm.graph.lint()
         gm.recompile()
         gm.meta["replacement"] = float(header.get("replacement", 1.0))
+        return gm.eval()
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, IndexError, SyntaxError, OverflowError) as error:
         raise CheckpointError(f"{path} is broken: {type(error).__name__}: {error}") from error
-    return gm.eval()
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not_a_file(path):
+        raise CheckpointError(f"{path} is a folder, a pipe or a device: give a file.")
     try:
         with safe_open(path, framework="pt") as file:
             found = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
     except FileNotFoundError as error:
         raise CheckpointError(f"there is no file {path}.") from error
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is broken or no safetensors file: {error}") from error
     text = found.get(FORMAT)
     if text is None:

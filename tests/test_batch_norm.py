@@ -220,6 +220,12 @@ def test_a_merge_is_exact_in_evaluation_or_refused_where_dropout_lies_between(ca
         assert torch.equal(pege_fx.convert(gm)(x), gm(x))
 
 
+def test_the_dropout_that_is_named_is_the_one_beside_the_norm() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Dropout2d(), nn.Dropout(), nn.BatchNorm2d(4))
+    (found,) = verdicts(prepared(model, torch.randn(2, 4, 3, 3), batch_norm="freeze"))
+    assert found == "3 stays: _2 lies between, and drops in training"
+
+
 @LAW
 @given(pairs())
 def test_keep_changes_nothing(case: tuple[nn.Sequential, Tensor]) -> None:
@@ -442,6 +448,11 @@ class ComputedGain(Own):
         return F.batch_norm(self.conv(x), self.mean, self.var, self.gain.exp(), self.shift, self.training)
 
 
+class ComputedGainAndShift(Own):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(self.conv(x), self.mean, self.var, self.gain.exp(), self.shift.exp(), self.training)
+
+
 class StatisticsReadElsewhere(Own):
     def forward(self, x: Tensor) -> Tensor:
         return F.batch_norm(self.conv(x), self.mean, self.var, self.gain, self.shift, self.training) + self.mean.sum()
@@ -451,6 +462,7 @@ OWN = [
     (AlwaysByBatch, "it uses batch statistics in evaluation too"),
     (WithoutStatistics, "it uses batch statistics in evaluation too"),
     (ComputedGain, "its weight is computed, or read elsewhere"),
+    (ComputedGainAndShift, "its weight is computed, or read elsewhere"),
     (StatisticsReadElsewhere, "its running_mean is computed, or read elsewhere"),
 ]
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import pege_fx
-from pege_fx import CheckpointError, ModelError, PEGEScheduler, QuantPolicy, container, fake_quants
+from pege_fx import CheckpointError, ModelError, PEGEScheduler, QuantPolicy, Rule, container, fake_quants
 from pege_fx.checkpoint import KIND
 
 
@@ -137,6 +137,14 @@ def test_every_random_number_generator_goes_on(tmp_path: Path) -> None:
     assert drawn() == first
 
 
+def test_random_numbers_go_on_with_an_optimizer_alone(tmp_path: Path) -> None:
+    gm, _, optimizer = made()
+    pege_fx.save(gm, tmp_path / "x", optimizer=optimizer)
+    first = torch.rand(())
+    pege_fx.load(tmp_path / "x", gm, optimizer=optimizer)
+    assert torch.equal(torch.rand(()), first)
+
+
 # --- what a file is ------------------------------------------------------------------------------------------------------
 
 
@@ -233,6 +241,27 @@ def test_a_checkpoint_of_another_policy_graph_schedule_or_optimizer_is_refused(t
     )
     with pytest.raises(CheckpointError, match=r"belongs to another graph or policy|is of another model"):
         pege_fx.load(path, nn.Sequential(nn.Linear(2, 2)))
+
+
+class Fork(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.a(x) + self.b(x)
+        return out
+
+
+def test_the_same_sites_read_by_others_are_another_graph(tmp_path: Path) -> None:
+    one, other = (
+        pege_fx.prepare(Fork(), QuantPolicy((Rule(weight="4"), Rule(match=path, input="4"))), (torch.randn(2, 4),))
+        for path in ("a", "b")
+    )
+    assert set(fake_quants(one)) == set(fake_quants(other))
+    pege_fx.save(one, tmp_path / "x")
+    with pytest.raises(CheckpointError, match="another graph or policy"):
+        pege_fx.load(tmp_path / "x", other)
 
 
 def test_a_state_that_was_not_saved_can_not_be_loaded(tmp_path: Path) -> None:

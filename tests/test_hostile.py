@@ -3,6 +3,7 @@
 import ast
 import copy
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import pege_fx
-from pege_fx import PegeError, QuantPolicy, Rule, container, storage
+from pege_fx import PegeError, PolicyError, QuantPolicy, Rule, container, storage
 
 QUICK = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 X = torch.randn(2, 4)
@@ -235,6 +236,139 @@ def test_sizes_that_a_header_claims_are_not_believed(size: int, tmp_path: Path) 
         (tmp_path / name).write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
         with pytest.raises(PegeError):
             read(tmp_path / name)
+
+
+LONG = "1" * 5000  # more digits than Python reads
+UNREADABLE = {
+    "an integer of 5000 digits": f'{{"rules": [{{"weight": {LONG}}}]}}',
+    "not a number": '{"rules": [{"weight": NaN}]}',
+    "infinite": '{"rules": [{"weight": {"bits": Infinity}}]}',
+    "the rules twice": '{"rules": [], "rules": [{"weight": "4"}]}',
+    "a field twice": '{"rules": [{"weight": "4", "weight": "8"}]}',
+    "a field of a format twice": '{"rules": [{"weight": {"bits": 4, "bits": 8}}]}',
+    "a repetition too often": '{"rules": [{"match": "re:x{99999999999}", "weight": "4"}]}',
+    "groups without end": '{"rules": [{"match": "re:%s", "weight": "4"}]}' % ("(" * 5000 + ")" * 5000),
+    "another mark": '\ufeff{"rules": []}',
+}
+
+
+@pytest.mark.parametrize("text", UNREADABLE.values(), ids=UNREADABLE.keys())
+def test_policies_in_json_that_nobody_could_mean_are_refused(text: str) -> None:
+    with pytest.raises(PolicyError):
+        QuantPolicy.from_json(text)
+
+
+TOML = {
+    "empty": b"",
+    "utf-16": "rules = []".encode("utf-16"),
+    "a zero": b"rules = []\0",
+    "an integer of 5000 digits": f"rules = [{{weight = {LONG}}}]".encode(),
+    "a hexadecimal integer": b"rules = [{weight = 0x" + b"f" * 100_000 + b"}]",
+    "not a number": b"[[rules]]\nweight = nan",
+    "a date": b"[[rules]]\nweight = 1979-05-27",
+    "the rules twice": b"rules = []\nrules = []",
+    "a key without end": b"a." * 200_000 + b"b = 1",
+    "a table without end": b"[" + b'"a" . ' * 200_000 + b"b]",
+}
+
+
+@pytest.mark.parametrize("data", TOML.values(), ids=TOML.keys())
+def test_policies_in_toml_that_nobody_could_mean_are_refused(data: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "policy.toml"
+    path.write_bytes(data)
+    with pytest.raises(PolicyError):
+        QuantPolicy.from_toml(path)
+
+
+def test_paths_that_are_no_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    os.mkfifo(tmp_path / "pipe")  # which nobody writes to
+    for path in (tmp_path, tmp_path / "loop", tmp_path / "loop" / "file", Path("a\0b"), Path("x" * 5000)):
+        for read in (QuantPolicy.from_toml, read_checkpoint, pege_fx.load_deployed):
+            with pytest.raises(PegeError):
+                read(path)  # type: ignore[operator]
+        with pytest.raises(PegeError):
+            POLICY.to_toml(path)
+    for path in (tmp_path / "pipe", Path("/dev/zero")):  # reading them would not end
+        for read in (QuantPolicy.from_toml, read_checkpoint, pege_fx.load_deployed):
+            with pytest.raises(PegeError, match="give a file"):
+                read(path)  # type: ignore[operator]
+    assert pege_fx.newest("a\0b") is None
+    assert pege_fx.newest("x" * 5000) is None
+
+
+ENTRY = '"w":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}'
+HEADERS = {
+    "one name twice": f"{{{ENTRY},{ENTRY}}}",
+    "tensors on each other": f'{{{ENTRY},"v":{{"dtype":"F32","shape":[2],"data_offsets":[8,16]}}}}',
+    "a gap": f"{{{ENTRY.replace('[0,16]', '[8,24]')}}}",
+    "a negative size": f"{{{ENTRY.replace('[4]', '[-4]')}}}",
+    "a negative place": f"{{{ENTRY.replace('[0,16]', '[-16,0]')}}}",
+    "the end first": f"{{{ENTRY.replace('[0,16]', '[16,0]')}}}",
+    "a product that overflows": f"{{{ENTRY.replace('[4]', '[4294967296, 4294967296, 4]')}}}",
+    "nothing, of a size that overflows": f"{{{ENTRY.replace('[4]', '[0, 18446744073709551615]').replace('[0,16]', '[0,0]')}}}",
+    "no dtype of this world": f"{{{ENTRY.replace('F32', 'F33')}}}",
+    "a dtype in small letters": f"{{{ENTRY.replace('F32', 'f32')}}}",
+    "metadata of numbers": f'{{"__metadata__":{{"kind":1}},{ENTRY}}}',
+    "metadata that is a list": f'{{"__metadata__":[1],{ENTRY}}}',
+    "no object": "[" * 10_000,
+}
+
+
+@pytest.mark.parametrize("header", HEADERS.values(), ids=HEADERS.keys())
+def test_headers_that_do_not_fit_their_file_are_refused(header: str, tmp_path: Path) -> None:
+    for encoded in (header.encode(), header.encode("utf-16")):
+        for data in (b"", bytes(16)):
+            (tmp_path / "file").write_bytes(len(encoded).to_bytes(8, "little") + encoded + data)
+            for read in (read_checkpoint, pege_fx.load_deployed):
+                with pytest.raises(PegeError):
+                    read(tmp_path / "file")
+
+
+@pytest.mark.parametrize("size", range(9))
+def test_a_file_that_ends_before_its_header_is_refused(size: int, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(size))
+    for read in (read_checkpoint, pege_fx.load_deployed):
+        with pytest.raises(PegeError):
+            read(tmp_path / "file")
+
+
+CODES = [[bits, True, [4, 4]] for bits in (0, -1, 9, 64, 10**9, 2**70, 4.0, "4", None)]
+CODES += [[4, True, shape] for shape in ([2**40], [-1, -1], [2**32, 2**32], [4] * 3000, "44", 4, [2.0, 2.0])]
+
+
+@pytest.mark.parametrize("claimed", CODES, ids=lambda claimed: str(claimed)[:20])
+def test_codes_of_other_bits_or_shapes_than_are_stored_are_refused(claimed: list[Any], tmp_path: Path) -> None:
+    """And at once: of 10^9 bits, a single code would take minutes and gigabytes."""
+    pege_fx.save_deployed(pege_fx.convert(prepared().eval()), tmp_path / "whole")
+    header, tensors = json.loads(raw(tmp_path / "whole")["pege_fx"]), load_file(tmp_path / "whole")
+    text = json.dumps(header | {"packed": dict.fromkeys(header["packed"], claimed)})
+    save_file(tensors, tmp_path / "altered", {"pege_fx": text, "sha256": storage.checksum(text, tensors)})
+    with pytest.raises(PegeError, match="is broken"):
+        pege_fx.load_deployed(tmp_path / "altered")
+
+
+@pytest.mark.parametrize("name", ["a." * 2000 + "a", "", "a..b", "forward", "graph", "_parameters", "training", "__class__"])
+def test_names_of_tensors_that_a_module_can_not_have_are_refused(name: str, tmp_path: Path) -> None:
+    pege_fx.save_deployed(pege_fx.convert(prepared().eval()), tmp_path / "whole")
+    text, tensors = raw(tmp_path / "whole")["pege_fx"], load_file(tmp_path / "whole") | {name: X}
+    save_file(tensors, tmp_path / "altered", {"pege_fx": text, "sha256": storage.checksum(text, tensors)})
+    with pytest.raises(PegeError, match="is broken"):
+        pege_fx.load_deployed(tmp_path / "altered")
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64, torch.bool])
+def test_a_checkpoint_with_another_kind_of_number_is_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "whole")
+    found, tensors = raw(tmp_path / "whole"), load_file(tmp_path / "whole")
+    for name in ("model.0.weight", "model.0.weight_fq.method.scale", "model.1.num_batches_tracked"):
+        altered = tensors | {name: tensors[name].to(dtype)}
+        if tensors[name].dtype is dtype:
+            continue
+        digest = container._digest(found["tree"], altered)
+        save_file(altered, tmp_path / "altered", found | {"sha256": digest})
+        with pytest.raises(PegeError, match=name.removeprefix("model.")):
+            read_checkpoint(tmp_path / "altered")
 
 
 def test_nothing_that_reads_files_can_run_what_is_in_them() -> None:

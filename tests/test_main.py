@@ -196,6 +196,13 @@ def test_what_goes_wrong_is_one_line_and_exit_code_1(
     assert err.count("\n") == 1
 
 
+def test_a_policy_that_is_no_text_is_one_line_too(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "policy.json").write_text('{"rules": []}', encoding="utf-16")
+    code, _, err = called(capsys, "explain", SMALL, "--policy", str(tmp_path / "policy.json"))
+    assert (code, err.count("\n")) == (1, 1)
+    assert "can't decode byte" in err
+
+
 @pytest.mark.parametrize(
     "arguments",
     [[], ["paint", SMALL], ["explain"], ["explain", SMALL, "--input", "3y4"], ["explain", SMALL, "--input", "2:int99"]],

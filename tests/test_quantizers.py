@@ -465,6 +465,31 @@ def train_one_step(policy: QuantPolicy) -> torch.fx.GraphModule:
     return gm
 
 
+def test_methods_that_quantize_x_itself_say_so() -> None:
+    x = torch.randn(4, 4)
+    plain = {method for method in ("lsq", "pact", "dorefa", "interval", "minmax") if make(method, x).method.is_plain}
+    assert plain == {"lsq", "minmax"}
+
+
+@pytest.mark.parametrize(("signed", "low"), [(True, -1.0), (False, 0.0)])
+def test_before_any_data_the_range_is_that_of_one(signed: bool, low: float) -> None:
+    for method, names in (("interval", ("lower", "upper")), ("minmax", ("low", "high"))):
+        spec = QuantSpec(bits=3, method=method, signed=signed).resolve("activation", non_negative=False)
+        made = FakeQuant(Site(name="site", kind="activation", spec=spec, rule=""), ScheduleState("default"), seed=0)
+        assert [getattr(made.method, name).item() for name in names] == [low, 1.0]
+
+
+def test_minmax_starts_at_the_range_of_each_channel_and_of_the_whole_where_one_is_zero() -> None:
+    method = make("minmax", torch.tensor([[-1.0, 2.0], [0.0, 0.0], [-3.0, 1.0]]), "weight").method
+    assert (method.low.flatten().tolist(), method.high.flatten().tolist()) == ([-1.0, -3.0, -3.0], [2.0, 2.0, 1.0])
+
+
+@pytest.mark.parametrize("kind", ["weight", "activation"])
+def test_minmax_of_nothing_but_zeros_has_a_scale_of_one_over_the_codes(kind: str) -> None:
+    method = make("minmax", torch.zeros(4, 4), kind, bits=4).method
+    assert method.step()[0].unique().tolist() == pytest.approx([1 / (15 if method.q_min == 0 else 7)])
+
+
 def test_a_method_of_the_user_trains_and_converts_by_its_name_or_class() -> None:
     class PowerOfTwo(ForwardMethod, name="power-of-two-test"):
         """A learned step, rounded to a power of two."""

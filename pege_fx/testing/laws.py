@@ -5,7 +5,6 @@ import pickle
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from random import Random
@@ -14,7 +13,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from hypothesis import HealthCheck, Phase, find, settings
 from hypothesis import strategies as st
-from hypothesis.errors import NoSuchExample
+from hypothesis.errors import NoSuchExample, Unsatisfiable
 from torch import Tensor, nn
 from torch.fx import GraphModule, symbolic_trace
 
@@ -29,6 +28,8 @@ from pege_fx.testing.structure import isomorphic_up_to
 
 Rewrite: TypeAlias = Callable[[GraphModule], Any]
 Preserves: TypeAlias = Literal["structure", "bits", "function", "evaluation", "nothing"]
+
+_LARGER = 10.0
 
 
 class NotTriedError(Exception):
@@ -168,8 +169,12 @@ def training(trial: Trial) -> None:
 
 
 def evaluation(trial: Trial) -> None:
-    """The same function in evaluation mode."""
-    trial.same(copy.deepcopy(trial.before).eval(), copy.deepcopy(trial.after).eval())
+    """The same function in evaluation mode, on larger inputs too: what clips at 6 leaves most random numbers alone."""
+    before, after = copy.deepcopy(trial.before).eval(), copy.deepcopy(trial.after).eval()
+    trial.same(before, after)
+    larger = tuple(_LARGER * x if isinstance(x, Tensor) and x.is_floating_point() else x for x in trial.inputs)
+    if failure_before(trial, larger) is None:
+        trial.same(before, after, larger)
 
 
 def gradients(trial: Trial) -> None:
@@ -274,10 +279,10 @@ class Verdict:
         return "\n".join(lines)
 
 
-def failure_before(trial: Trial) -> Exception | None:
-    """Return what the graph that was not rewritten raises on its inputs, if it does."""
+def failure_before(trial: Trial, inputs: tuple[Any, ...] | None = None) -> Exception | None:
+    """Return what the graph that was not rewritten raises on its inputs, or on others, if it does."""
     try:
-        copy.deepcopy(trial.before)(*trial.inputs)
+        copy.deepcopy(trial.before)(*(trial.inputs if inputs is None else inputs))
     except Exception as error:
         return error
     return None
@@ -416,6 +421,14 @@ def check_pass(
     )
     # One after the other, and not as alternatives: a counterexample without a tracer is the easier one to read.
     for chosen in (graph_modules(), networks()) if graphs is None else (graphs,):
-        with suppress(NoSuchExample):
-            raise search.report(find(chosen, search.breaks, settings=options, random=Random(seed)))
+        try:
+            case = find(chosen, search.breaks, settings=options, random=Random(seed))
+        except NoSuchExample:
+            continue
+        except Unsatisfiable as error:
+            raise InputError(
+                "graphs= gives no graph: its filter lets none through.\n"
+                "  make the pattern with map(), as docs/extending.md does, instead of waiting for it."
+            ) from error
+        raise search.report(case)
     return search.verdict()

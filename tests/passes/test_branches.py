@@ -60,6 +60,7 @@ MERGED: dict[str, tuple[Callable[[Any, Tensor], Any], Callable[[Any, Tensor], An
     "results of other names": (lambda self, x: {"a": x}, lambda self, x: {"b": x}, 1),
     "the mode itself": (lambda self, x: F.dropout(x, 0.5, training=True), lambda self, x: F.dropout(x, 0.5, training=False), 0),
     "the mode the other way round": (lambda self, x: F.gelu(x), lambda self, x: F.gelu(x, approximate="tanh"), 1),
+    "a tensor that evaluation alone reads": (same, lambda self, x: x + self.mean.view(-1, 1, 1), 1),
     "in place on what the branch has made": (lambda self, x: (x * 2).add_(1), same, 1),
     "in place on a view of it": (lambda self, x: (x * 2).view(2, -1).add_(1).view(2, 3, 6, 6), same, 1),
 }
@@ -81,6 +82,16 @@ def test_each_mode_computes_its_side_and_evaluation_deploys(name: str) -> None:
     torch.testing.assert_close(deployed(X), gm(X), rtol=0, atol=0)
     assert not deployed.graph.find_nodes(op="call_function", target=select_by_mode)
     assert "dropout" not in deployed.code
+
+
+def test_what_both_modes_share_is_there_once_however_long_it_is() -> None:
+    def long(x: Tensor) -> Tensor:
+        for _ in range(250):
+            x = torch.tanh(x)
+        return x
+
+    gm = prepared(Branching(lambda self, x: long(x * 2) * 2, lambda self, x: long(x)))
+    assert len(gm.graph.find_nodes(op="call_function", target=torch.tanh)) == 250
 
 
 def statistics(self: Any, x: Tensor) -> Tensor:
@@ -126,6 +137,7 @@ def test_what_training_alone_writes_to_is_not_deployed() -> None:
         return x + noise
 
     gm = prepared(Branching(training, same))
+    assert {capture.rung for capture in plan_of(gm).captures} == {"symbolic"}
     assert torch.equal(gm.train()(X), gm.eval()(X) + 3.0)
     deployed = pege_fx.convert(gm)
     assert not {"add_", "view", "zeros_like"} & {str(node.target) for node in deployed.graph.nodes}

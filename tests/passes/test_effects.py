@@ -152,6 +152,35 @@ def test_a_module_whose_result_nobody_reads_still_runs() -> None:
     assert any(str(node.target).startswith("untraceable") for node in graph_of(("python", 0)).graph.nodes)
 
 
+def pick(x: Tensor, y: Tensor, first: bool) -> Tensor:
+    return x if first else y
+
+
+torch.fx.wrap("pick")
+
+
+class Picked(nn.Module):
+    """Writes to one of two tensors, chosen in code that the graph does not look into."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
+        self.first = first
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.layers[0](x), self.layers[1](x)
+        pick(a, b, self.first).add_(3.0)
+        return torch.cat([self.layers[2](a), self.layers[2](b)])
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("example", [None, torch.ones(2, 4)])
+def test_what_comes_out_of_unknown_code_may_be_anything_that_goes_in(first: bool, example: Tensor | None) -> None:
+    gm = pege_fx.prepare(Picked(first), "W4A4", example)
+    behind = [node.name for node in gm.graph.nodes if node.target is written]
+    assert sorted(behind) == ["layers_0_written", "layers_1_written"]
+
+
 class Sizes(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -172,6 +172,39 @@ def test_without_examples_the_rank_behind_a_linear_layer_is_not_known_and_the_fi
     assert verdict(pege_fx.prepare(flat, "W4A4")) == "folded 2"
 
 
+class Steered(nn.Module):
+    """Stays Python, because values steer it."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.inside = nn.Conv2d(3, 3, 1)
+        self.inside.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.inside(x) if x.sum() > -1e9 else x
+        return out
+
+
+class WeightReadInPython(Twice):
+    def __init__(self) -> None:
+        super().__init__()
+        self.steered = Steered(self.conv.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.steered(self.bn(self.conv(x)))
+        return out
+
+
+@pytest.mark.filterwarnings("ignore::pege_fx.PegeWarning")
+def test_a_weight_that_another_graph_reads_is_not_merged_into() -> None:
+    model, x = randomise(WeightReadInPython(), 0).eval(), torch.randn(IMAGE)
+    gm = pege_fx.prepare(model, FLOAT, (x,), batch_norm="freeze")
+    (norm,) = [node for node in gm.graph.nodes if node.op == "call_module" and node.target == "bn"]
+    assert "conv.weight is read at 2 places" in norm.meta["batch_norm"]
+    with torch.no_grad():
+        torch.testing.assert_close(gm(x), model(x))
+
+
 @pytest.mark.parametrize("cls", [Twice, WeightReadElsewhere])
 def test_torchs_own_fusion_is_silently_wrong_where_ours_refuses(cls: type[nn.Module]) -> None:
     with warnings.catch_warnings():

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node, symbolic_trace
 
+from pege_fx.mode import TrainingMode
 from pege_fx.passes import graph as g
 from pege_fx.passes.trace import PegeTracer
+from pege_fx.spec import Channels
 from pege_fx.testing import Case, networks
 
 
@@ -131,6 +133,7 @@ def test_channels_of_a_factor_are_its_rows_on_the_left_and_its_columns_on_the_ri
     else:
         assert torch.allclose(doubled @ image(5, 2), (weight @ image(5, 2)) * torch.arange(1.0, 4.0)[:, None])
     assert g.channels_of(node, name, image(2, 3, 5)) is None
+    assert g.channels_of(node, name, image(5)) is None
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
@@ -148,6 +151,30 @@ def test_channels_are_those_that_one_weight_channel_reaches(transposed: bool, gr
     factors = torch.arange(1.0, 9.0)
     scaled = function(x, weight * channels.broadcast(factors, tuple(weight.shape)), groups=groups)
     torch.testing.assert_close(scaled, function(x, weight, groups=groups) * factors[:, None, None])
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_input_channels_are_those_that_one_weight_channel_reads(groups: int) -> None:
+    weight, graph = image(8, 4 // groups, 3, 3), Graph()
+    node = graph.call_function(F.conv2d, (graph.placeholder("x"), graph.placeholder("w")), {"groups": groups})
+    channels = g.input_channels_of(node, weight)
+    assert channels.count == 4
+    x, factors = image(2, 4, 6, 6), torch.arange(1.0, 5.0)
+    scaled = F.conv2d(x, weight * channels.broadcast(factors, tuple(weight.shape)), groups=groups)
+    torch.testing.assert_close(scaled, F.conv2d(x * factors[:, None, None], weight, groups=groups))
+    linear = graph.call_function(F.linear, tuple(graph.find_nodes(op="placeholder")))
+    assert g.input_channels_of(linear, image(3, 5)) == Channels(5, axis=1)
+
+
+@pytest.mark.parametrize("padding", [None, 0, 1, (0, 0), (0, 1), (1, 0), "valid", "same"])
+@pytest.mark.parametrize("kernel", [(1, 1), (1, 3), (3, 1), (3, 3)])
+def test_a_layer_pads_if_one_of_its_outputs_reads_less_than_another(padding: Any, kernel: tuple[int, int]) -> None:
+    weight, graph = torch.ones(1, 1, *kernel), Graph()
+    kwargs = {} if padding is None else {"padding": padding}
+    node = graph.call_function(F.conv2d, (graph.placeholder("x"), graph.placeholder("w")), kwargs)
+    read = F.conv2d(torch.ones(1, 1, 6, 6), weight, **kwargs)
+    assert g.pads(node, weight) == bool(read.min() < read.max())
+    assert not g.pads(graph.call_function(F.linear, tuple(graph.find_nodes(op="placeholder"))), image(3, 5))
 
 
 # --- modules, attributes, names --------------------------------------------------------------------------------------
@@ -170,6 +197,86 @@ def test_call_sites_count_a_module_under_all_its_names() -> None:
     assert g.call_sites(gm)[gm.get_submodule("inner.0")] == 2
     assert g.call_sites(gm)[gm.get_submodule("inner.1")] == 1
     assert [str(node.target) for node, _ in g.calls(gm, nn.Linear)] == ["inner.0", "inner.0"]
+
+
+def test_a_graph_inside_a_module_counts_for_itself_alone() -> None:
+    holder, inner = nn.Module(), symbolic_trace(nn.Linear(2, 2))
+    holder.add_module("inner", inner)
+    holder.own = nn.Parameter(torch.ones(2))
+    root = GraphModule(nn.Module(), Graph())
+    root.add_module("holder", holder)
+    root.graph.call_module("holder")
+    counts = g.uses([root, inner])
+    assert (counts[id(holder.own)], counts[id(inner.weight)]) == (1, 1)
+
+
+@pytest.mark.parametrize("place", ["builtins", __name__, "no_such_module"])
+def test_a_class_without_source_has_none(place: str) -> None:
+    assert g.source_of(type("Made", (nn.Module,), {"__module__": place})()) == ""
+    assert "def __init__" in g.source_of(Nested())
+
+
+class OwnDropout(nn.Dropout):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("module", "drops"),
+    [
+        (nn.Identity(), 0),
+        (nn.Dropout(0.5), 1),
+        (nn.FeatureAlphaDropout(0.5), 1),
+        (nn.Dropout(0.0), 0),
+        (nn.ReLU(), None),
+        (OwnDropout(), None),
+    ],
+)
+def test_modules_that_only_drop(module: nn.Module, drops: int | None) -> None:
+    gm = GraphModule(nn.Module(), Graph())
+    gm.add_module("m", module)
+    found = g.only_drops(gm, gm.graph.call_module("m", (gm.graph.placeholder("x"),)))
+    assert found == (None if drops is None else (module,) * drops)
+
+
+def test_functions_that_only_drop() -> None:
+    gm = GraphModule(nn.Module(), Graph())
+    gm.add_module("mode", TrainingMode())
+    x, mode = gm.graph.placeholder("x"), gm.graph.call_module("mode")
+
+    def drops(function: Any, *args: Any, **kwargs: Any) -> Any:
+        return g.only_drops(gm, gm.graph.call_function(function, (x, *args), kwargs))
+
+    assert drops(F.dropout, 0.5, False) == drops(torch.dropout, 0.5, train=False) == drops(F.dropout, p=0.0) == ()
+    assert drops(F.dropout) is drops(F.dropout2d, 0.1, True) is drops(F.relu) is None
+    assert drops(F.dropout, training=mode) == (gm.get_submodule("mode"),)
+
+
+def unknown(x: Tensor) -> Tensor:
+    return x + 1
+
+
+def test_code_that_the_graph_does_not_look_into_stays_unless_it_is_known_to_do_nothing_else() -> None:
+    gm = GraphModule(nn.Module(), Graph())
+    call = gm.graph.call_function(unknown, (gm.graph.placeholder("x"),))
+    g.remove_dead_nodes(gm)
+    assert [node.op for node in gm.graph.nodes] == ["placeholder", "call_function"]
+    g.remove_dead_nodes(gm, unread=[call])
+    assert [node.op for node in gm.graph.nodes] == ["placeholder"]
+
+
+@pytest.mark.parametrize(("given", "expected"), [((), 2.5), ((7.0,), 7.0)])
+def test_a_call_that_is_written_out_takes_the_defaults_of_what_it_called(given: tuple[float, ...], expected: float) -> None:
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor, factor: float = 2.5) -> Tensor:
+            return x * factor
+
+    inner, gm = symbolic_trace(Scaled()), GraphModule(nn.Module(), Graph())
+    gm.add_module("inner", inner)
+    call = gm.graph.call_module("inner", (gm.graph.placeholder("x"), *given))
+    gm.graph.output(call)
+    g.write_out(gm, call, inner.graph, lambda name: f"inner.{name}")
+    gm.recompile()
+    assert float(gm(torch.ones(()))) == expected
 
 
 def test_attributes_and_paths() -> None:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import pege_fx
-from pege_fx import Constant, PEGEScheduler, QuantPolicy, Rule
-from pege_fx.fake_quant import FakeQuant
+from pege_fx import Constant, PEGEScheduler, QuantPolicy, QuantSpec, Rule
+from pege_fx.fake_quant import FakeQuant, Site
 from pege_fx.testing import Network, assert_same_function, networks, policies
 
 ZERO = Constant(0.0)
@@ -163,19 +163,51 @@ def test_a_shared_weight_has_one_fake_quant_and_a_shared_producer_too() -> None:
     assert len(gm.graph.find_nodes(op="call_module", target="embedding.weight_fq")) == 1
 
 
+class Fork(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.a(x) + self.b(x) + self.c(x)
+        return out
+
+
+def activations(*exceptions: Rule) -> dict[str, Site]:
+    gm = pege_fx.prepare(Fork(), QuantPolicy((Rule(weight="4", input="4"), *exceptions)))
+    return {name: fq.site for name, fq in pege_fx.fake_quants(gm).items() if fq.site.kind == "activation"}
+
+
 def test_one_fake_quant_for_each_producer_and_format() -> None:
-    class Fork(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b, self.c = (nn.Linear(4, 4) for _ in range(3))
+    assert {name: site.spec.bits for name, site in activations(Rule(match="c", input="8")).items()} == {"x_fq": 4, "x_fq_1": 8}
 
-        def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = self.a(x) + self.b(x) + self.c(x)
-            return out
 
-    gm = pege_fx.prepare(Fork(), QuantPolicy((Rule(weight="4", input="4"), Rule(match="c", input="8"))))
-    activations = {name: fq.site.spec.bits for name, fq in pege_fx.fake_quants(gm).items() if fq.site.kind == "activation"}
-    assert activations == {"x_fq": 4, "x_fq_1": 8}
+def test_a_format_is_more_than_its_bits() -> None:
+    found = activations(Rule(match="c", input=QuantSpec(bits=4, estimator="ste")))
+    assert {name: site.spec.estimator for name, site in found.items()} == {"x_fq": "pege", "x_fq_1": "ste"}
+
+
+def test_what_has_schedules_of_its_own_has_a_fake_quant_of_its_own() -> None:
+    found = activations(Rule(match="b", schedule="slow"))
+    assert {name: site.group for name, site in found.items()} == {"x_fq": "default", "x_fq_1": "slow"}
+
+
+class Sum(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.relu(x)
+
+
+def test_the_first_of_the_inputs_on_one_scale_sees_the_others_once() -> None:
+    gm = pege_fx.prepare(Sum(), QuantPolicy((Rule(function="add", input="4", shared_scale=True),)))
+    calls = gm.graph.find_nodes(op="call_module", target="add_inputs_fq")
+    assert [[str(value) for value in node.args] for node in calls] == [["x", "0", "relu"], ["relu", "1"]]
+    assert [node.all_input_nodes for node in gm.graph.nodes if node.name == "add"] == [calls]
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_a_fake_quant_knows_whether_its_result_is_made_again(recompute: bool) -> None:
+    gm = pege_fx.prepare(nn.Linear(4, 4), QuantPolicy((Rule(weight="4", input="4", recompute=recompute),)))
+    assert [fq.recompute for fq in pege_fx.fake_quants(gm).values()] == [recompute, recompute]
 
 
 def test_an_output_rule_quantizes_the_result_and_an_in_place_reader_leaves_it_alone() -> None:
@@ -183,6 +215,13 @@ def test_an_output_rule_quantizes_the_result_and_an_in_place_reader_leaves_it_al
     gm = pege_fx.prepare(model, QuantPolicy((Rule(match="0", output="4"),)), (torch.randn(3, 4),))
     gm(torch.randn(3, 4)).sum().backward()
     assert list(pege_fx.fake_quants(gm)) == ["_0_fq"]
+
+
+def test_the_result_of_a_layer_is_that_of_the_norm_that_it_takes_over() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), nn.ReLU())
+    gm = pege_fx.prepare(model, QuantPolicy((Rule(output="4"),)), (torch.randn(3, 2, 4, 4),))
+    (placed,) = [node for node in gm.graph.nodes if node.name.endswith("_fq")]
+    assert [node.name for node in placed.all_input_nodes] == ["_1"]
 
 
 def test_names_say_what_they_quantize() -> None:

@@ -316,6 +316,26 @@ def test_a_rule_for_nothing_is_an_error_unless_there_is_nothing_at_all() -> None
         assert planned(nn.Sequential(nn.ReLU()), QuantPolicy((Rule(match="7", weight="2"),))) == ()
 
 
+# --- what is made again in backward --------------------------------------------------------------------------------
+
+
+def remade(forward: Callable[..., Any], **fields: Any) -> dict[str, bool]:
+    policy = QuantPolicy((Rule(weight="4", input="4"), Rule(**{"recompute": True} | fields)))
+    (op,) = planned(Model(forward, head=nn.Linear(8, 8)), policy)
+    return {edge.operand: edge.recompute for edge in op.edges}
+
+
+def test_quantized_operands_are_made_again_where_the_operation_can_do_it() -> None:
+    assert remade(lambda self, x: self.head(x)) == {"weight": True, "input": True}
+    assert remade(lambda self, x: self.head(x), recompute=False) == {"weight": False, "input": False}
+    assert remade(lambda self, x: self.head(x), weight=None) == {"weight": False, "input": True}
+    assert remade(lambda self, x: x @ self.head.weight.t()) == {"input": True, "other": False}
+    (add,) = planned(
+        Model(lambda _, x: torch.add(x, x.relu())), QuantPolicy((Rule(function="add", input="4", recompute=True),))
+    )
+    assert [edge.recompute for edge in add.edges] == [False, False]
+
+
 # --- classes -------------------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from torch import Tensor, nn
-from torch.fx import GraphModule, Interpreter, Node, symbolic_trace
+from torch.fx import Graph, GraphModule, Interpreter, Node, symbolic_trace
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 import pege_fx
@@ -87,11 +87,79 @@ def test_an_example_wins_over_a_promise() -> None:
     assert {rank_of(node) for node in gm.graph.nodes} == {7}
 
 
+def test_what_is_known_of_one_node_is_no_reason_to_ask_no_more() -> None:
+    gm = symbolic_trace(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()))
+    next(iter(gm.graph.nodes)).meta["rank"] = 4
+    infer_ranks(gm)
+    assert [rank_of(node) for node in gm.graph.nodes] == [4, 4, 4, None]
+
+
+def test_flattening_by_keyword_alone_is_not_known() -> None:
+    gm = GraphModule(nn.Module(), Graph())
+    flat = gm.graph.call_function(torch.flatten, (), {"input": gm.graph.placeholder("x")})
+    infer_ranks(gm)
+    assert rank_of(flat) is None
+
+
+def test_graphs_inside_are_noted_and_left_as_they_were() -> None:
+    inner, gm = symbolic_trace(nn.Sequential(nn.Linear(4, 2))), GraphModule(nn.Module(), Graph())
+    gm.add_module("inner", inner)
+    gm.graph.output(gm.graph.call_module("inner", (gm.graph.placeholder("x"),)))
+    record_shapes(gm, (torch.zeros(3, 4),), {}, [gm, inner])
+    assert [node.meta.get("shape") for node in inner.graph.nodes] == [(3, 4), (3, 2), (3, 2)]
+    assert "forward" not in vars(inner)
+
+
 def test_inputs_that_fail_show_their_shapes_and_the_modes_come_back() -> None:
     gm = symbolic_trace(nn.Sequential(nn.Linear(4, 4)))
     with pytest.raises(InputError, match=r"fails on the example inputs \[\(2, 3\)\], in 0: RuntimeError"):
         record_shapes(gm, (torch.randn(2, 3),), {})
     assert all(module.training for module in gm.modules())
+
+
+def fill(x: Tensor, y: Tensor) -> Tensor:
+    x.fill_(1.0)
+    return y
+
+
+def test_what_unknown_code_writes_to_is_noted() -> None:
+    gm = GraphModule(nn.Module(), Graph())
+    x, y = gm.graph.placeholder("x"), gm.graph.placeholder("y")
+    call = gm.graph.call_function(fill, (x, y))
+    gm.graph.output(call)
+    record_shapes(gm, (torch.zeros(2), torch.zeros(3)), {})
+    assert call.meta["writes"] == [x]
+    assert call.meta["shape"] == (3,)
+
+
+def test_an_error_says_in_which_module_a_function_failed_and_what_was_given() -> None:
+    class Fails(nn.Module):
+        def forward(self, x: Tensor, factor: int) -> Tensor:
+            return torch.matmul(x, x) * factor
+
+    class Holds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fails = Fails()
+
+        def forward(self, x: Tensor, factor: int) -> Tensor:
+            out: Tensor = self.fails(x, factor)
+            return out
+
+    gm = symbolic_trace(Holds())
+    with pytest.raises(InputError, match=r"inputs \[\(2, 3\), 'int'\], in fails: RuntimeError"):
+        record_shapes(gm, (torch.zeros(2, 3), 4), {})
+
+
+def test_any_number_of_arguments_is_an_example() -> None:
+    class Many(nn.Module):
+        def forward(self, x: Tensor, *more: Tensor, **named: Tensor) -> Tensor:
+            return more[0] * named["last"] + x
+
+    gm = symbolic_trace(Many())
+    record_shapes(gm, (torch.zeros(2, 1), torch.zeros(3)), {"last": torch.zeros(4, 2, 3)})
+    (output,) = gm.graph.find_nodes(op="output")
+    assert output.all_input_nodes[0].meta["shape"] == (4, 2, 3)
 
 
 def test_arguments_that_only_go_by_keyword_are_examples_too() -> None:
@@ -142,3 +210,28 @@ def test_a_result_by_name_keeps_its_class_between_graphs() -> None:
     assert gm(x).shape == (3, 2)
     assert type(plain(Named(hidden=[x]))) is Named
     assert type(plain(immutable_dict({"a": immutable_list([x])}))["a"]) is list
+
+
+class Flagged(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor, twice: bool = False) -> Tensor:
+        x = self.norm(self.fc(x))
+        return x + x if twice else x
+
+
+class Steered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.flagged = Flagged()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.flagged(x, True) if x.isfinite().all() else x
+
+
+@pytest.mark.filterwarnings("ignore::pege_fx.PegeWarning")
+def test_an_example_that_training_does_not_take_is_an_example_of_evaluation() -> None:
+    x = torch.randn(1, 4)  # of which a BatchNorm in training makes an error
+    assert pege_fx.prepare(Steered(), "W4A4", (x,)).eval()(x).shape == (1, 4)

@@ -1,7 +1,9 @@
 """Sign analysis: what is marked non-negative never is negative, and the usual cases are marked."""
 
 import operator
+import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from hypothesis import given
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Interpreter, Node, Tracer, symbolic_trace
 
-from pege_fx.passes import analyse_signs, name_writes
+from pege_fx.passes import analyse_signs, name_writes, sign
 from pege_fx.testing import Network, networks
 
 
@@ -131,6 +133,59 @@ def test_a_tensor_is_proved_until_it_is_written_to() -> None:
     assert [node.name for node in gm.graph.nodes if node.meta.get("non_negative")] == ["relu"]
     (output,) = gm.graph.find_nodes(op="output")
     assert output.args[0].name == "relu_written"
+
+
+# What a call or a module needs besides its input, by its name without "2d" or "_"; Y is another tensor like the input.
+Y = object()
+ARGUMENTS: dict[str, tuple[Any, ...]] = {
+    "dropout": (0.5, True), "expand": (4, 4, 4, 4), "narrow": (0, 0, 1), "permute": ((1, 0, 2, 3),), "repeat": (2, 1, 1, 1),
+    "reshape": ((-1,),), "select": (0, 0), "to": (torch.float64,), "unflatten": (1, (2, 2)), "Unflatten": (1, (2, 2)),
+    "view": (-1,), "flip": ((1,),), "Softmax2d": (),
+    **dict.fromkeys(["softmax", "roll", "ZeroPad", "ReplicationPad", "ReflectionPad", "Softmax"], (1,)),
+    **dict.fromkeys(["transpose", "movedim"], (0, 1)),
+    **dict.fromkeys(["unsqueeze", "getitem"], (0,)),
+    **dict.fromkeys(["max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool"], (2,)),
+    **dict.fromkeys(["pixel_shuffle", "channel_shuffle", "chunk", "split"], (2,)),
+    **dict.fromkeys(["MaxPool", "AvgPool", "AdaptiveAvgPool", "AdaptiveMaxPool", "PixelShuffle", "ChannelShuffle"], (2,)),
+    **dict.fromkeys(["add", "mul", "iadd", "imul", "multiply", "maximum", "minimum", "matmul", "bmm"], (Y,)),
+    **dict.fromkeys(["expand_as", "type_as"], (Y,)),
+}  # fmt: skip
+SHAPES = {"1d": (2, 4, 4), "3d": (2, 4, 4, 4, 4), "mm": (4, 4, 4), "t": (4, 4)}
+ALWAYS = [*sign._NON_NEGATIVE_FUNCTIONS, *sign._NON_NEGATIVE_METHODS, *sign._NON_NEGATIVE_MODULES]
+PRESERVING = [*sign._PRESERVING_FUNCTIONS, *sign._PRESERVING_METHODS, *sign._PRESERVING_MODULES]
+
+
+def call_of(what: Any, *, signed: bool) -> tuple[GraphModule, Node, tuple[Tensor, ...]]:
+    """A graph that calls one entry of a table, on tensors of both signs or on tensors that are proved not to be negative."""
+    name = what if isinstance(what, str) else what.__name__
+    shape = SHAPES.get(name[-2:], (4, 4, 4, 4))
+    more = ARGUMENTS.get(name, ARGUMENTS.get(re.sub("[123]d$|_$", "", name), ()))
+    gm = GraphModule(nn.Module(), Graph())
+    tensors = [gm.graph.placeholder("x"), gm.graph.placeholder("y")]
+    if not signed:
+        tensors = [gm.graph.call_function(torch.relu, (tensor,)) for tensor in tensors]
+    if isinstance(what, type):
+        gm.add_submodule("called", what(*more))
+        node = gm.graph.call_module("called", (tensors[0],))
+    else:
+        first = tensors if name in ("cat", "concat", "stack") else tensors[0]
+        arguments = (first, *(tensors[1] if value is Y else value for value in more))
+        node = gm.graph.call_method(what, arguments) if isinstance(what, str) else gm.graph.call_function(what, arguments)
+    gm.graph.output(node)
+    gm.recompile()
+    return gm, node, (torch.randn(shape), torch.randn(shape))
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_every_entry_of_the_tables_is_true(signed: bool) -> None:
+    for what in [*ALWAYS, *PRESERVING]:
+        gm, node, inputs = call_of(what, signed=signed)
+        analyse_signs(gm)
+        proved = bool(node.meta.get("non_negative"))
+        assert proved is (what in ALWAYS or not signed), what
+        result = gm(*inputs)
+        for value in result if isinstance(result, tuple) else (result,):
+            assert not proved or float(value.min()) >= 0, what
 
 
 class Checked(Interpreter):

@@ -1,10 +1,11 @@
 """Verification: a graph as planned passes, and every way to tamper with it is told."""
 
+import copy
 import re
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import pege_fx
@@ -90,3 +91,21 @@ def test_a_user_pass_between_plan_and_verification_is_caught() -> None:
     with pytest.raises(VerifyError, match="a pass between the plan and here removed or replaced it") as caught:
         pege_fx.prepare(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), WHOLE, passes=pipeline)
     assert caught.value.__notes__ == ["in pass verify"]
+
+
+class Sum(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.relu(x)
+
+
+def test_inputs_on_one_scale_have_one_fake_quant() -> None:
+    policy = pege_fx.QuantPolicy((pege_fx.Rule(function="add", input="4", shared_scale=True),))
+    captured, _ = pege_fx.api._capture(Sum(), None, None)
+    gm = captured.root
+    passes.run(captured.graphs, pege_fx.prepare_passes(policy)[:-1])
+    verify(gm)
+    _, second = gm.graph.find_nodes(op="call_module", target="add_inputs_fq")
+    gm.add_submodule("another", copy.deepcopy(gm.get_submodule("add_inputs_fq")))
+    second.target = "another"
+    with pytest.raises(VerifyError, match="add: input and other should share one fake-quant, and do not"):
+        verify(gm)

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.fx.experimental.optimization import fuse
 
 import pege_fx
 from pege_fx import InputError, LawError, PegeError
 from pege_fx.passes.graph import calls, first_argument
-from pege_fx.testing import LAWS, Case, Network, check_pass, graph_modules
+from pege_fx.testing import LAWS, Case, Network, check_pass, graph_modules, networks
 from pege_fx.testing.laws import _KEPT
 
 GRAPHS = graph_modules()
@@ -224,6 +224,45 @@ def test_a_rewrite_that_never_changes_anything_has_not_been_checked() -> None:
 def test_wrong_options_are_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
         check_pass(drop_dead_code, **options)
+
+
+def in_front(layer: nn.Module) -> Any:
+    return networks(inputs=(1,), max_layers=2).map(lambda case: Case(nn.Sequential(layer, case.network), case.inputs))
+
+
+def test_what_clips_where_random_numbers_seldom_are_is_tried_there() -> None:
+    def clips_no_more(gm: GraphModule) -> None:
+        for node, _ in calls(gm, nn.ReLU6):
+            with gm.graph.inserting_before(node):
+                node.replace_all_uses_with(gm.graph.call_function(torch.relu, (first_argument(node),)))
+            gm.graph.erase_node(node)
+
+    with pytest.raises(LawError, match="clips_no_more breaks a law: evaluation"):
+        check_pass(clips_no_more, "bits", graphs=in_front(nn.ReLU6()), max_examples=10)
+
+
+class Picky(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        torch._assert(x.abs().max() < 6, "too large")
+        return x.relu().relu()
+
+
+def test_graphs_that_take_no_larger_inputs_are_tried_on_their_own() -> None:
+    verdict = check_pass(drop_second_relu, "bits", graphs=st.just((Picky(), (torch.ones(2),))), max_examples=1)
+    assert "evaluation" in verdict.laws
+
+
+def drop_second_relu(gm: GraphModule) -> None:
+    for node in gm.graph.find_nodes(op="call_method", target="relu"):
+        if first_argument(node).target == "relu":
+            node.replace_all_uses_with(first_argument(node))
+            gm.graph.erase_node(node)
+
+
+def test_a_filter_that_lets_nothing_through_is_named() -> None:
+    nothing = st.integers().filter(lambda _: False)
+    with pytest.raises(InputError, match=r"its filter lets none through\.\n  make the pattern with map"):
+        check_pass(drop_relus, graphs=nothing, max_examples=5)
 
 
 def test_modules_of_one_s_own_are_traced() -> None:
