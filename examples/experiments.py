@@ -3,7 +3,7 @@ r"""Run a table of experiments with examples/cifar10.py, and write what they fou
     python examples/experiments.py examples/experiments.toml --data-dir cifar10-jpeg.tar.xz
     python examples/experiments.py examples/experiments.toml --report-only          # the page again, from the stored runs
     python examples/experiments.py examples/experiments.toml --profile cpu --data-dir cifar10-jpeg.tar.xz    # small
-    python examples/experiments.py examples/experiments.toml --data-dir cifar10-jpeg.tar.xz --jobs 12        # on a large GPU
+    python examples/experiments.py examples/experiments.toml --data-dir cifar10-jpeg.tar.xz --jobs 1         # on a GPU
 
 The table is TOML: ``[defaults]`` and each ``[[run]]`` hold options of cifar10.py by their names; a run also has a ``name``, and
 a ``group``: the runs of a group make one table, and each is compared with the group's first. Every finished run is stored as
@@ -314,7 +314,7 @@ def main(argv: list[str] | None = None) -> None:
         "--profile",
         help="a section [profiles.NAME] of the table: another size of all runs; results go into a folder of that name",
     )
-    add("--jobs", type=int, default=1, help="runs at once; a GPU has room for many of CIFAR-10's size")
+    add("--jobs", type=int, help="runs at once, each with all its seeds together; default: one seed of one run after the other")
     add("--time-limit", type=float, default=math.inf, metavar="SECONDS", help="stop then; the same command goes on")
     add("--report", type=Path, default=Path("docs/results.md"))
     add("--report-only", action="store_true")
@@ -326,7 +326,7 @@ def main(argv: list[str] | None = None) -> None:
         runs = read_table(args.table, args.profile)
         todo = {run["name"]: [seed for seed in seeds(run) if stored(args.results, run, seed) is None] for run in runs}
         left = [run for run in runs if todo[run["name"]] and not args.report_only]
-        for _ in (execute_at_once if args.jobs > 1 else execute_in_turn)(left, todo, args):
+        for _ in (execute_at_once if args.jobs else execute_in_turn)(left, todo, args):
             write_report(runs, args)
         write_report(runs, args)
     except UserError as error:

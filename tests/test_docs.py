@@ -130,9 +130,20 @@ def rows_next_to_others() -> Iterator[str]:
         yield f"| {row['model']} | {row['over trace']:.1f} | {row['shared over trace']:.1f} |"
 
 
-def test_figures_next_to_others_are_those_of_the_result_file() -> None:
+def rows_of_a_gpu() -> Iterator[str]:
+    results = json.loads((RESULTS / "gpu.json").read_text())
+    for row in results["step"]:
+        if row["how"] == "eager" and row["model"] != "float":
+            yield f"| {row['model']} | {row['over_float']:.2f} | {row['peak_over_float']:.2f} |"
+    kernels = {(row["kernel"], row["dtype"], row["p"]): row["over_copy"] for row in results["kernel"]}
+    for name in dict.fromkeys(name for name, *_ in kernels):
+        figures = [kernels[name, dtype, p] for dtype in ("float32", "bfloat16") for p in (0.5, 1.0)]
+        yield f"| {name} | {' | '.join(f'{figure:.2f}' for figure in figures)} |"
+
+
+def test_figures_next_to_others_and_of_a_gpu_are_those_of_the_result_files() -> None:
     lines = PAGES["docs/benchmarks.md"].read_text().splitlines()
-    assert [row for row in rows_next_to_others() if row not in lines] == []
+    assert [row for row in (*rows_next_to_others(), *rows_of_a_gpu()) if row not in lines] == []
 
 
 def anchors(page: Path) -> set[str]:
