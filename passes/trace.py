@@ -252,8 +252,9 @@ class PegeTracer(LocalTracer):
         try:
             graph = self.trace(root)
             for path, module, state in before:
-                self._keep_buffers(graph, path, module, state.copies["_buffers"])
-                self._note_changes(path, module, state)
+                if not any(path == opaque or path.startswith(f"{opaque}.") for opaque in self.opaque):  # they keep their own
+                    self._keep_buffers(graph, path, module, state.copies["_buffers"])
+                    self._note_changes(path, module, state)
             self.left = [(module, _without_proxies(attributes(module), state)) for _, module, state in before if self.changed]
             return graph
         except Exception as error:

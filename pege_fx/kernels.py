@@ -89,7 +89,8 @@ class LocalKernel:
         key = tuple(map(_kind, args))
         try:
             if (known := self._variants.get(key)) is not None:
-                return known(*args)
+                with TRACING:  # it may be compiled again at any time
+                    return known(*args)
             with TRACING, warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the compiler's own remarks are not about the user's model
                 compiled = torch.compile(self._copy(len(self._variants)), dynamic=True, fullgraph=True)
