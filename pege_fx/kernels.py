@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import os
 import threading
 import types
 import warnings
@@ -24,6 +25,8 @@ SMALLEST = 2**14
 # While it traces, fx has patched ``nn.Module`` for all threads, and a compiler traces with fx: two tracers would restore each
 # other's patches.
 TRACING = threading.RLock()
+if hasattr(os, "register_at_fork"):  # or a child, a worker that loads data, could wait for a thread that it does not have
+    os.register_at_fork(before=TRACING.acquire, after_in_parent=TRACING.release, after_in_child=TRACING.release)
 
 _enabled = True
 _plain = 0  # how many ask for plain operations now, in any thread: autograd runs backward in threads of its own

@@ -1,6 +1,8 @@
 """Local kernels: the same values as plain operations, in the same memory format; without a compiler, a warning."""
 
+import os
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -72,6 +74,25 @@ def test_a_kernel_is_compiled_while_nothing_is_traced(monkeypatch: pytest.Monkey
         other.join(0.2)
         assert other.is_alive()
     other.join()
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_a_forked_process_may_compile_whatever_a_thread_did_meanwhile() -> None:
+    holding = threading.Event()
+
+    def hold() -> None:
+        with kernels.TRACING:
+            holding.set()
+            time.sleep(0.2)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    holding.wait()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if kernels.TRACING.acquire(timeout=5) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    thread.join()
 
 
 def test_small_tensors_and_other_kinds_are_not_compiled() -> None:
