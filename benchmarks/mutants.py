@@ -51,8 +51,8 @@ TARGETS: dict[str, list[str]] = {
     "passes.trace": ["tests/passes/test_trace.py"],
     "passes.capture": ["tests/passes/test_capture.py"],
     "passes.branches": ["tests/passes/test_branches.py"],
-    "passes.values": ["tests/passes/test_insert.py", "tests/test_joining.py"],
-    "passes.inline": ["tests/passes/test_capture.py"],
+    "passes.values": ["tests/passes/test_values.py", "tests/passes/test_insert.py", "tests/test_joining.py"],
+    "passes.inline": ["tests/passes/test_inline.py", "tests/passes/test_capture.py"],
     "passes.costs": ["tests/passes/test_costs.py"],
     "passes.verify": ["tests/passes/test_verify.py"],
 }

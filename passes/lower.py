@@ -90,7 +90,6 @@ def _values(gm: GraphModule, node: Node) -> list[Any]:
     return [None if source is None else attribute_of(gm, source) for source in arguments(node)[0]]
 
 
-@torch.no_grad()
 def lower_activations(gm: GraphModule) -> None:
     """Write every quantized activation as quantize -> dequantize."""
     dtype = next((p.dtype for p in (*gm.parameters(), *gm.buffers()) if p.is_floating_point()), torch.float32)

@@ -42,6 +42,16 @@ MODELS: dict[str, tuple[nn.Module, Tensor]] = {
         torch.randn(2, 4, 9, 9),
     ),
     "transposed": (nn.Sequential(nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2)), torch.randn(2, 4, 5, 5)),
+    "other dimensions": (
+        nn.Sequential(
+            nn.Conv1d(2, 3, 2),
+            nn.ConvTranspose1d(3, 2, 3),
+            nn.Unflatten(2, (2, 2, 3)),
+            nn.Conv3d(2, 3, 2),
+            nn.ConvTranspose3d(3, 2, 3),
+        ),
+        torch.randn(2, 2, 11),
+    ),
     "padded": (nn.Conv1d(3, 5, 3, padding=1, padding_mode="circular"), torch.randn(2, 3, 7)),
     "linear": (nn.Sequential(nn.Linear(6, 4, bias=False), nn.ReLU(), nn.Linear(4, 3)), torch.randn(2, 5, 6)),
     "attention": (Attention(), torch.randn(2, 5, 8)),

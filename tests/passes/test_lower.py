@@ -70,10 +70,39 @@ def test_weights_that_are_computed_are_integers_too(method: str) -> None:
     deployed = pege_fx.convert(gm.eval())
     with torch.no_grad():
         assert torch.equal(deployed(x), gm(x))
-    codes = [value for name, value in deployed.named_buffers() if name.endswith("codes")]
-    assert [value.dtype for value in codes] == [torch.int8] * 3
+    codes = {name: value.dtype for name, value in deployed.named_buffers() if name.endswith("codes")}
+    paths = ("0.parametrizations.weight", "3.truediv", "5.parametrizations.weight")
+    assert codes == {f"{path}_codes": torch.int8 for path in paths}
     assert not deployed.graph.find_nodes(op="call_module")
     assert all(parameter.ndim == 1 for parameter in deployed.parameters())
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_biases_are_integers_in_the_units_of_the_accumulators(packed: bool) -> None:
+    """Exactly round(b / s) * s as int32, with s the scale of the input times those of the weight's channels."""
+    torch.manual_seed(0)
+    network, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)), torch.randn(5, 4)
+    gm = pege_fx.prepare(network, QuantPolicy.parse("W3A4", last="3"), (x,))
+    deployed = pege_fx.convert(gm, integer_bias=True, packed=packed)
+    held = dict(deployed.named_buffers())
+    scale = held["2.weight_scale"].flatten() * held["_1_fq_scale"]
+    assert scale.shape == (3,)
+    assert torch.allclose(held["2.bias_scale"], scale, rtol=1e-6, atol=0)
+    assert held["2.bias_codes"].dtype is torch.int32
+    assert torch.equal(
+        held["2.bias_codes"], (network.get_parameter("2.bias").double() / held["2.bias_scale"].double()).round().int()
+    )
+    decoded = deployed.graph.find_nodes(op="call_function", target=pege_fx.functional.dequantize)
+    assert {node.name: node.kwargs["bits"] for node in decoded if "bias" in node.name} == {"_0_bias_dq": 32, "_2_bias_dq": 32}
+    assert ("2.weight_codes_packed" in held) is packed
+
+
+def test_what_a_grid_does_not_have_is_not_in_the_graph() -> None:
+    deployed = pege_fx.convert(pege_fx.prepare(model(), "W4A4", (X,)))
+    codes = deployed.graph.find_nodes(op="call_function", target=pege_fx.functional.quantize)
+    assert [[str(source) for source in node.args] for node in codes] == [
+        [str(node.args[0]), f"{node.args[0]}_fq_scale"] for node in codes
+    ]
 
 
 def test_the_size_report_counts_codes_by_their_bits() -> None:
