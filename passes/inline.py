@@ -1,5 +1,8 @@
 """Inlining: what is left of torch's modules in a converted graph becomes functions, and what evaluation skips goes."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
@@ -43,9 +46,9 @@ def inline_modules(gm: GraphModule) -> None:
 def _inline(gm: GraphModule, node: Node, module: nn.Module) -> None:
     shown: nn.Module = module
     if isinstance(module, BatchNorm):
-        shown = _Evaluated(module)
+        shown = _Evaluated(module, F.batch_norm)
     elif isinstance(module, _INSTANCE_NORMS) and rank_of(first_argument(node)) == _INSTANCE_NORMS.index(type(module)) + 3:
-        shown = _EvaluatedByInstance(module)
+        shown = _Evaluated(module, F.instance_norm)
     try:
         inner = _NoLeaves().trace(shown)
     except (TraceError, TypeError):  # its forward asks for values
@@ -59,33 +62,20 @@ class _NoLeaves(LocalTracer):
         return False
 
 
-class _Evaluated(nn.Module):
-    """A BatchNorm by its function: its own forward asks for the number of dimensions."""
-
-    def __init__(self, module: BatchNorm) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, input: Tensor) -> Tensor:
-        bn = self.module
-        by_batch = bn.running_mean is None
-        return F.batch_norm(input, bn.running_mean, bn.running_var, bn.weight, bn.bias, by_batch, 0.0, bn.eps)
-
-
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
-class _EvaluatedByInstance(nn.Module):
-    """An InstanceNorm on a batch, by its function: its own forward asks for the number of dimensions."""
+class _Evaluated(nn.Module):
+    """A norm by its function, ``F.batch_norm`` or ``F.instance_norm``: its own forward asks for the number of dimensions."""
 
-    def __init__(self, module: nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d) -> None:
+    def __init__(self, module: Any, function: Callable[..., Tensor]) -> None:
         super().__init__()
-        self.module = module
+        self.module, self.function = module, function
 
     def forward(self, input: Tensor) -> Tensor:
         norm = self.module
         by_input = norm.running_mean is None
-        return F.instance_norm(input, norm.running_mean, norm.running_var, norm.weight, norm.bias, by_input, 0.0, norm.eps)
+        return self.function(input, norm.running_mean, norm.running_var, norm.weight, norm.bias, by_input, 0.0, norm.eps)
 
 
 def _does_nothing(node: Node) -> bool:

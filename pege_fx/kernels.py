@@ -91,13 +91,15 @@ class LocalKernel:
         global _enabled
         key = tuple(map(_kind, args))
         try:
-            if (known := self._variants.get(key)) is not None:
-                with TRACING:  # it may be compiled again at any time
+            with TRACING:  # every call may compile again
+                if (known := self._variants.get(key)) is not None:
                     return known(*args)
-            with TRACING, warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the compiler's own remarks are not about the user's model
-                compiled = torch.compile(self._copy(len(self._variants)), dynamic=True, fullgraph=True)
-                result = compiled(*args)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # the compiler's own remarks are not about the user's model
+                    compiled = torch.compile(self._copy(len(self._variants)), dynamic=True, fullgraph=True)
+                    result = compiled(*args)
+                self._variants[key] = compiled
+                return result
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -110,8 +112,6 @@ class LocalKernel:
                 stacklevel=2,
             )
             return result
-        self._variants[key] = compiled
-        return result
 
     def _copy(self, number: int) -> Callable[..., Any]:
         original: Any = self.function

@@ -89,10 +89,8 @@ def test_a_compiled_step_trains_like_an_eager_one_and_never_recompiles() -> None
             schedule.step()
 
 
-def test_a_captured_cuda_graph_follows_the_scheduler() -> None:
-    gm = prepared().train()
-    scheduler = PEGEScheduler(gm, 10, Constant(0.5), Constant(0.0), Constant(0.0))
-    x = torch.randn(8, 3, 16, 16, device="cuda")
+def capture(gm: torch.fx.GraphModule, x: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """A forward pass as a CUDA graph, and the tensor that its replays write."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream), torch.no_grad():
         for _ in range(3):
@@ -101,6 +99,14 @@ def test_a_captured_cuda_graph_follows_the_scheduler() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad(), torch.cuda.graph(graph):
         captured = gm(x)
+    return graph, captured
+
+
+def test_a_captured_cuda_graph_follows_the_scheduler() -> None:
+    gm = prepared().train()
+    scheduler = PEGEScheduler(gm, 10, Constant(0.5), Constant(0.0), Constant(0.0))
+    x = torch.randn(8, 3, 16, 16, device="cuda")
+    graph, captured = capture(gm, x)
     seen = []
     for _ in range(3):
         scheduler.step()
@@ -114,14 +120,7 @@ def test_a_captured_cuda_graph_follows_the_scheduler() -> None:
 def test_a_captured_evaluation_follows_the_weights() -> None:
     gm = prepared().eval()
     x = torch.randn(8, 3, 16, 16, device="cuda")
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream), torch.no_grad():
-        for _ in range(3):
-            gm(x)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.no_grad(), torch.cuda.graph(graph):
-        captured = gm(x)
+    graph, captured = capture(gm, x)
     with torch.no_grad():
         gm.get_parameter("conv2.weight").mul_(-1)
         graph.replay()
