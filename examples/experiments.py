@@ -319,6 +319,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--report", type=Path, default=Path("docs/results.md"))
     add("--report-only", action="store_true")
     args, args.rest = parser.parse_known_args(argv)
+    if args.jobs is not None and args.jobs < 1:
+        parser.error("--jobs must be at least 1")
     if args.profile:
         args.work, args.results = args.work / args.profile, args.results / args.profile
     args.deadline = time.time() + args.time_limit

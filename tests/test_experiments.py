@@ -177,6 +177,12 @@ def test_bad_tables_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert message in line
 
 
+def test_no_jobs_at_all_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        experiments.main([*words, "--jobs", "0"])
+    assert "--jobs must be at least 1" in capsys.readouterr().err
+
+
 def test_every_option_of_the_committed_table_is_one_of_the_example() -> None:
     runs = experiments.read_table(FILE.with_name("experiments.toml"))
     assert len(runs) > 20
