@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from cifar10 import Recorded, ResNet20
 
 REPEATS = 30
+WAYS = ("graph", "compiled", "eager")  # of running a step
 
 
 def interleaved(calls: dict[str, Callable[[], object]], repeats: int = REPEATS, inner: int = 1) -> dict[str, float]:
@@ -74,14 +75,17 @@ def kernel(dtype: torch.dtype, elements: int = 64 * 2**20) -> list[dict[str, obj
                 a, scale, QuantSpec(bits=2), rate=p, key=None if p is None else key, strength=strength, scale_gradient=1e-3
             )
 
-        leaf = x.clone().requires_grad_()
+        leaf, gradients = x.clone().requires_grad_(), []
         calls: dict[str, Callable[[], object]] = {}
         for how, function in (("compiled", torch.compile(run, fullgraph=True)), ("local", run)):
             y = function(leaf)
+            gradients.append(torch.autograd.grad(y, (leaf, scale), grad, retain_graph=True))
             calls[f"{how} forward"] = replayed(lambda _, function=function: function(leaf))  # noqa: B023
             calls[f"{how} backward"] = replayed(
                 lambda _, y=y: torch.autograd.grad(y, (leaf, scale), grad, retain_graph=True)  # noqa: B023
             )
+        torch.testing.assert_close(*gradients, rtol=1e-2, atol=1e-2)
+        del gradients
         times = interleaved(calls, inner=5)
         for name in calls:
             moved = 2 if name.endswith("forward") else 4
@@ -159,6 +163,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--part", nargs="+", choices=("kernel", *WAYS), default=("kernel", *WAYS), help="default: all of them")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks/gpu.py needs a CUDA device, and torch sees none.")
@@ -169,9 +174,10 @@ def main() -> None:
         "pege_fx": pege_fx.__version__,
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    dtypes = (torch.float32, torch.bfloat16) if "kernel" in arguments.part else ()
     parts: list[tuple[str, Callable[[], list[dict[str, object]]]]] = [
-        *(("kernel", functools.partial(kernel, dtype)) for dtype in (torch.float32, torch.bfloat16)),
-        *(("step", functools.partial(steps, how, arguments.batch_size)) for how in ("graph", "compiled", "eager")),
+        *(("kernel", functools.partial(kernel, dtype)) for dtype in dtypes),
+        *(("step", functools.partial(steps, how, arguments.batch_size)) for how in WAYS if how in arguments.part),
     ]
     torch.backends.cudnn.benchmark = True
     with torch.cuda.stream(torch.cuda.Stream()):  # CUDA graphs are recorded on one that is not the default

@@ -81,7 +81,7 @@ def uniform(key: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
             element, for a part of something larger.
         shape: shape of the result; the result is on the key's device.
     """
-    return _uniform_at(row_major_index(shape, key.device), key)
+    return _top_bits(row_major_index(shape, key.device), key).to(torch.float32) * 2.0**-_BITS_OF_U
 
 
 def row_major_index(shape: torch.Size | tuple[int, ...], device: torch.device) -> Tensor:
@@ -103,16 +103,22 @@ def _channels_last_index(x: Tensor) -> Tensor:
     return (batch * x.shape[2] + channel) * x.shape[1] + position
 
 
-def _uniform_at(index: Tensor, key: Tensor) -> Tensor:
+def _top_bits(index: Tensor, key: Tensor) -> Tensor:
+    """2**24 * u of the elements with these numbers, int32."""
     bits = _mix32_tensor(index ^ key if key.ndim == 0 else (index + key[1]) ^ key[0])
     top: Tensor = bits >> (32 - _BITS_OF_U) & (2**_BITS_OF_U - 1)
-    return top.to(torch.float32) * 2.0**-_BITS_OF_U
+    return top
+
+
+def _is_replaced(index: Tensor, key: Tensor, rate: Tensor) -> Tensor:
+    """u < p, compared as integers: a conversion for each element would cost more than the comparison."""
+    replaced: Tensor = _top_bits(index, key) < torch.ceil(rate.to(torch.float32) * 2**_BITS_OF_U).to(torch.int32)
+    return replaced
 
 
 def replacement_mask(key: Tensor, rate: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
     """Return the mask m = 1[u < p] as bools: True where the quantized value replaces the continuous one."""
-    mask: Tensor = uniform(key, shape) < rate
-    return mask
+    return _is_replaced(row_major_index(shape, key.device), key, rate)
 
 
 # --- grids ---------------------------------------------------------------------------------------------------
@@ -205,11 +211,15 @@ def _forward(
     """y; with ``channels_last``, ``x`` is (batch, positions, channels) of a tensor (batch, channels, positions)."""
     wide = x.to(compute_dtype(x))
     step = scale.to(wide.dtype)
-    y = _value(_unclamped(wide, step, zero_point).clamp(q_min, q_max), step, zero_point).to(x.dtype)
+    y = _value(_unclamped(wide, step, zero_point).clamp(q_min, q_max), step, zero_point)
+    if (
+        y.dtype != x.dtype
+    ):  # where it is, ``to`` gives y a second name, and torch 2.11's compiler loses the gradients of the first
+        y = y.to(x.dtype)
     if rate is None or key is None:
         return y
     index = _channels_last_index(x) if channels_last else _index_like(x)
-    return torch.where(_uniform_at(index, key) < rate, y, x)
+    return torch.where(_is_replaced(index, key, rate), y, x)
 
 
 def _backward(
@@ -230,8 +240,8 @@ def _backward(
     keep = ((codes >= q_min) & (codes <= q_max)) | (x == y)
     span = step.abs() * (q_max - q_min)
     grad_x = estimator.gradient(grad, x, y, keep, span, strength.to(wide)).to(dtype)
-    slope = grad * (y - torch.where(keep, x, 0.0)) / step
-    return grad_x, slope.sum_to_size(scale.shape).to(scale.dtype)
+    slope = (grad * (y - torch.where(keep, x, 0.0))).sum_to_size(scale.shape)  # divided once, not for each element
+    return grad_x, (slope / step).to(scale.dtype)
 
 
 _FORWARD = LocalKernel(_forward)

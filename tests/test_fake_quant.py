@@ -75,9 +75,9 @@ def test_training_replaces_what_the_hash_of_seed_site_and_refresh_says(
 def hashes(module: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether a training forward asks for random numbers."""
     asked: list[Any] = []
-    uniform_at = functional._uniform_at
+    is_replaced = functional._is_replaced
     with monkeypatch.context() as patch:
-        patch.setattr(functional, "_uniform_at", lambda *args: (asked.append(args), uniform_at(*args))[1])
+        patch.setattr(functional, "_is_replaced", lambda *args: (asked.append(args), is_replaced(*args))[1])
         module.train()(x)
     return bool(asked)
 
