@@ -173,6 +173,12 @@ def main() -> None:
         "python": platform.python_version(),
         "pege_fx": pege_fx.__version__,
     }
+    if arguments.output.exists():  # the parts that are not measured now stay, if they come from such a machine
+        before = json.loads(arguments.output.read_text())
+        if {name: before.get(name) for name in result} != result:
+            raise SystemExit(f"{arguments.output} comes from another machine or version: give another --output, or delete it.")
+        result["kernel"] = [] if "kernel" in arguments.part else before.get("kernel", [])
+        result["step"] = [row for row in before.get("step", []) if row["how"] not in arguments.part]
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     dtypes = (torch.float32, torch.bfloat16) if "kernel" in arguments.part else ()
     parts: list[tuple[str, Callable[[], list[dict[str, object]]]]] = [

@@ -54,10 +54,10 @@ def read_table(path: Path, profile: str | None = None) -> list[dict[str, Any]]:
     if profile is not None and profile not in profiles:
         raise UserError(f"{path} has no [profiles.{profile}]; it has: {', '.join(profiles) or 'none'}.")
     other = dict(profiles[profile]) if profile else {}
-    skip = other.pop("skip", [])
+    only, skip = other.pop("only", ["*"]), other.pop("skip", [])
     other.pop("findings", None)
     runs = [table.get("defaults", {}) | other | run for run in table.get("run", [])]
-    runs = [run for run in runs if not any(fnmatch(str(run.get("name")), pattern) for pattern in skip)]
+    runs = [run for run in runs if matches(run, only) and not matches(run, skip)]
     if not runs:
         raise UserError(f"{path} has no [[run]]: add one with a name, a group, and options of cifar10.py.")
     for number, run in enumerate(runs):
@@ -67,6 +67,10 @@ def read_table(path: Path, profile: str | None = None) -> list[dict[str, Any]]:
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"{path}: {', '.join(sorted(twice))} is the name of two runs: choose another.")
     return runs
+
+
+def matches(run: dict[str, Any], patterns: list[str]) -> bool:
+    return any(fnmatch(str(run.get("name")), pattern) for pattern in patterns)
 
 
 def findings(path: Path, profile: str | None) -> str:
@@ -276,7 +280,8 @@ def group_section(group: str, runs: list[dict[str, Any]], args: argparse.Namespa
     yield f"\n{minutes:.0f} minutes of training on {some['device']}, torch {some['versions']['torch']}."
     if missing := [run["name"] for run in runs if len(found[run["name"]]) < len(seeds(run))]:
         yield f"\nNot complete: {', '.join(missing)}."
-    image = args.report.parent / "images" / f"{''.join(c if c.isalnum() and c.isascii() else '-' for c in group.lower())}.png"
+    words = "".join(c if c.isalnum() and c.isascii() else "-" for c in group.lower())
+    image = args.report.parent / "images" / f"{args.report.stem}-{words}.png"
     plot(image, {run.get("title", run["name"]): found[run["name"]] for run in done})
     yield f"\n![{group}]({image.relative_to(args.report.parent).as_posix()})\n"
 
@@ -312,15 +317,16 @@ def main(argv: list[str] | None = None) -> None:
     add("--results", type=Path, default=Path("benchmarks/results/cifar10"), help="folder of stored runs, one JSON per seed")
     add(
         "--profile",
-        help="a section [profiles.NAME] of the table: another size of all runs; results go into a folder of that name",
+        help="a section [profiles.NAME] of the table: another size of all runs, or of some; results go into a folder of that name",
     )
     add("--jobs", type=int, help="runs at once, each with all its seeds together; default: one seed of one run after the other")
     add("--time-limit", type=float, default=math.inf, metavar="SECONDS", help="stop then; the same command goes on")
-    add("--report", type=Path, default=Path("docs/results.md"))
+    add("--report", type=Path, help="the page; default: docs/results.md, of a profile docs/results-NAME.md")
     add("--report-only", action="store_true")
     args, args.rest = parser.parse_known_args(argv)
     if args.jobs is not None and args.jobs < 1:
         parser.error("--jobs must be at least 1")
+    args.report = args.report or Path(f"docs/results-{args.profile}.md" if args.profile else "docs/results.md")
     if args.profile:
         args.work, args.results = args.work / args.profile, args.results / args.profile
     args.deadline = time.time() + args.time_limit

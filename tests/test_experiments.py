@@ -46,11 +46,18 @@ AGAIN = """
 subset = 8
 seed = [0]
 skip = ["s*"]
+only = ["ste", "pege", "again"]
 
 [[run]]
 group = "Again"
 name = "again"
 weight_lambda = [1e-8, 1e-6]
+"""
+ANOTHER = """
+[[run]]
+group = "Again"
+name = "another"
+bits = "W4A4"
 """
 
 
@@ -93,8 +100,8 @@ def test_a_table_is_run_stored_and_reported_and_reported_again(
     assert "## Estimators, W2A2" in page
     assert "| STE | " in page
     assert "**Small**: 1 epochs instead of 400" in page
-    assert "![Estimators, W2A2](images/estimators--w2a2.png)" in page
-    assert (tmp_path / "docs/images/estimators--w2a2.png").stat().st_size > 1000
+    assert "![Estimators, W2A2](images/results-estimators--w2a2.png)" in page
+    assert (tmp_path / "docs/images/results-estimators--w2a2.png").stat().st_size > 1000
     kept = json.loads((tmp_path / "results/pege-seed1.json").read_text())
     assert kept["options"]["weight_lambda"] == [1e-8, 1e-6]
     assert len(kept["curve"]) == 1
@@ -109,7 +116,7 @@ def test_a_table_is_run_stored_and_reported_and_reported_again(
 def test_a_run_under_two_names_is_made_once_and_a_profile_has_a_folder_of_its_own(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "table.toml").write_text(TABLE + AGAIN)
+    (tmp_path / "table.toml").write_text(TABLE + AGAIN + ANOTHER)
     trained: list[str] = []
     train = experiments.cifar10.main
 
@@ -123,7 +130,12 @@ def test_a_run_under_two_names_is_made_once_and_a_profile_has_a_folder_of_its_ow
     one, other = (json.loads((tmp_path / f"results/tiny/{name}-seed0.json").read_text()) for name in ("pege", "again"))
     assert one == other
     assert one["options"]["subset"] == 8
-    assert "--profile tiny" in (tmp_path / "docs/results.md").read_text()
+    page = (tmp_path / "docs/results.md").read_text()
+    assert "--profile tiny" in page
+    monkeypatch.chdir(tmp_path)
+    place = words.index("--report")
+    experiments.main([*words[:place], *words[place + 2 :], "--profile", "tiny", "--report-only"])
+    assert Path("docs/results-tiny.md").read_text() == page.replace("images/results-", "images/results-tiny-")
     with pytest.raises(SystemExit):
         experiments.main([*words, "--profile", "huge"])
 
