@@ -172,8 +172,10 @@ class _View(NamedTuple):
 
     @property
     def tile(self) -> tuple[int, int]:
-        channels = min(triton.next_power_of_2(self.channels), LARGEST_TILE)
-        return min(triton.next_power_of_2(self.positions), LARGEST_TILE // channels), channels
+        """Powers of two that hold all positions and channels, or as many as go into the largest tile."""
+        positions, channels = (1 << (size - 1).bit_length() for size in (self.positions, self.channels))
+        channels = min(channels, LARGEST_TILE)
+        return min(positions, LARGEST_TILE // channels), channels
 
     def programs(self, tile: tuple[int, int]) -> int:
         return self.rows * -(-self.positions // tile[0]) * -(-self.channels // tile[1])
@@ -212,7 +214,7 @@ def _ran(kernel: Any, programs: int, x: Tensor, *args: Any) -> bool:
     except Exception as error:
         _usable = False
         warnings.warn(
-            f"Triton can not run here ({type(error).__name__}: {str(error).splitlines()[0][:200]}).\n"
+            f"Triton can not run here ({type(error).__name__}: {str(error).partition(chr(10))[0][:200]}).\n"
             "  fake quantization goes on without it, and is slower; Triton needs a C compiler (gcc).",
             PegeWarning,
             stacklevel=2,
@@ -268,5 +270,5 @@ def backward(
     args = (grad, x, y, grad_x, sums, scale, zero_point, strength, view.positions, view.channels, float(q_min), float(q_max))
     if not _ran(_backward, programs, x, *args, estimator, view.per_row, *tile):
         return None
-    slope = sums.view(scale.numel(), -1).sum(1).view(scale.shape)
-    return grad_x, (slope / scale).to(scale.dtype)
+    slope = sums if programs == scale.numel() else sums.view(scale.numel(), -1).sum(1)
+    return grad_x, (slope.view(scale.shape) / scale).to(scale.dtype)

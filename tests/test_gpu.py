@@ -110,7 +110,7 @@ def bits_of(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("estimator", ["ste", "ewgs", "pege", "pege-relative"])
 def test_kernels_written_by_hand_equal_plain_operations(layout: str, dtype: torch.dtype, estimator: str) -> None:
     shape, scale_shape, memory = LAYOUTS[layout]
