@@ -2,9 +2,9 @@
 
 The kernel's floor is the bytes that have to move: forward reads x and writes y; backward reads g, x, y and writes dx.
 It is held against the card's own copy bandwidth, measured here: compiled with the sizes it has, as a whole-model compile
-does it, and as the local kernel of eager mode, whose sizes are dynamic. The training step (ResNet-20, bf16, channels_last)
-is held against the float model's, interleaved: compiled and replayed as a CUDA graph (what the device has to do),
-compiled and launched by Python, and eager.
+does it, and as eager mode runs it ("local"): by the kernels written by hand, where Triton is installed. The training step
+(ResNet-20, bf16, channels_last) is held against the float model's, interleaved: compiled and replayed as a CUDA graph (what
+the device has to do), compiled and launched by Python, and eager.
 """
 
 import argparse

@@ -18,8 +18,10 @@ Backward, with g = dL/dy and r = 1[q_min <= round(x_c / s) + z <= q_max]; where 
 Because y = x_c wherever m = 0, all of these follow from x_c and y: no mask is kept for backward.
 """
 
+import functools
 import zlib
 from abc import ABC, abstractmethod
+from types import ModuleType
 from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
@@ -27,7 +29,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from pege_fx.errors import SpecError
-from pege_fx.kernels import LocalKernel, worth_compiling
+from pege_fx.kernels import LocalKernel, fits_a_kernel, has_memory, worth_compiling
 from pege_fx.spec import ESTIMATORS, QuantSpec, bounds_of
 
 # --- masks: a counter hash -----------------------------------------------------------------------------------
@@ -283,6 +285,21 @@ def _view_of(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> _View | Non
     return None
 
 
+@functools.cache
+def _triton_kernels() -> ModuleType | None:
+    """Return the kernels written by hand where Triton is installed, imported when first needed: that takes a while."""
+    try:
+        from pege_fx import triton_kernels
+    except ImportError:
+        return None
+    return triton_kernels
+
+
+def _by_hand(x: Tensor) -> ModuleType | None:
+    """Return the kernels written by hand if they may compute on ``x``."""
+    return _triton_kernels() if x.is_cuda and fits_a_kernel(x) else None
+
+
 def _quantized(
     x: Tensor,
     scale: Tensor,
@@ -293,6 +310,11 @@ def _quantized(
     q_max: int,
 ) -> Tensor:
     """y, by a kernel where one fits, in the memory layout of ``x``."""
+    by_hand = _by_hand(x)
+    if by_hand is not None:
+        y: Tensor | None = by_hand.forward(x, scale, zero_point, rate, key, q_min, q_max)
+        if y is not None:
+            return y
     view = _view_of(x, scale, zero_point) if worth_compiling(x) else None
     if view is None:
         return _forward(x, scale, zero_point, rate, key, False, q_min, q_max)
@@ -341,6 +363,25 @@ def _discretizer(estimator: "type[Estimator]") -> type[torch.autograd.Function]:
 
     backward_kernel = LocalKernel(backward_of)
 
+    def gradients_of(
+        grad: Tensor, x: Tensor, y: Tensor, scale: Tensor, zero_point: Tensor | None, strength: Tensor, *bounds: int
+    ) -> tuple[Tensor, Tensor]:
+        """dL/dx_c and dL/ds, by a kernel where one fits."""
+        if not (fits_a_kernel(x) and has_memory(grad)):  # of several gradients at once, autograd makes one by vmap
+            return backward_of(grad, x, y, scale, zero_point, strength, *bounds)
+        by_hand = _by_hand(x)
+        if by_hand is not None and estimator in _NAMES_BY_HAND:
+            name = _NAMES_BY_HAND[estimator]
+            made: tuple[Tensor, Tensor] | None = by_hand.backward(name, grad, x, y, scale, zero_point, strength, *bounds)
+            if made is not None:
+                return made
+        view = _view_of(x, scale, zero_point) if worth_compiling(x) else None
+        if view is None:
+            return backward_of(grad, x, y, scale, zero_point, strength, *bounds)
+        zero = None if zero_point is None else view.of_scale(zero_point)
+        flat, sums = backward_kernel(view.of(grad), view.of(x), view.of(y), view.of_scale(scale), zero, strength, *bounds)
+        return view.back(flat, x), sums.view(scale.shape)
+
     class FakeQuantize(torch.autograd.Function):
         @staticmethod
         def forward(
@@ -372,15 +413,7 @@ def _discretizer(estimator: "type[Estimator]") -> type[torch.autograd.Function]:
                 if torch.is_grad_enabled():  # for a second derivative y is a function of x, which adds no lambda again
                     nothing = torch.zeros_like(strength)
                     y = FakeQuantize.apply(x, scale, zero_point, rate, key, nothing, *ctx.bounds, ctx.scale_gradient, False)
-            view = _view_of(x, scale, zero_point) if worth_compiling(x) else None
-            if view is None:
-                grad_x, grad_scale = backward_of(grad, x, y, scale, zero_point, strength, *ctx.bounds)
-            else:
-                zero = None if zero_point is None else view.of_scale(zero_point)
-                flat, sums = backward_kernel(
-                    view.of(grad), view.of(x), view.of(y), view.of_scale(scale), zero, strength, *ctx.bounds
-                )
-                grad_x, grad_scale = view.back(flat, x), sums.view(scale.shape)
+            grad_x, grad_scale = gradients_of(grad, x, y, scale, zero_point, strength, *ctx.bounds)
             wanted = ctx.needs_input_grad
             scaled = grad_scale * ctx.scale_gradient if wanted[1] else None
             return grad_x if wanted[0] else None, scaled, *(None,) * 8
@@ -468,6 +501,9 @@ class RelativePEGE(Estimator, name="pege-relative"):
     @staticmethod
     def gradient(grad: Tensor, x: Tensor, y: Tensor, keep: Tensor, span: Tensor, strength: Tensor) -> Tensor:
         return torch.where(keep, grad, 0.0) + strength * grad.abs().mean() * (x - y)
+
+
+_NAMES_BY_HAND: dict[type[Estimator], str] = {STE: "ste", EWGS: "ewgs", PEGE: "pege", RelativePEGE: "pege-relative"}
 
 
 def fake_quantize(

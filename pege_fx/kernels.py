@@ -52,16 +52,24 @@ def is_traced() -> bool:
 
 
 def worth_compiling(x: Tensor) -> bool:
-    """Tell whether a tensor is a plain one, large enough, and nothing else is tracing or differentiating at the moment."""
+    """Tell whether a kernel may compute on a tensor, and it is large enough for one that has to be compiled for it."""
+    return _enabled and x.numel() >= SMALLEST and x.device.type in ("cpu", "cuda") and fits_a_kernel(x)
+
+
+def fits_a_kernel(x: Tensor) -> bool:
+    """Tell whether a tensor is a plain one, and nothing else is tracing or differentiating at the moment."""
     return (
-        _enabled
-        and not _plain
-        and x.numel() >= SMALLEST
-        and type(x) in (Tensor, nn.Parameter)
-        and x.device.type in ("cpu", "cuda")
-        and not torch.compiler.is_compiling()
-        and not torch.is_grad_enabled()
+        not _plain and type(x) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling() and not torch.is_grad_enabled()
     )
+
+
+def has_memory(x: Tensor) -> bool:
+    """Tell whether a tensor has memory of its own, which those under vmap have not."""
+    try:
+        x.data_ptr()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _kind(argument: Any) -> Hashable:

@@ -1,13 +1,15 @@
 """What only a GPU shows: the same masks as on a CPU, compiled steps, CUDA graphs. Skipped where there is none."""
 
 import copy
+import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import pege_fx
-from pege_fx import Constant, PEGEScheduler, QuantSpec, functional
+from pege_fx import Constant, PEGEScheduler, QuantSpec, functional, kernels
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -67,6 +69,143 @@ def test_values_and_gradients_are_those_of_the_cpu(estimator: str, dtype: torch.
     assert torch.equal(here[0], there[0])
     torch.testing.assert_close(here[1], there[1])
     torch.testing.assert_close(here[2], there[2], rtol=1e-4, atol=1e-4)
+
+
+# For the kernels written by hand: shape, shape of the scale, layout.
+LAYOUTS: dict[str, tuple[tuple[int, ...], tuple[int, ...], torch.memory_format]] = {
+    "flat": ((3_000_001,), (), torch.contiguous_format),
+    "rows": ((512, 64, 3, 3), (512, 1, 1, 1), torch.contiguous_format),
+    "long rows": ((7, 100_003), (7, 1), torch.contiguous_format),
+    "channels_last": ((32, 64, 28, 28), (), torch.channels_last),
+    "channels_last, three channels": ((32, 3, 57, 61), (), torch.channels_last),
+    "channels_last with rows": ((512, 64, 3, 3), (512, 1, 1, 1), torch.channels_last),
+    "channels_last_3d": ((4, 16, 8, 14, 14), (), torch.channels_last_3d),
+}
+
+
+def served(x: Tensor, scale: Tensor, spec: QuantSpec, options: dict[str, Any]) -> list[Tensor]:
+    """y and the gradients, by the kernels written by hand; fails where they do not serve, or warn."""
+    triton_kernels = pytest.importorskip("pege_fx.triton_kernels")
+    strength = torch.tensor(1e-2, device="cuda")
+    grad = torch.randn(x.shape, device="cuda", generator=torch.Generator("cuda").manual_seed(1)).to(x.dtype)
+    zero_point, bounds = options.get("zero_point"), spec.bounds
+    y = triton_kernels.forward(x, scale, zero_point, options.get("rate"), options.get("key"), *bounds)
+    assert y is not None
+    assert triton_kernels.backward(spec.estimator, grad, x, y, scale, zero_point, strength, *bounds) is not None
+    return ran(x, scale, spec, options, grad, strength)
+
+
+def ran(x: Tensor, scale: Tensor, spec: QuantSpec, options: dict[str, Any], grad: Tensor, strength: Tensor) -> list[Tensor]:
+    a, s = x.detach().requires_grad_(), scale.detach().requires_grad_()
+    y = functional.fake_quantize(a, s, spec, strength=strength, **options)
+    found = [y.detach(), *torch.autograd.grad(y, (a, s), grad)]
+    with kernels.eager_kernels():
+        y = functional.fake_quantize(a, s, spec, strength=strength, **options)
+        return [*found, y.detach(), *torch.autograd.grad(y, (a, s), grad)]
+
+
+def bits_of(x: Tensor) -> Tensor:
+    """What can be compared bit for bit, with the sign of zeros; all NaN are one."""
+    return x.float().view(torch.int32).masked_fill(x.isnan(), 0x7FC00000)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("estimator", ["ste", "ewgs", "pege", "pege-relative"])
+def test_kernels_written_by_hand_equal_plain_operations(layout: str, dtype: torch.dtype, estimator: str) -> None:
+    shape, scale_shape, memory = LAYOUTS[layout]
+    torch.manual_seed(0)
+    x = torch.randn(shape, device="cuda").to(dtype).contiguous(memory_format=memory)
+    scale = torch.rand(scale_shape, device="cuda") + 0.1
+    rate, key = torch.tensor(0.5, device="cuda"), torch.tensor([-7, 2**31 - 1000], dtype=torch.int32, device="cuda")
+    options: tuple[dict[str, Any], ...] = ({}, {"rate": rate, "key": key}, {"rate": rate, "key": key[0]})
+    for given in (*options, {"zero_point": torch.full_like(scale, -1.0)}):
+        y, grad_x, grad_scale, *wanted = served(x, scale, QuantSpec(bits=3, estimator=estimator), given)
+        assert torch.equal(bits_of(y), bits_of(wanted[0]))
+        assert y.stride() == grad_x.stride() == x.stride()
+        torch.testing.assert_close(grad_x, wanted[1])
+        size = wanted[2].abs().max() + x.numel() ** 0.5 / scale.numel() ** 0.5  # it is a sum of so many random numbers
+        assert (grad_scale - wanted[2]).abs().max() <= 1e-4 * size
+
+
+@pytest.mark.parametrize("scale", [1.0, -1.0, 1 / 3, 2.0**-59, 2.0**-100, 1e-45, 0.0, 2.0**59, 3e38, math.inf, math.nan])
+@pytest.mark.parametrize("signed", [True, False])
+def test_special_values_are_the_same_bit_for_bit_on_the_device(scale: float, signed: bool) -> None:
+    torch.manual_seed(0)
+    every_half = torch.arange(2**16, dtype=torch.int32, device="cuda").to(torch.int16).view(torch.bfloat16).float()
+    ties = (torch.arange(-300, 300, device="cuda") + 0.5) * scale * (1 + torch.arange(-2, 3, device="cuda")[:, None] * 2.0**-23)
+    bits = torch.randint(-(2**31), 2**31, (2**20,), dtype=torch.int32, device="cuda").view(torch.float32)
+    x, s = torch.cat([every_half, ties.flatten(), bits]), torch.tensor(scale, device="cuda")
+    for zero in (None, 0.0, -1.5, -(2.0**23)):
+        zero_point = None if zero is None else torch.tensor(zero, device="cuda")
+        y, *_, wanted, _, _ = served(x, s, QuantSpec(bits=8, signed=signed), {"zero_point": zero_point})
+        assert torch.equal(bits_of(y), bits_of(wanted))
+
+
+def test_ties_are_where_a_correctly_rounded_division_has_them() -> None:
+    torch.manual_seed(0)
+    halves = torch.randint(-130, 130, (4096, 4096), device="cuda") + 0.5
+    scale = (torch.rand(4096, 1, device="cuda") + 1) * 2.0 ** torch.randint(-50, 50, (4096, 1), device="cuda")
+    x = halves * scale * (1 + torch.randint(-2, 3, halves.shape, device="cuda") * 2.0**-23)
+    y, *_, wanted, _, _ = served(x, scale, QuantSpec(bits=8), {})
+    assert torch.equal(bits_of(y), bits_of(wanted))
+
+
+def test_eager_kernels_runs_plain_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton_kernels = pytest.importorskip("pege_fx.triton_kernels")
+    calls: list[object] = []
+    monkeypatch.setattr(triton_kernels, "forward", lambda *_: calls.append(None))
+    x, scale = torch.randn(10, device="cuda"), torch.tensor(0.3, device="cuda")
+    with kernels.eager_kernels():
+        functional.fake_quantize(x, scale, QuantSpec(bits=2))
+    assert not calls
+    functional.fake_quantize(x, scale, QuantSpec(bits=2))
+    assert len(calls) == 1
+
+
+def test_gradients_captured_in_a_cuda_graph() -> None:
+    """No kernel waits for the device, and a replay sees the p of that moment."""
+    x, scale = torch.randn(64, 300, device="cuda", requires_grad=True), torch.tensor(0.3, device="cuda", requires_grad=True)
+    rate, key = torch.tensor(0.5, device="cuda"), torch.tensor(7, dtype=torch.int32, device="cuda")
+
+    def step() -> tuple[Tensor, ...]:
+        y = functional.fake_quantize(x, scale, QuantSpec(bits=3), rate=rate, key=key, strength=torch.zeros_like(rate))
+        return y.detach(), *torch.autograd.grad(y.square().sum(), (x, scale))
+
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+        with torch.cuda.graph(graph, stream=stream):
+            captured = step()
+        for value in (0.2, 0.9):
+            rate.fill_(value)
+            graph.replay()
+            for found, wanted in zip(captured, step(), strict=True):
+                torch.testing.assert_close(found, wanted)
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+def launches(gm: nn.Module, x: Tensor) -> int:
+    """How many kernels a training step runs."""
+    for _ in range(2):
+        gm(x).square().mean().backward()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        gm(x).square().mean().backward()
+        torch.cuda.synchronize()
+    return sum(e.count for e in profile.key_averages() if e.device_type is torch.autograd.DeviceType.CUDA)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # the profiler's own
+def test_a_site_launches_few_kernels() -> None:
+    """Two written by hand, and what a scale, its gradient and a key need."""
+    x, gm = torch.randn(32, 3, 16, 16, device="cuda"), prepared().train()
+    PEGEScheduler(gm, 10, Constant(0.5), Constant(0.0), Constant(0.0))
+    plain = launches(Net().cuda().train(), x)
+    if not plain:
+        pytest.skip("the profiler does not see the device")
+    assert launches(gm, x) - plain <= 25 * len(pege_fx.fake_quants(gm))
 
 
 # The compiler of torch 2.11 uses what torch 2.11 deprecates, and recommends TensorFloat32.

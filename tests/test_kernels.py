@@ -161,6 +161,17 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return shapes
 
 
+def test_several_gradients_at_once_are_left_to_plain_operations(seen: list[tuple[int, ...]]) -> None:
+    """Autograd makes them by vmap, whose tensors no kernel can read: that was taken for a compiler that does not work."""
+    x = torch.randn(4, 6, requires_grad=True)
+    y = functional.fake_quantize(x, torch.tensor(0.3), QuantSpec(bits=3))
+    gradients = torch.randn(2, 4, 6)
+    several = torch.autograd.grad(y, x, gradients, is_grads_batched=True, retain_graph=True)[0]
+    assert len(seen) == 1
+    torch.testing.assert_close(several[1], torch.autograd.grad(y, x, gradients[1])[0])
+    assert len(seen) == 2
+
+
 CHANNELS_LAST = torch.channels_last
 LAYOUTS: dict[str, tuple[tuple[int, ...], tuple[int, ...], Any, tuple[int, ...] | None]] = {
     "flat": ((2, 3, 4), (), None, (24,)),
