@@ -317,7 +317,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--results", type=Path, default=Path("benchmarks/results/cifar10"), help="folder of stored runs, one JSON per seed")
     add(
         "--profile",
-        help="a section [profiles.NAME] of the table: another size, or fewer of the runs; results go into a folder of that name",
+        help="a section [profiles.NAME] of the table: another size, or some of the runs; results go into a folder of that name",
     )
     add("--jobs", type=int, help="runs at once, each with all its seeds together; default: one seed of one run after the other")
     add("--time-limit", type=float, default=math.inf, metavar="SECONDS", help="stop then; the same command goes on")
