@@ -115,34 +115,28 @@ def capture(
             raise PolicyError(f"blocks={block!r} names no module.\n  closest paths: {closest(block, names)}")
         chosen |= found
     outermost = {name for name in chosen if not any(name.startswith(f"{other}.") for other in chosen)}
-    root = _copy(model, {id(value): value for value in (*model.parameters(), *model.buffers())} if share_parameters else {})
+    root = _copy(model, share_parameters)
     make_explicit(root)
     return _Ladder(root, example, outermost, set(refused)).climb(root, "")
 
 
-def _copy(model: nn.Module, copies: dict[int, Any]) -> nn.Module:
+def _copy(model: nn.Module, share_parameters: bool) -> nn.Module:
     """``copy.deepcopy``, which takes longer than tracing, with short cuts for what modules are mostly made of.
 
     Large parameters: memory from NumPy, which asks for huge pages; touching it costs a quarter. Modules that say nothing of
     how they are copied, and in them tensors, numbers, tuples of numbers, and dictionaries (a module has a dozen).
     """
-    for parameter in model.parameters():
-        if id(parameter) not in copies and type(parameter) is nn.Parameter and not vars(parameter):
-            copies[id(parameter)] = nn.Parameter(_copy_tensor(parameter.detach()), parameter.requires_grad)
-    for buffer in model.buffers():
-        if id(buffer) not in copies and type(buffer) is Tensor and not vars(buffer) and not buffer.requires_grad:
-            copies[id(buffer)] = _copy_tensor(buffer)
+    modules = list(model.modules())
+    copies: dict[int, Any] = {}
+    for module in modules:
+        for value in (*module._parameters.values(), *module._buffers.values()):
+            if value is not None and id(value) not in copies:
+                _copy_tensor(value, copies, share_parameters)
     try:
-        for module in reversed(list(model.modules())):  # children first
+        for module in reversed(modules):  # children first
             if id(module) not in copies and _is_copied_by_its_attributes(type(module)):
-                made = type(module).__new__(type(module))
-                copies[id(module)] = made
-                vars(made).update(
-                    {
-                        name: value if type(value) in _PLAIN else _copy_value(value, copies)
-                        for name, value in vars(module).items()
-                    }
-                )
+                copies[id(module)] = made = type(module).__new__(type(module))
+                vars(made).update({name: _copy_value(value, copies) for name, value in vars(module).items()})
         return copy.deepcopy(model, copies)
     except Exception as error:
         hint = "torch.nn.utils.parametrizations.weight_norm can be." if "weight_norm" in str(error) else ""
@@ -159,25 +153,39 @@ def _is_copied_by_its_attributes(cls: type[nn.Module]) -> bool:
     return as_usual and not any(hasattr(cls, hook) for hook in others) and cls not in copyreg.dispatch_table
 
 
-def _copy_tensor(value: Tensor) -> Tensor:
+def _copy_tensor(value: Tensor, copies: dict[int, Any], shared: bool) -> None:
+    """Copy a parameter or buffer, or not if it is ``shared``; what there is more to say of is left to ``deepcopy``."""
+    if shared:
+        copies[id(value)] = value
+    elif type(value) is nn.Parameter and not vars(value):
+        copies[id(value)] = nn.Parameter(_copy_numbers(value.detach()), value.requires_grad)
+    elif type(value) is Tensor and not vars(value) and not value.requires_grad:
+        copies[id(value)] = _copy_numbers(value)
+
+
+def _copy_numbers(value: Tensor) -> Tensor:
     if value.device.type == "cpu" and value.dtype is torch.float32 and value.nbytes >= _HUGE_PAGES and value.is_contiguous():
         return torch.from_numpy(numpy.empty(value.shape, numpy.float32)).copy_(value)
     return value.clone(memory_format=torch.preserve_format)
 
 
 _PLAIN = {type(None), bool, int, float, str}
+_COLLECTIONS = {dict, OrderedDict, set, tuple}
 
 
 def _copy_value(value: Any, copies: dict[int, Any]) -> Any:
     cls = type(value)
-    if cls in _PLAIN or (cls is tuple and all(type(part) in _PLAIN for part in value)):
+    if cls in _PLAIN:
         return value
-    made = copies.get(id(value))
-    if made is None and cls in (dict, OrderedDict) and all(map(_PLAIN.__contains__, map(type, value))):
-        copies[id(value)] = made = cls()
-        for key, part in value.items():
-            made[key] = _copy_value(part, copies)
-    return copy.deepcopy(value, copies) if made is None else made
+    if (made := copies.get(id(value))) is not None:
+        return made
+    if cls not in _COLLECTIONS or not all(map(_PLAIN.__contains__, map(type, value))):
+        return copy.deepcopy(value, copies)
+    if cls is tuple:
+        return value
+    copies[id(value)] = made = cls()
+    made.update(value if cls is set else {key: _copy_value(part, copies) for key, part in value.items()})
+    return made
 
 
 def warn_of(notes: list[Capture], has_examples: bool) -> None:

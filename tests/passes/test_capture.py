@@ -1180,3 +1180,29 @@ def test_a_buffer_of_another_size_is_a_cache() -> None:
         gm = pege_fx.prepare(model, "W8A8", (x,))
     assert "python" not in {note.rung for note in plan_of(gm).captures}
     torch.testing.assert_close(gm.eval()(x), model(x), atol=0.1, rtol=0.1)
+
+
+class KnowsItsParent(nn.Module):
+    def __init__(self, parent: nn.Module) -> None:
+        super().__init__()
+        self.parent = (parent,)  # in a tuple, so that it is no child
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x, 0.5, self.parent[0].training)
+
+
+class Parent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.child = nn.Linear(4, 4), KnowsItsParent(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.child(self.linear(x))
+        return out
+
+
+def test_a_child_that_knows_its_parent_knows_the_copy_of_it() -> None:
+    gm = pege_fx.prepare(Parent(), "W4A4", (torch.ones(3, 4),))
+    dropped = gm.train()(torch.ones(50, 4)) == 0
+    assert dropped.any()
+    assert not (gm.eval()(torch.ones(50, 4)) == 0).any()
