@@ -363,6 +363,11 @@ class PegeTracer(LocalTracer):
 
         return make
 
+    @functools.cached_property
+    def _names(self) -> dict[Tensor, str]:
+        """The paths of parameters and buffers."""
+        return {value: name for name, value in (*self.root.named_parameters(), *self.root.named_buffers())}
+
     # --- fx's hooks ------------------------------------------------------------------------------------------
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -407,7 +412,14 @@ class PegeTracer(LocalTracer):
             raise ContextError("it changes the gradient or autocast mode inside forward, which a graph does not hold")
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        return attr_val if self._evaluating else super().getattr(attr, attr_val, parameter_proxy_cache)
+        if self._evaluating or not self.is_called:
+            return attr_val
+        name = self._names.get(attr_val) if isinstance(attr_val, Tensor) and self.live_training else None
+        if name is None:
+            return super().getattr(attr, attr_val, parameter_proxy_cache)
+        if name not in parameter_proxy_cache:  # fx would look for its name among all
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
         signature = inspect.signature(root_fn)
@@ -508,7 +520,7 @@ class PegeTracer(LocalTracer):
         self._check_context()
         node = super().create_node(kind, target, args, kwargs, *rest, **more)
         if self.live_training and (line := _line()):
-            node.stack_trace = line
+            node.meta["stack_trace"] = line
         if self.evaluate and kind != "output" and target not in (TRAINING_MODE, check_argument, check_class, check_keys):
             self._values[node] = self._evaluate(node)
             self._note_origin(node)
@@ -549,7 +561,11 @@ class PegeTracer(LocalTracer):
         return proxy
 
     def create_arg(self, a: Any) -> Any:
+        if isinstance(a, Proxy):  # mostly; fx asks for everything else first
+            return a.node
         kind: Any = type(a)
+        if kind in _PLAIN:
+            return a
         if issubclass(kind, dict) and is_dataclass(a):  # a result by name, as transformers' ModelOutput
             present = {f.name: getattr(a, f.name) for f in fields(a) if getattr(a, f.name) is not None}
             return self.create_node("call_function", kind, (), {k: self.create_arg(v) for k, v in present.items()})
@@ -638,6 +654,7 @@ def is_steady(root: nn.Module, tracer: PegeTracer, graph: Graph, again: PegeTrac
 
 
 _UNKNOWN = object()
+_PLAIN = {type(None), bool, int, float, str}
 _VIEWS = ("keys", "values", "items")  # of a dictionary
 _CONSTANTS = ("_tensor_constant", "_torchbind_obj", "_tree_spec_constant", "_opaque_obj")  # what fx keeps on the root
 _SOME_TENSOR = torch.empty(0)

@@ -35,10 +35,19 @@ class Attributes(NamedTuple):
     copies: dict[str, Any]
 
 
+_CHANGING = (dict, OrderedDict, list)
+_EMPTY: dict[str, Any] = {}
+
+
 def attributes(module: nn.Module) -> Attributes:
     """Note the attributes of a module."""
     values = vars(module).copy()
-    return Attributes(values, {name: value.copy() for name, value in values.items() if type(value) in _CHANGING})
+    copies = {
+        name: value.copy() if value else _EMPTY  # a dozen, and most are empty
+        for name, value in values.items()
+        if type(value) in _CHANGING
+    }
+    return Attributes(values, copies)
 
 
 def put_back(module: nn.Module, before: Attributes) -> None:
@@ -46,13 +55,10 @@ def put_back(module: nn.Module, before: Attributes) -> None:
     module.__dict__.clear()
     module.__dict__.update(before.values)
     for name, copied in before.copies.items():
-        if not ((value := before.values[name]) or copied):
-            continue
-        value.clear()
-        (value.extend if type(value) is list else value.update)(copied)
-
-
-_CHANGING = (dict, OrderedDict, list)
+        if value := before.values[name]:
+            value.clear()
+        if copied:
+            (value.extend if type(value) is list else value.update)(copied)
 
 
 @contextmanager
