@@ -345,7 +345,7 @@ def _parts(value: Any) -> set[int]:
     """What a node uses: a graph inside a module speaks for itself."""
     found = {id(value)}
     if isinstance(value, nn.Module) and not isinstance(value, GraphModule):
-        found.update(id(tensor) for tensor in (*value.parameters(recurse=False), *value.buffers(recurse=False)))
+        found.update(map(id, (*value._parameters.values(), *value._buffers.values())))
         found.update(*map(_parts, value.children()))
     return found
 
