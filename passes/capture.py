@@ -29,6 +29,7 @@ from pege_fx.fake_quant import FakeQuant
 from pege_fx.mode import PYTHON_FORWARD, TRAINING_MODE, PythonForward, TrainingMode, evaluating, trial
 from pege_fx.passes.branches import MergeError, merge_branches
 from pege_fx.passes.graph import attribute_of, hides_weights, join, parent_and_name, remove_dead_nodes, source_of
+from pege_fx.passes.places import place_of
 from pege_fx.passes.threads import uncompiled
 from pege_fx.passes.trace import Known, NotTraceableError, PegeTracer, is_steady
 from pege_fx.plan import Capture
@@ -217,7 +218,7 @@ class _Ladder:
         if not prefix:
             return bind(module, *self.example)
         if prefix in self.refused:
-            raise NotTraceableError("", _place_of(module), "it is called in more ways than one graph holds")
+            raise NotTraceableError("", place_of(module), "it is called in more ways than one graph holds")
         if self._calls is None:
             self._calls = _record_calls(self.root, self.example)
         calls = self._calls.get(module)
@@ -225,7 +226,7 @@ class _Ladder:
             return Known.defaults(module.forward)
         for name in () if isinstance(module, (*LAYERS, *CELLS)) else calls[0].values:
             if len({call.values[name] is None for call in calls}) > 1:
-                raise NotTraceableError("", _place_of(module), f"it is called with {name} and without")
+                raise NotTraceableError("", place_of(module), f"it is called with {name} and without")
         return calls[0]
 
     def climb(self, root: nn.Module, prefix: str) -> Captured:
@@ -347,11 +348,11 @@ def _follow(
     tracer = new(mode)
     try:
         graph = tracer.follow(root)
-        if tracer.changed and not is_steady(root, tracer, graph, new(mode)):
-            path, name = tracer.changed[0]
+        if tracer.state.changed and not is_steady(tracer, graph, new(mode)):
+            path, name = tracer.state.changed[0]
             raise _stateful(root, path, f"each call changes self.{name}")
-        if tracer.kept and known.is_call and not _repeats(root, known):
-            path, name = tracer.kept[0]
+        if tracer.state.kept and known.is_call and not _repeats(root, known):
+            path, name = tracer.state.kept[0]
             raise _stateful(root, path, f"a call reads what the last one left in self.{name}")
         return tracer, graph
     except NotTraceableError as error:
@@ -361,7 +362,7 @@ def _follow(
 
 
 def _stateful(root: nn.Module, path: str, what: str) -> NotTraceableError:
-    return NotTraceableError(path, _place_of(root.get_submodule(path)), f"{what}, which a graph does not hold")
+    return NotTraceableError(path, place_of(root.get_submodule(path)), f"{what}, which a graph does not hold")
 
 
 def _repeats(root: nn.Module, known: Known) -> bool:
@@ -411,11 +412,6 @@ def _as_it_is(value: Any) -> Any:
         return leaf
 
     return tree_map(keep, value)
-
-
-def _place_of(module: nn.Module) -> str:
-    code = type(module).forward.__code__
-    return f"{code.co_filename}:{code.co_firstlineno} in {code.co_qualname}"
 
 
 def _is_iterated(parent: nn.Module, name: str, child: nn.Module) -> bool:
