@@ -74,8 +74,8 @@ def place_of(module: nn.Module) -> str:
     return f"{code.co_filename}:{code.co_firstlineno} in {code.co_qualname}"
 
 
-def described(module: nn.Module, path: str) -> str:
-    """Return the name of a module in a message that a graph keeps: path, class, file and line, not where that file lies."""
+def described(module: nn.Module) -> str:
+    """Return how a graph's own messages call a module: its class, file and line, but not where that file lies."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    line = "" if code is None else f", {os.path.basename(code.co_filename)}:{code.co_firstlineno}"
-    return f"{path or 'the model'} ({type(module).__name__}{line})"
+    place = "" if code is None else f" ({os.path.basename(code.co_filename)}:{code.co_firstlineno})"
+    return f"{type(module).__name__}{place}"

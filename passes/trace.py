@@ -28,7 +28,7 @@ from pege_fx.kernels import TRACING
 from pege_fx.mode import TRAINING_MODE, check_argument, check_class, check_keys
 from pege_fx.passes.draws import DRAWING, GENERATORS, RAND, DrawsOfConstants, guards
 from pege_fx.passes.graph import arguments, is_leaf_function, is_matrix, join, plain, reads_size
-from pege_fx.passes.places import called_by_checkpoint, here, line, where_raised
+from pege_fx.passes.places import called_by_checkpoint, described, here, line, where_raised
 from pege_fx.passes.state import ModuleState, write_buffer
 from pege_fx.passes.threads import LocalTracer, replaced
 from pege_fx.recurrent import CELLS, LAYERS, given_or_zeros
@@ -435,7 +435,7 @@ class PegeTracer(LocalTracer):
         return argument
 
     def _check(self, function: Callable[..., None], argument: Proxy, name: str, traced: Any) -> None:
-        node = self.create_node("call_function", function, (argument.node, name, traced), {})
+        node = self.create_node("call_function", function, (argument.node, name, traced, described(self.root)), {})
         node.meta["is_wrapped"] = True  # one node for a tracer of the generated code as well
 
     def is_size(self, node: Node) -> bool:

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 import pege_fx
-from pege_fx import Constant, ModelError, PEGEScheduler, PegeWarning
+from pege_fx import Constant, ModelError, OtherCallError, PEGEScheduler, PegeWarning
 from pege_fx.mode import select_by_mode
 from pege_fx.plan import Capture
 from pege_fx.scheduler import plan_of
@@ -887,3 +887,56 @@ def test_a_child_that_knows_its_parent_knows_the_copy_of_it() -> None:
     dropped = gm.train()(torch.ones(50, 4)) == 0
     assert dropped.any()
     assert not (gm.eval()(torch.ones(50, 4)) == 0).any()
+
+
+class MaybeMasked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, *more: Tensor) -> Tensor:
+        y: Tensor = self.fc(x)
+        return y if mask is None else y * mask
+
+
+class InPython(nn.Module):
+    """Calls a part in a way that only an example would have told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = MaybeMasked()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.part(x if x.sum() > 0 else -x, torch.ones(4))
+        return y
+
+
+@pytest.mark.parametrize(
+    ("model", "args", "where", "what"),
+    [
+        (MaybeMasked(), (1,), "", "mask was None when the model was traced, and is 1 now"),
+        (MaybeMasked(), (torch.ones(4),), "", "mask was None when the model was traced, and is a Tensor now"),
+        (MaybeMasked(), (None, torch.ones(4)), "", "more had [] when the model was traced, now it has [0]"),
+        (InPython(), (), " at part", "mask was None when the model was traced, and is a Tensor now"),
+    ],
+)
+def test_another_call_names_the_module_its_line_and_the_fix(
+    model: nn.Module, args: tuple[Any, ...], where: str, what: str
+) -> None:
+    """Inputs that default to None were named, and not the module that has them."""
+    with quiet():
+        gm = pege_fx.prepare(model, "W4A4", None if isinstance(model, InPython) else (torch.ones(2, 4),))
+    line = MaybeMasked.forward.__code__.co_firstlineno
+    with pytest.raises(OtherCallError) as raised:
+        gm(torch.ones(2, 4), *args)
+    assert f"MaybeMasked (test_capture.py:{line}){where} is called in another way: {what}." in str(raised.value)
+    assert "give prepare example_inputs or example_kwargs with which it is called so" in str(raised.value)
+    with pytest.raises(OtherCallError, match=f"MaybeMasked .test_capture.py:{line}. is called in another way"):
+        pickle.loads(pickle.dumps(gm))(torch.ones(2, 4), *args)  # fx forgets where a graph was
+    assert "tests" not in gm.code  # where the file lies on this machine is nobody's business
+
+
+def test_with_an_example_of_it_the_call_is_the_one_that_was_traced() -> None:
+    x = torch.ones(2, 4)
+    gm = prepared(InPython(), x)
+    assert gm(x).shape == x.shape
