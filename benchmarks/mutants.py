@@ -50,6 +50,8 @@ TARGETS: dict[str, list[str]] = {
     "passes.ranks": ["tests/passes/test_ranks.py", "tests/passes/test_capture.py"],
     "passes.trace": ["tests/passes/test_trace.py", "tests/passes/test_capture.py"],
     "passes.state": ["tests/passes/test_state.py"],
+    "passes.proxies": ["tests/passes/test_proxies.py", "tests/passes/test_draws.py", "tests/passes/test_capture.py"],
+    "passes.copies": ["tests/passes/test_copies.py"],
     "passes.draws": ["tests/passes/test_draws.py"],
     "passes.places": ["tests/passes/test_places.py"],
     "passes.capture": ["tests/passes/test_capture.py"],

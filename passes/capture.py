@@ -6,17 +6,14 @@ quantized all the same. The result is a GraphModule in every case, and every par
 
 import contextlib
 import copy
-import copyreg
 import inspect
 import math
 import re
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-import numpy
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
@@ -28,15 +25,22 @@ from pege_fx.explicit import make_explicit
 from pege_fx.fake_quant import FakeQuant
 from pege_fx.mode import PYTHON_FORWARD, TRAINING_MODE, PythonForward, TrainingMode, evaluating, trial
 from pege_fx.passes.branches import MergeError, merge_branches
-from pege_fx.passes.graph import attribute_of, hides_weights, join, parent_and_name, remove_dead_nodes, source_of
+from pege_fx.passes.copies import copied
+from pege_fx.passes.graph import (
+    attribute_of,
+    has_parameters,
+    hides_weights,
+    join,
+    parent_and_name,
+    remove_dead_nodes,
+    source_of,
+)
 from pege_fx.passes.places import place_of
 from pege_fx.passes.threads import uncompiled
 from pege_fx.passes.trace import Known, NotTraceableError, PegeTracer, is_steady
 from pege_fx.plan import Capture
 from pege_fx.policy import path_pattern
 from pege_fx.recurrent import CELLS, LAYERS
-
-_HUGE_PAGES = 2**22  # from so many bytes on NumPy asks for them
 
 
 @dataclass
@@ -116,77 +120,9 @@ def capture(
             raise PolicyError(f"blocks={block!r} names no module.\n  closest paths: {closest(block, names)}")
         chosen |= found
     outermost = {name for name in chosen if not any(name.startswith(f"{other}.") for other in chosen)}
-    root = _copy(model, share_parameters)
+    root = copied(model, share_parameters)
     make_explicit(root)
     return _Ladder(root, example, outermost, set(refused)).climb(root, "")
-
-
-def _copy(model: nn.Module, share_parameters: bool) -> nn.Module:
-    """``copy.deepcopy``, which takes longer than tracing, with short cuts for what modules are mostly made of.
-
-    Large parameters: memory from NumPy, which asks for huge pages; touching it costs a quarter. Modules that say nothing of
-    how they are copied, and in them tensors, numbers, tuples of numbers, and dictionaries (a module has a dozen).
-    """
-    modules = list(model.modules())
-    copies: dict[int, Any] = {}
-    for module in modules:
-        for value in (*module._parameters.values(), *module._buffers.values()):
-            if value is not None and id(value) not in copies:
-                _copy_tensor(value, copies, share_parameters)
-    try:
-        for module in reversed(modules):  # children first
-            if id(module) not in copies and _is_copied_by_its_attributes(type(module)):
-                copies[id(module)] = made = type(module).__new__(type(module))
-                vars(made).update({name: _copy_value(value, copies) for name, value in vars(module).items()})
-        return copy.deepcopy(model, copies)
-    except Exception as error:
-        hint = "torch.nn.utils.parametrizations.weight_norm can be." if "weight_norm" in str(error) else ""
-        raise ModelError(f"the model can not be copied: {type(error).__name__}: {error}\n  {hint}".rstrip()) from error
-
-
-def _is_copied_by_its_attributes(cls: type[nn.Module]) -> bool:
-    """Tell whether ``deepcopy`` would copy a module attribute by attribute."""
-    if cls.__module__.startswith("torch.nn.modules."):
-        return True
-    hooks = ("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__copy__", "__new__")
-    as_usual = all(getattr(cls, hook, None) is getattr(nn.Module, hook, None) for hook in hooks)
-    others = ("__deepcopy__", "__getnewargs__", "__getnewargs_ex__")
-    return as_usual and not any(hasattr(cls, hook) for hook in others) and cls not in copyreg.dispatch_table
-
-
-def _copy_tensor(value: Tensor, copies: dict[int, Any], shared: bool) -> None:
-    """Copy a parameter or buffer, or not if it is ``shared``; what there is more to say of is left to ``deepcopy``."""
-    if shared:
-        copies[id(value)] = value
-    elif type(value) is nn.Parameter and not vars(value):
-        copies[id(value)] = nn.Parameter(_copy_numbers(value.detach()), value.requires_grad)
-    elif type(value) is Tensor and not vars(value) and not value.requires_grad:
-        copies[id(value)] = _copy_numbers(value)
-
-
-def _copy_numbers(value: Tensor) -> Tensor:
-    if value.device.type == "cpu" and value.dtype is torch.float32 and value.nbytes >= _HUGE_PAGES and value.is_contiguous():
-        return torch.from_numpy(numpy.empty(value.shape, numpy.float32)).copy_(value)
-    return value.clone(memory_format=torch.preserve_format)
-
-
-_PLAIN = {type(None), bool, int, float, str}
-_COLLECTIONS = {dict, OrderedDict, set, tuple}
-
-
-def _copy_value(value: Any, copies: dict[int, Any]) -> Any:
-    cls = type(value)
-    if cls in _PLAIN:
-        return value
-    if (made := copies.get(id(value))) is not None:
-        return made
-    if cls not in _COLLECTIONS or not all(map(_PLAIN.__contains__, map(type, value))):
-        return copy.deepcopy(value, copies)
-    if cls is tuple:
-        return value
-    copies[id(value)] = made = cls()
-    made.update(value if cls is set else {key: _copy_value(part, copies) for key, part in value.items()})
-    return made
 
 
 def warn_of(notes: list[Capture], has_examples: bool) -> None:
@@ -231,26 +167,10 @@ class _Ladder:
 
     def climb(self, root: nn.Module, prefix: str) -> Captured:
         opaque = self._blocks_in(root, prefix)
-        branches: NotTraceableError | None = None
-        while True:
-            try:
-                tracer, graph = self._trace(root, opaque, self._known(root, prefix), branches)
-                break
-            except NotTraceableError as error:
-                if error.keeps_meaning and error.path and not any(True for _ in root.get_submodule(error.path).parameters()):
-                    opaque[error.path] = error
-                    continue
-                if error.asks_mode:
-                    branches = error
-                    continue
-                while error.path in opaque:  # it is not looked into any more: whoever calls it is to blame
-                    error.path = error.path.rpartition(".")[0]
-                if error.path == "":
-                    return self._keep_root(root, prefix, error)
-                for path in [path for path in opaque if path.startswith(f"{error.path}.")]:
-                    del opaque[path]
-                opaque[error.path] = error
-                branches = None
+        try:
+            tracer, graph, branches = self._trace_around(root, prefix, opaque)
+        except NotTraceableError as error:
+            return self._keep_root(root, prefix, error)
         captured = Captured(_graph_module(root, graph, tracer, prefix))
         captured.graphs.append(captured.root)
         for place, what in tracer.specialised.items():
@@ -265,14 +185,39 @@ class _Ladder:
                 captured.graphs += inner.graphs
                 captured.notes += [Capture(join(prefix, path), "block"), *inner.notes]
                 continue
-            rung = (
-                "leaf" if failure.keeps_meaning and not any(True for _ in root.get_submodule(path).parameters()) else "python"
-            )
+            rung = "leaf" if failure.keeps_meaning and not has_parameters(root.get_submodule(path)) else "python"
             captured.notes.append(Capture(join(prefix, path), rung, failure.place, failure.reason))
             for node in captured.root.graph.find_nodes(op="call_module", target=path):
                 node.meta["stays_python"] = f"stays Python: {failure.reason} ({failure.place})"
             self._capture_children(captured, captured.root.get_submodule(path), join(prefix, path))
         return captured
+
+    def _trace_around(
+        self, root: nn.Module, prefix: str, opaque: dict[str, NotTraceableError]
+    ) -> tuple[PegeTracer, Graph, NotTraceableError | None]:
+        """Trace around what can not be traced, which is put into ``opaque``; raise if that is the root itself.
+
+        The last of the results is there if the graph has both branches on the mode: who asked for it.
+        """
+        branches: NotTraceableError | None = None
+        while True:
+            try:
+                return *self._trace(root, opaque, self._known(root, prefix), branches), branches
+            except NotTraceableError as error:
+                if error.keeps_meaning and error.path and not has_parameters(root.get_submodule(error.path)):
+                    opaque[error.path] = error
+                    continue
+                if error.asks_mode:
+                    branches = error
+                    continue
+                while error.path in opaque:  # it is not looked into any more: whoever calls it is to blame
+                    error.path = error.path.rpartition(".")[0]
+                if error.path == "":
+                    raise
+                for path in [path for path in opaque if path.startswith(f"{error.path}.")]:
+                    del opaque[path]
+                opaque[error.path] = error
+                branches = None
 
     def _blocks_in(self, root: nn.Module, prefix: str) -> dict[str, NotTraceableError]:
         """The blocks below a module, by path."""

@@ -843,6 +843,11 @@ def remove_dead_nodes(gm: GraphModule, unread: Collection[Node] = ()) -> None:
 # --- calls written out ---------------------------------------------------------------------------------------
 
 
+def has_parameters(module: nn.Module) -> bool:
+    """Tell whether a module or any part of it has a parameter."""
+    return next(module.parameters(), None) is not None
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Tell whether a module's call does more than its forward."""
     return any(vars(module).get(name) for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"))

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Graph, Node, Proxy
 from torch.fx.node import map_arg
-from torch.fx.proxy import Attribute
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_leaves
 
@@ -26,11 +25,12 @@ from pege_fx.attention import multi_head_attention_forward
 from pege_fx.batch_norm import NORM_THEN, BatchNorm
 from pege_fx.kernels import TRACING
 from pege_fx.mode import TRAINING_MODE, check_argument, check_class, check_keys
-from pege_fx.passes.draws import DRAWING, GENERATORS, RAND, DrawsOfConstants, guards
-from pege_fx.passes.graph import arguments, is_leaf_function, is_matrix, join, plain, reads_size
+from pege_fx.passes.draws import DRAWING, GENERATORS, DrawsOfConstants, guards
+from pege_fx.passes.graph import arguments, has_parameters, is_leaf_function, is_matrix, join, plain, reads_size
 from pege_fx.passes.places import called_by_checkpoint, described, here, line, where_raised
+from pege_fx.passes.proxies import ContextError, DataDependenceError, ExampleProxy, InPlaceProxy, ProxyTracer
 from pege_fx.passes.state import ModuleState, write_buffer
-from pege_fx.passes.threads import LocalTracer, replaced
+from pege_fx.passes.threads import replaced
 from pege_fx.recurrent import CELLS, LAYERS, given_or_zeros
 
 
@@ -73,6 +73,10 @@ class Known:
         return bound.args, bound.kwargs
 
 
+class ModeError(Exception):
+    """Python asked whether the model trains, to do one thing or another."""
+
+
 class NotTraceableError(Exception):
     """A module whose ``forward`` can not be followed: which, where, and why."""
 
@@ -84,93 +88,11 @@ class NotTraceableError(Exception):
         self.keeps_meaning = isinstance(cause, (ModeError, ContextError))  # by staying Python, and nothing could be decided
 
 
-class DataDependenceError(Exception):
-    """Python asked for the value of a tensor: no example may decide that."""
-
-
-class ModeError(Exception):
-    """Python asked whether the model trains, to do one thing or another."""
-
-
-class ContextError(Exception):
-    """A ``with`` block or a call that means something to autograd and would be lost in a graph."""
-
-
 def _context() -> tuple[bool, bool, bool]:
     return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
 
 
-class InPlaceProxy(Proxy):
-    """A proxy that keeps ``x += y`` and ``x[i] = y`` in place: under another name of x they are seen too."""
-
-    tracer: "PegeTracer"
-
-    def __getattr__(self, name: str) -> Attribute:
-        return InPlaceAttribute(self, name)
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
-
-    def __lt__(self, other: Any) -> Any:
-        if self.node.target is RAND and isinstance(other, (int, float)) and other <= 0:
-            return False  # layers dropped with probability 0
-        return self.tracer.create_proxy("call_function", operator.lt, (self, other), {})
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("data", "grad"):
-            raise ContextError(f"it sets .{name} of a tensor, which a graph does not hold")
-        super().__setattr__(name, value)
-
-
-class InPlaceAttribute(Attribute, InPlaceProxy):
-    """An attribute of such a proxy."""
-
-
-def _augmented(in_place: Callable[..., Any], anew: Callable[..., Any]) -> Callable[["InPlaceProxy", Any], Proxy]:
-    def assign(self: InPlaceProxy, other: Any) -> Proxy:
-        # Sizes can not change: under another name the old one stays.
-        function = anew if self.tracer.is_size(self.node) else in_place
-        result: Proxy = self.tracer.create_proxy("call_function", function, (self, other), {})
-        return result
-
-    return assign
-
-
-for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "matmul"):
-    _anew = getattr(operator, f"{_name}_" if _name in ("and", "or") else _name)
-    setattr(InPlaceProxy, f"__i{_name}__", _augmented(getattr(operator, f"i{_name}"), _anew))
-
-
-class ExampleProxy(InPlaceProxy):
-    """A proxy whose value on the example inputs is known, for sizes and what is computed from them."""
-
-    def __getattr__(self, name: str) -> "Attribute":
-        return ExampleAttribute(self, name)
-
-    def __len__(self) -> int:
-        return len(self.tracer.fixed(self, "len()", sized=True))
-
-    def __contains__(self, item: Any) -> bool:
-        value = self.tracer.fixed(self, "in", sized=True)
-        if isinstance(value, Tensor) or isinstance(item, Proxy):
-            raise DataDependenceError(f"in asks for the value of {self.node}, which depends on data")
-        return item in value
-
-    def __index__(self) -> int:
-        return int(self.tracer.fixed(self, "a whole number"))
-
-    def __int__(self) -> int:
-        return int(self.tracer.fixed(self, "int()"))
-
-    def __float__(self) -> float:
-        return float(self.tracer.fixed(self, "float()"))
-
-
-class ExampleAttribute(Attribute, ExampleProxy):
-    """An attribute of such a proxy: ``x.shape``, or a method about to be called."""
-
-
-class PegeTracer(LocalTracer):
+class PegeTracer(ProxyTracer):
     """fx's tracer; with ``live_training``, ``self.training`` is a value of the graph.
 
     Unpickling a GraphModule makes one without: it traces the generated code, where that value is a module's call.
@@ -272,8 +194,13 @@ class PegeTracer(LocalTracer):
         for namespace, more in (*((names, {}) for names in GENERATORS), *((names, own) for names in _globals_of(root))):
             yield namespace, {n: others[v] for n, v in namespace.items() if type(v) in kinds and v in others} | more
 
+    @property
+    def is_following(self) -> bool:
+        """Whether what runs is the code of the model: not another thread's, and no example value beside the graph."""
+        return self.is_called and not self._evaluating
+
     def refuse_to_draw(self) -> None:
-        if self.live_training and self.is_called and not self._evaluating:
+        if self.live_training and self.is_following:
             raise ContextError("it draws random numbers, which a graph would hold as constants")
 
     def _isinstance(self, value: Any, cls: Any) -> bool:
@@ -290,7 +217,7 @@ class PegeTracer(LocalTracer):
     def _factory(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original, updated=())
         def make(*args: Any, **kwargs: Any) -> Any:
-            draws = original in DRAWING and self.live_training and self.is_called and not self._evaluating
+            draws = original in DRAWING and self.live_training and self.is_following
             symbolic = draws or any(isinstance(leaf, Proxy) for leaf in tree_leaves((args, kwargs)))
             return self.create_proxy("call_function", original, args, kwargs) if symbolic else original(*args, **kwargs)
 
@@ -306,7 +233,7 @@ class PegeTracer(LocalTracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name in self.opaque:
             return True
-        if type(m).__module__.startswith("einops.layers.") and not any(True for _ in m.parameters()):
+        if type(m).__module__.startswith("einops.layers.") and not has_parameters(m):
             return True
         if isinstance(m, BatchNorm):  # a subclass too, unless it computes something else: torch's forward branches on the mode
             return type(m).forward is BatchNorm.forward or super().is_leaf_module(m, module_qualified_name)
@@ -315,7 +242,7 @@ class PegeTracer(LocalTracer):
         return super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._evaluating or not self.is_called:
+        if not self.is_following:
             return forward(*args, **kwargs)
         if not self.live_training:
             return super().call_module(m, forward, args, kwargs)
@@ -324,10 +251,8 @@ class PegeTracer(LocalTracer):
         if called_by_checkpoint():
             raise ContextError("it checkpoints inside forward, which a graph does not hold")
         self._check_context()  # here, so that the module with the block is to blame and not the one it calls
-        if m not in self._installed and not any(True for _ in m.parameters()):
-            return forward(
-                *args, **kwargs
-            )  # made on the way, as ``nn.ReLU()(x)``: what it does, not what it is, is in the graph
+        if m not in self._installed and not has_parameters(m):  # made on the way, as ``nn.ReLU()(x)``
+            return forward(*args, **kwargs)  # what it does, not what it is, is in the graph
         try:
             if isinstance(m, NORM_THEN_TYPES):
                 y = self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
@@ -345,12 +270,12 @@ class PegeTracer(LocalTracer):
             raise ContextError("it changes the gradient or autocast mode inside forward, which a graph does not hold")
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        if self._evaluating or not self.is_called:
+        if not self.is_following:
             return attr_val
-        name = self._names.get(attr_val) if isinstance(attr_val, Tensor) and self.live_training else None
-        if name is None:
+        if not (self.live_training and isinstance(attr_val, Tensor) and attr_val in self._names):
             return super().getattr(attr, attr_val, parameter_proxy_cache)
-        if name not in parameter_proxy_cache:  # fx would look for its name among all
+        name = self._names[attr_val]  # fx looks through all of them
+        if name not in parameter_proxy_cache:
             parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
         return parameter_proxy_cache[name]
 

@@ -13,7 +13,7 @@ LAYERS: list[set[str]] = [
     {"plan", "quantizers", "batch_norm", "fake_quant", "attention", "mode", "recurrent", "transformer", "explicit"}
     | {"recompute"},
     {"passes.graph", "passes.pipeline", "passes.costs", "passes.values", "passes.norms", "passes.threads"}
-    | {"passes.draws", "passes.places", "passes.state"},
+    | {"passes.draws", "passes.places", "passes.state", "passes.proxies", "passes.copies"},
     {
         f"passes.{n}"
         for n in ("trace", "branches", "capture", "effects", "normalize", "ranks", "fold_bn", "sign", "plan", "insert")
@@ -48,6 +48,7 @@ INSIDE = {
     ("inspection", "scheduler"), ("training", "scheduler"), ("listing", "errors"), ("passes.costs", "passes.graph"),
     ("passes.values", "passes.graph"),
     ("passes.norms", "passes.graph"), ("passes.state", "passes.graph"), ("passes.places", "passes.threads"),
+    ("passes.proxies", "passes.draws"), ("passes.proxies", "passes.threads"),
     ("tables", "size"), ("inspection", "tables"), ("inspection", "size"),
     ("listing", "files"),
     ("telemetry", "scheduler"), ("sensitivity", "mixed_precision"), ("sensitivity", "scheduler"),

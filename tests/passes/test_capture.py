@@ -380,14 +380,6 @@ def test_a_parametrized_weight_is_an_edge_and_its_parameters_train(wrap: Any) ->
         assert torch.equal(made(image()), gm(image()))
 
 
-def test_a_model_that_can_not_be_copied_is_refused_with_the_fix() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = nn.utils.weight_norm(nn.Conv2d(3, 4, 3))
-    with pytest.raises(ModelError, match=r"can not be copied[\s\S]*parametrizations.weight_norm"):
-        pege_fx.prepare(model, "W4A4")
-
-
 class OnAValue(nn.Module):
     def __init__(self, ask: str) -> None:
         super().__init__()
@@ -748,8 +740,10 @@ class Namespace(nn.Module):
 def test_containers_of_a_module_that_stays_python_stay_containers() -> None:
     model, x = Namespace(), torch.randn(3, 4)
     gm = pege_fx.prepare(model, "W8A8", (x,))
+    zero = Constant(0.0)
+    PEGEScheduler(gm, 1, zero, zero, zero)
     assert isinstance(gm.get_submodule("held.fc"), GraphModule)
-    torch.testing.assert_close(gm.eval()(x), model(x), atol=0.2, rtol=0.1)
+    torch.testing.assert_close(gm(x), model(x))
 
 
 class Cached(nn.Module):
@@ -861,32 +855,6 @@ def test_what_is_written_into_an_attribute_is_written_after_pickle_too() -> None
     gm = pege_fx.prepare(WritesIntoAttribute(), "W4A4", (x,))
     assert torch.equal(pickle.loads(pickle.dumps(gm))(x), gm(x))
     assert (gm(x)[:, 0] == 5).all()
-
-
-class KnowsItsParent(nn.Module):
-    def __init__(self, parent: nn.Module) -> None:
-        super().__init__()
-        self.parent = (parent,)  # in a tuple, so that it is no child
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.dropout(x, 0.5, self.parent[0].training)
-
-
-class Parent(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear, self.child = nn.Linear(4, 4), KnowsItsParent(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.child(self.linear(x))
-        return out
-
-
-def test_a_child_that_knows_its_parent_knows_the_copy_of_it() -> None:
-    gm = pege_fx.prepare(Parent(), "W4A4", (torch.ones(3, 4),))
-    dropped = gm.train()(torch.ones(50, 4)) == 0
-    assert dropped.any()
-    assert not (gm.eval()(torch.ones(50, 4)) == 0).any()
 
 
 class MaybeMasked(nn.Module):
