@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
 from pege_fx.batch_norm import only_normalizes
@@ -63,7 +64,7 @@ def check_model(model: Any) -> None:
             raise ModelError(f"the model is prepared already ({name} is a fake-quant): prepare the float model.")
     parameters = [*model.named_parameters()]
     for name, tensor in [*parameters, *model.named_buffers()]:
-        if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
+        if is_lazy(tensor):
             raise ModelError(f"{name} has no shape yet (a lazy module): run the model once on example inputs, then prepare.")
     for name, parameter in parameters:
         if parameter.is_meta or not parameter.is_floating_point() or math.isfinite(parameter.detach().sum()):

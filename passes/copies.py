@@ -20,7 +20,7 @@ def copied(model: nn.Module, share_parameters: bool) -> nn.Module:
     """Do as ``copy.deepcopy``, which takes longer than tracing, with short cuts for what modules are mostly made of.
 
     Large parameters: memory from NumPy, which asks for huge pages; touching it costs a quarter. Modules that say nothing of
-    how they are copied, and in them tensors, numbers, tuples of numbers, and dictionaries (a module has a dozen).
+    how they are copied, and in them tensors, numbers, and collections by names or of them (a module has a dozen).
     """
     modules = list(model.modules())
     copies: dict[int, Any] = {}
@@ -76,5 +76,6 @@ def _copy_value(value: Any, copies: dict[int, Any]) -> Any:
     if cls is tuple:
         return value
     copies[id(value)] = made = cls()
-    made.update(value if cls is set else {key: _copy_value(part, copies) for key, part in value.items()})
+    if value:  # most are empty
+        made.update(value if cls is set else {key: _copy_value(part, copies) for key, part in value.items()})
     return made

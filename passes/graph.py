@@ -309,12 +309,11 @@ def look_up(root: nn.Module, path: str) -> Any:
     holder: Any = root
     try:
         for step in around:
-            holder = vars(holder)["_modules"][step]
-        own = vars(holder)
-        found = own["_modules"].get(name)
+            holder = holder._modules[step]
+        found = holder._modules.get(name)
         if found is None:
-            found = own["_parameters"].get(name)
-    except (KeyError, TypeError):  # something that is no module lies on the way
+            found = holder._parameters.get(name)
+    except (AttributeError, KeyError):  # something that is no module lies on the way
         return operator.attrgetter(path)(root)
     return getattr(holder, name) if found is None else found
 
