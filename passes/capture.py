@@ -6,20 +6,18 @@ quantized all the same. The result is a GraphModule in every case, and every par
 
 import contextlib
 import copy
-import copyreg
 import inspect
 import math
 import re
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-import numpy
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
 from pege_fx.batch_norm import only_normalizes
@@ -28,14 +26,22 @@ from pege_fx.explicit import make_explicit
 from pege_fx.fake_quant import FakeQuant
 from pege_fx.mode import PYTHON_FORWARD, TRAINING_MODE, PythonForward, TrainingMode, evaluating, trial
 from pege_fx.passes.branches import MergeError, merge_branches
-from pege_fx.passes.graph import attribute_of, hides_weights, join, parent_and_name, remove_dead_nodes, source_of
+from pege_fx.passes.copies import copied
+from pege_fx.passes.graph import (
+    attribute_of,
+    has_parameters,
+    hides_weights,
+    join,
+    parent_and_name,
+    remove_dead_nodes,
+    source_of,
+)
+from pege_fx.passes.places import place_of
 from pege_fx.passes.threads import uncompiled
 from pege_fx.passes.trace import Known, NotTraceableError, PegeTracer, is_steady
 from pege_fx.plan import Capture
 from pege_fx.policy import path_pattern
 from pege_fx.recurrent import CELLS, LAYERS
-
-_HUGE_PAGES = 2**22  # from so many bytes on NumPy asks for them
 
 
 @dataclass
@@ -58,7 +64,7 @@ def check_model(model: Any) -> None:
             raise ModelError(f"the model is prepared already ({name} is a fake-quant): prepare the float model.")
     parameters = [*model.named_parameters()]
     for name, tensor in [*parameters, *model.named_buffers()]:
-        if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
+        if is_lazy(tensor):
             raise ModelError(f"{name} has no shape yet (a lazy module): run the model once on example inputs, then prepare.")
     for name, parameter in parameters:
         if parameter.is_meta or not parameter.is_floating_point() or math.isfinite(parameter.detach().sum()):
@@ -115,69 +121,9 @@ def capture(
             raise PolicyError(f"blocks={block!r} names no module.\n  closest paths: {closest(block, names)}")
         chosen |= found
     outermost = {name for name in chosen if not any(name.startswith(f"{other}.") for other in chosen)}
-    root = _copy(model, {id(value): value for value in (*model.parameters(), *model.buffers())} if share_parameters else {})
+    root = copied(model, share_parameters)
     make_explicit(root)
     return _Ladder(root, example, outermost, set(refused)).climb(root, "")
-
-
-def _copy(model: nn.Module, copies: dict[int, Any]) -> nn.Module:
-    """``copy.deepcopy``, which takes longer than tracing, with short cuts for what modules are mostly made of.
-
-    Large parameters: memory from NumPy, which asks for huge pages; touching it costs a quarter. Modules that say nothing of
-    how they are copied, and in them tensors, numbers, tuples of numbers, and dictionaries (a module has a dozen).
-    """
-    for parameter in model.parameters():
-        if id(parameter) not in copies and type(parameter) is nn.Parameter and not vars(parameter):
-            copies[id(parameter)] = nn.Parameter(_copy_tensor(parameter.detach()), parameter.requires_grad)
-    for buffer in model.buffers():
-        if id(buffer) not in copies and type(buffer) is Tensor and not vars(buffer) and not buffer.requires_grad:
-            copies[id(buffer)] = _copy_tensor(buffer)
-    try:
-        for module in reversed(list(model.modules())):  # children first
-            if id(module) not in copies and _is_copied_by_its_attributes(type(module)):
-                made = type(module).__new__(type(module))
-                copies[id(module)] = made
-                vars(made).update(
-                    {
-                        name: value if type(value) in _PLAIN else _copy_value(value, copies)
-                        for name, value in vars(module).items()
-                    }
-                )
-        return copy.deepcopy(model, copies)
-    except Exception as error:
-        hint = "torch.nn.utils.parametrizations.weight_norm can be." if "weight_norm" in str(error) else ""
-        raise ModelError(f"the model can not be copied: {type(error).__name__}: {error}\n  {hint}".rstrip()) from error
-
-
-def _is_copied_by_its_attributes(cls: type[nn.Module]) -> bool:
-    """Tell whether ``deepcopy`` would copy a module attribute by attribute."""
-    if cls.__module__.startswith("torch.nn.modules."):
-        return True
-    hooks = ("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__copy__", "__new__")
-    as_usual = all(getattr(cls, hook, None) is getattr(nn.Module, hook, None) for hook in hooks)
-    others = ("__deepcopy__", "__getnewargs__", "__getnewargs_ex__")
-    return as_usual and not any(hasattr(cls, hook) for hook in others) and cls not in copyreg.dispatch_table
-
-
-def _copy_tensor(value: Tensor) -> Tensor:
-    if value.device.type == "cpu" and value.dtype is torch.float32 and value.nbytes >= _HUGE_PAGES and value.is_contiguous():
-        return torch.from_numpy(numpy.empty(value.shape, numpy.float32)).copy_(value)
-    return value.clone(memory_format=torch.preserve_format)
-
-
-_PLAIN = {type(None), bool, int, float, str}
-
-
-def _copy_value(value: Any, copies: dict[int, Any]) -> Any:
-    cls = type(value)
-    if cls in _PLAIN or (cls is tuple and all(type(part) in _PLAIN for part in value)):
-        return value
-    made = copies.get(id(value))
-    if made is None and cls in (dict, OrderedDict) and all(map(_PLAIN.__contains__, map(type, value))):
-        copies[id(value)] = made = cls()
-        for key, part in value.items():
-            made[key] = _copy_value(part, copies)
-    return copy.deepcopy(value, copies) if made is None else made
 
 
 def warn_of(notes: list[Capture], has_examples: bool) -> None:
@@ -209,7 +155,7 @@ class _Ladder:
         if not prefix:
             return bind(module, *self.example)
         if prefix in self.refused:
-            raise NotTraceableError("", _place_of(module), "it is called in more ways than one graph holds")
+            raise NotTraceableError("", place_of(module), "it is called in more ways than one graph holds")
         if self._calls is None:
             self._calls = _record_calls(self.root, self.example)
         calls = self._calls.get(module)
@@ -217,31 +163,15 @@ class _Ladder:
             return Known.defaults(module.forward)
         for name in () if isinstance(module, (*LAYERS, *CELLS)) else calls[0].values:
             if len({call.values[name] is None for call in calls}) > 1:
-                raise NotTraceableError("", _place_of(module), f"it is called with {name} and without")
+                raise NotTraceableError("", place_of(module), f"it is called with {name} and without")
         return calls[0]
 
     def climb(self, root: nn.Module, prefix: str) -> Captured:
         opaque = self._blocks_in(root, prefix)
-        branches: NotTraceableError | None = None
-        while True:
-            try:
-                tracer, graph = self._trace(root, opaque, self._known(root, prefix), branches)
-                break
-            except NotTraceableError as error:
-                if error.keeps_meaning and error.path and not any(True for _ in root.get_submodule(error.path).parameters()):
-                    opaque[error.path] = error
-                    continue
-                if error.asks_mode:
-                    branches = error
-                    continue
-                while error.path in opaque:  # it is not looked into any more: whoever calls it is to blame
-                    error.path = error.path.rpartition(".")[0]
-                if error.path == "":
-                    return self._keep_root(root, prefix, error)
-                for path in [path for path in opaque if path.startswith(f"{error.path}.")]:
-                    del opaque[path]
-                opaque[error.path] = error
-                branches = None
+        try:
+            tracer, graph, branches = self._trace_around(root, prefix, opaque)
+        except NotTraceableError as error:
+            return self._keep_root(root, prefix, error)
         captured = Captured(_graph_module(root, graph, tracer, prefix))
         captured.graphs.append(captured.root)
         for place, what in tracer.specialised.items():
@@ -256,14 +186,39 @@ class _Ladder:
                 captured.graphs += inner.graphs
                 captured.notes += [Capture(join(prefix, path), "block"), *inner.notes]
                 continue
-            rung = (
-                "leaf" if failure.keeps_meaning and not any(True for _ in root.get_submodule(path).parameters()) else "python"
-            )
+            rung = "leaf" if failure.keeps_meaning and not has_parameters(root.get_submodule(path)) else "python"
             captured.notes.append(Capture(join(prefix, path), rung, failure.place, failure.reason))
             for node in captured.root.graph.find_nodes(op="call_module", target=path):
                 node.meta["stays_python"] = f"stays Python: {failure.reason} ({failure.place})"
             self._capture_children(captured, captured.root.get_submodule(path), join(prefix, path))
         return captured
+
+    def _trace_around(
+        self, root: nn.Module, prefix: str, opaque: dict[str, NotTraceableError]
+    ) -> tuple[PegeTracer, Graph, NotTraceableError | None]:
+        """Trace around what can not be traced, which is put into ``opaque``; raise if that is the root itself.
+
+        The last of the results is there if the graph has both branches on the mode: who asked for it.
+        """
+        branches: NotTraceableError | None = None
+        while True:
+            try:
+                return *self._trace(root, opaque, self._known(root, prefix), branches), branches
+            except NotTraceableError as error:
+                if error.keeps_meaning and error.path and not has_parameters(root.get_submodule(error.path)):
+                    opaque[error.path] = error
+                    continue
+                if error.asks_mode:
+                    branches = error
+                    continue
+                while error.path in opaque:  # it is not looked into any more: whoever calls it is to blame
+                    error.path = error.path.rpartition(".")[0]
+                if error.path == "":
+                    raise
+                for path in [path for path in opaque if path.startswith(f"{error.path}.")]:
+                    del opaque[path]
+                opaque[error.path] = error
+                branches = None
 
     def _blocks_in(self, root: nn.Module, prefix: str) -> dict[str, NotTraceableError]:
         """The blocks below a module, by path."""
@@ -339,11 +294,11 @@ def _follow(
     tracer = new(mode)
     try:
         graph = tracer.follow(root)
-        if tracer.changed and not is_steady(root, tracer, graph, new(mode)):
-            path, name = tracer.changed[0]
+        if tracer.state.changed and not is_steady(tracer, graph, new(mode)):
+            path, name = tracer.state.changed[0]
             raise _stateful(root, path, f"each call changes self.{name}")
-        if tracer.kept and known.is_call and not _repeats(root, known):
-            path, name = tracer.kept[0]
+        if tracer.state.kept and known.is_call and not _repeats(root, known):
+            path, name = tracer.state.kept[0]
             raise _stateful(root, path, f"a call reads what the last one left in self.{name}")
         return tracer, graph
     except NotTraceableError as error:
@@ -353,7 +308,7 @@ def _follow(
 
 
 def _stateful(root: nn.Module, path: str, what: str) -> NotTraceableError:
-    return NotTraceableError(path, _place_of(root.get_submodule(path)), f"{what}, which a graph does not hold")
+    return NotTraceableError(path, place_of(root.get_submodule(path)), f"{what}, which a graph does not hold")
 
 
 def _repeats(root: nn.Module, known: Known) -> bool:
@@ -403,11 +358,6 @@ def _as_it_is(value: Any) -> Any:
         return leaf
 
     return tree_map(keep, value)
-
-
-def _place_of(module: nn.Module) -> str:
-    code = type(module).forward.__code__
-    return f"{code.co_filename}:{code.co_firstlineno} in {code.co_qualname}"
 
 
 def _is_iterated(parent: nn.Module, name: str, child: nn.Module) -> bool:

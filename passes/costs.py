@@ -25,9 +25,9 @@ def multiply_accumulates(gm: GraphModule, node: Node) -> int | None:
     """
     described = operator_of(node)
     assert described is not None, f"{node} is no operator"
-    shapes: dict[str, Any] = {name: _shape(gm, operand(node, name)) for name in described.parameters}
     if _shape(gm, node) is None:
         return None
+    shapes: dict[str, Any] = {name: _shape(gm, operand(node, name)) for name in described.parameters}
     try:
         return _COUNTS.get(described.name, _product)(node, described, shapes)
     except (TypeError, ValueError, KeyError, IndexError):  # a shape is missing, or not what the operation takes

@@ -309,12 +309,11 @@ def look_up(root: nn.Module, path: str) -> Any:
     holder: Any = root
     try:
         for step in around:
-            holder = vars(holder)["_modules"][step]
-        own = vars(holder)
-        found = own["_modules"].get(name)
+            holder = holder._modules[step]
+        found = holder._modules.get(name)
         if found is None:
-            found = own["_parameters"].get(name)
-    except (KeyError, TypeError):  # something that is no module lies on the way
+            found = holder._parameters.get(name)
+    except (AttributeError, KeyError):  # something that is no module lies on the way
         return operator.attrgetter(path)(root)
     return getattr(holder, name) if found is None else found
 
@@ -345,7 +344,7 @@ def _parts(value: Any) -> set[int]:
     """What a node uses: a graph inside a module speaks for itself."""
     found = {id(value)}
     if isinstance(value, nn.Module) and not isinstance(value, GraphModule):
-        found.update(id(tensor) for tensor in (*value.parameters(recurse=False), *value.buffers(recurse=False)))
+        found.update(map(id, (*value._parameters.values(), *value._buffers.values())))
         found.update(*map(_parts, value.children()))
     return found
 
@@ -841,6 +840,11 @@ def remove_dead_nodes(gm: GraphModule, unread: Collection[Node] = ()) -> None:
 
 
 # --- calls written out ---------------------------------------------------------------------------------------
+
+
+def has_parameters(module: nn.Module) -> bool:
+    """Tell whether a module or any part of it has a parameter."""
+    return next(module.parameters(), None) is not None
 
 
 def has_hooks(module: nn.Module) -> bool:

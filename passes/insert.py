@@ -56,8 +56,8 @@ class InsertFakeQuants:
 
 
 def _on(device: torch.device | None, made: FakeQuant) -> FakeQuant:
-    """Move a new module, which is on the CPU, to where its model is."""
-    return made if device is None else made.to(device)
+    """Move a new module to where its model is."""
+    return made if device in (None, made.site_key.device) else made.to(device)
 
 
 @dataclass

@@ -4,8 +4,6 @@ import functools
 import inspect
 import math
 import operator
-import os
-import random
 import re
 import string
 import sys
@@ -13,38 +11,26 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, is_dataclass
-from types import FunctionType
 from typing import Any
 
-import numpy
 import torch
 import torch.nn.functional as F
-import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.fx import Graph, Node, Proxy
 from torch.fx.node import map_arg
-from torch.fx.proxy import Attribute
 from torch.nn.utils.parametrize import is_parametrized
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from pege_fx.attention import multi_head_attention_forward
 from pege_fx.batch_norm import NORM_THEN, BatchNorm
 from pege_fx.kernels import TRACING
-from pege_fx.mode import TRAINING_MODE, Attributes, attributes, check_argument, check_class, check_keys, put_back
-from pege_fx.passes.graph import (
-    after,
-    arguments,
-    call_method,
-    copy_origin,
-    get_attr,
-    is_leaf_function,
-    is_matrix,
-    join,
-    plain,
-    reads_size,
-)
-from pege_fx.passes.threads import LocalTracer, replaced
+from pege_fx.mode import TRAINING_MODE, check_argument, check_class, check_keys
+from pege_fx.passes.draws import DRAWING, GENERATORS, DrawsOfConstants, guards
+from pege_fx.passes.graph import arguments, has_parameters, is_leaf_function, is_matrix, join, plain, reads_size
+from pege_fx.passes.places import called_by_checkpoint, described, here, line, where_raised
+from pege_fx.passes.proxies import ContextError, DataDependenceError, ExampleProxy, InPlaceProxy, ProxyTracer
+from pege_fx.passes.state import ModuleState, write_buffer
+from pege_fx.passes.threads import replaced
 from pege_fx.recurrent import CELLS, LAYERS, given_or_zeros
 
 
@@ -87,6 +73,10 @@ class Known:
         return bound.args, bound.kwargs
 
 
+class ModeError(Exception):
+    """Python asked whether the model trains, to do one thing or another."""
+
+
 class NotTraceableError(Exception):
     """A module whose ``forward`` can not be followed: which, where, and why."""
 
@@ -98,107 +88,11 @@ class NotTraceableError(Exception):
         self.keeps_meaning = isinstance(cause, (ModeError, ContextError))  # by staying Python, and nothing could be decided
 
 
-class DataDependenceError(Exception):
-    """Python asked for the value of a tensor: no example may decide that."""
-
-
-class ModeError(Exception):
-    """Python asked whether the model trains, to do one thing or another."""
-
-
-class ContextError(Exception):
-    """A ``with`` block or a call that means something to autograd and would be lost in a graph."""
-
-
 def _context() -> tuple[bool, bool, bool]:
     return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
 
 
-class InPlaceProxy(Proxy):
-    """A proxy that keeps ``x += y`` and ``x[i] = y`` in place: under another name of x they are seen too."""
-
-    tracer: "PegeTracer"
-
-    def __getattr__(self, name: str) -> Attribute:
-        return InPlaceAttribute(self, name)
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
-
-    def __lt__(self, other: Any) -> Any:
-        if self.node.target is _RAND and isinstance(other, (int, float)) and other <= 0:
-            return False  # layers dropped with probability 0
-        return self.tracer.create_proxy("call_function", operator.lt, (self, other), {})
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("data", "grad"):
-            raise ContextError(f"it sets .{name} of a tensor, which a graph does not hold")
-        super().__setattr__(name, value)
-
-
-class InPlaceAttribute(Attribute, InPlaceProxy):
-    """An attribute of such a proxy."""
-
-
-def _augmented(in_place: Callable[..., Any], anew: Callable[..., Any]) -> Callable[["InPlaceProxy", Any], Proxy]:
-    def assign(self: InPlaceProxy, other: Any) -> Proxy:
-        # Sizes can not change: under another name the old one stays.
-        function = anew if self.tracer.is_size(self.node) else in_place
-        result: Proxy = self.tracer.create_proxy("call_function", function, (self, other), {})
-        return result
-
-    return assign
-
-
-for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "matmul"):
-    _anew = getattr(operator, f"{_name}_" if _name in ("and", "or") else _name)
-    setattr(InPlaceProxy, f"__i{_name}__", _augmented(getattr(operator, f"i{_name}"), _anew))
-
-
-class ExampleProxy(InPlaceProxy):
-    """A proxy whose value on the example inputs is known, for sizes and what is computed from them."""
-
-    def __getattr__(self, name: str) -> "Attribute":
-        return ExampleAttribute(self, name)
-
-    def __len__(self) -> int:
-        return len(self.tracer.fixed(self, "len()", sized=True))
-
-    def __contains__(self, item: Any) -> bool:
-        value = self.tracer.fixed(self, "in", sized=True)
-        if isinstance(value, Tensor) or isinstance(item, Proxy):
-            raise DataDependenceError(f"in asks for the value of {self.node}, which depends on data")
-        return item in value
-
-    def __index__(self) -> int:
-        return int(self.tracer.fixed(self, "a whole number"))
-
-    def __int__(self) -> int:
-        return int(self.tracer.fixed(self, "int()"))
-
-    def __float__(self) -> float:
-        return float(self.tracer.fixed(self, "float()"))
-
-
-class ExampleAttribute(Attribute, ExampleProxy):
-    """An attribute of such a proxy: ``x.shape``, or a method about to be called."""
-
-
-class _Draws(TorchFunctionMode):
-    """Refuses, in the thread that traces, what makes random numbers without the graph."""
-
-    def __init__(self, tracer: "PegeTracer") -> None:
-        super().__init__()
-        self.tracer = tracer
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__name__", "") in _DRAWN_IN_PLACE and not any(map(_is_proxy, tree_leaves((args, kwargs)))):
-            self.tracer.refuse_to_draw()
-        return func(*args, **kwargs)
-
-
-class PegeTracer(LocalTracer):
+class PegeTracer(ProxyTracer):
     """fx's tracer; with ``live_training``, ``self.training`` is a value of the graph.
 
     Unpickling a GraphModule makes one without: it traces the generated code, where that value is a module's call.
@@ -210,8 +104,7 @@ class PegeTracer(LocalTracer):
         evaluate: compute values beside the graph; then sizes may steer Python, and ``specialised`` says where.
         mode: what ``if self.training`` takes; None: to ask is an error.
 
-    ``changed`` are the attributes, (module, name), in which ``forward`` left other numbers and texts than it found, ``left``
-    then everything that it left; ``kept`` are those in which it left tensors.
+    ``state`` says what ``forward`` left in the modules, once it was followed.
     """
 
     def __init__(
@@ -231,9 +124,7 @@ class PegeTracer(LocalTracer):
         self.known = known
         self.evaluate = evaluate
         self.specialised: dict[str, str] = {}
-        self.changed: list[tuple[str, str]] = []
-        self.left: list[tuple[nn.Module, Attributes]] = []
-        self.kept: list[tuple[str, str]] = []
+        self.state: ModuleState
         self.failed: str | None = None
         self._values: dict[Node, Any] = {}
         self._unsized: set[Node] = set()  # tensors whose sizes depend on what tensors hold
@@ -248,58 +139,30 @@ class PegeTracer(LocalTracer):
 
         What ``forward`` keeps on a module (a cached grid) is not kept: while tracing it is no tensor. A buffer is.
         """
-        before = [(path, module, attributes(module)) for path, module in root.named_modules()]
+        self.state = ModuleState(root, self.opaque)
         try:
             graph = self.trace(root)
-            for path, module, state in before:
-                if not any(path == opaque or path.startswith(f"{opaque}.") for opaque in self.opaque):  # they keep their own
-                    self._keep_buffers(graph, path, module, state.copies["_buffers"])
-                    self._note_changes(path, module, state)
-            self.left = [(module, _without_proxies(attributes(module), state)) for _, module, state in before if self.changed]
+            self._keep_buffers(graph)
+            self.state.note()
             return graph
         except Exception as error:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
-            raise NotTraceableError(self.failed or "", _where_raised(error), reason, error) from error
+            raise NotTraceableError(self.failed or "", where_raised(error), reason, error) from error
         finally:
-            constants = {name: value for name, value in vars(root).items() if name.startswith(_CONSTANTS)}
-            for _, module, state in before:
-                put_back(module, state)
-            root.__dict__.update(constants)
+            self.state.put_back()
 
-    def _keep_buffers(self, graph: Graph, path: str, module: nn.Module, before: Mapping[str, Any]) -> None:
-        """Write what ``forward`` assigned to buffers into them, at the end of the graph; it goes on reading what they held."""
-        for name, old in before.items():
-            new: Any = module._buffers.get(name)
-            if not (isinstance(new, Proxy) and isinstance(old, Tensor)):
-                continue
+    def _keep_buffers(self, graph: Graph) -> None:
+        """Write what ``forward`` assigned to buffers into them; what is a cache, the graph makes anew in each call."""
+        for path, name, old, new in self.state.assigned_buffers():
             target = join(path, name)
-            reads = graph.find_nodes(op="get_attr", target=target)
             if self.known is not None and self.known.is_call and not self.evaluate:
                 raise DataDependenceError(f"what size {target} is given, the example says")
-            given = self._values.get(new.node)
-            if (isinstance(given, Tensor) and given.shape != old.shape) or not (reads or self.evaluate):
-                self.kept.append((path, name))  # a cache, of which the graph makes its own
-                continue
-            for read in reads:
-                readers = list(read.users)
-                held = call_method(graph, "clone", (read,), after(read))  # backward may need it
-                copy_origin(read, held)
-                for reader in readers:
-                    reader.replace_input_with(read, held)
-            output = graph.output_node()
-            call_method(graph, "copy_", (get_attr(graph, target, output), new.node), output)
-
-    def _note_changes(self, path: str, module: nn.Module, before: Attributes) -> None:
-        for name, new in vars(module).items():
-            if (old := before.values.get(name)) is new or name == "training":
-                continue
-            if isinstance(new, (Proxy, Tensor)):
-                self.kept.append((path, name))
-            elif isinstance(new, (bool, int, float, str)) and (type(new) is not type(old) or new != old):
-                self.changed.append((path, name))
-        for name, new in module._buffers.items():
-            if isinstance(new, Tensor) and new is not before.copies["_buffers"].get(name):
-                self.kept.append((path, name))
+            given = self._values.get(new)
+            is_read = self.evaluate or graph.find_nodes(op="get_attr", target=target)
+            if is_read and not (isinstance(given, Tensor) and given.shape != old.shape):
+                write_buffer(graph, target, new)
+            else:
+                self.state.kept.append((path, name))
 
     def mode_is_read(self) -> bool:
         """Whether the graph needs the mode; if not, its node goes."""
@@ -314,7 +177,7 @@ class PegeTracer(LocalTracer):
         with TRACING, ExitStack() as stack:
             for namespace, names in self._stand_ins(root):
                 stack.enter_context(replaced(namespace, names))
-            stack.enter_context(_Draws(self))
+            stack.enter_context(DrawsOfConstants(self.refuse_to_draw))
             graph = super().trace(root, concrete_args)
         for node in graph.nodes:
             if (getattr(node.target, "__module__", None) or "torch").partition(".")[0] in ("torch", "_operator"):
@@ -325,22 +188,19 @@ class PegeTracer(LocalTracer):
         """What stands in for functions while tracing: (namespace, by name)."""
         yield vars(torch), {name: self._factory(getattr(torch, name)) for name in _FACTORIES}
         yield vars(F), {"grouped_mm": self._factory(F.grouped_mm)}
-        guards = {function: self._guard(function) for function in _DRAWN_ELSEWHERE}
+        others = guards(self.refuse_to_draw) | {check: _assume(check) for check in _checks()}
         own = {"isinstance": self._isinstance}
-        guards |= {check: _assume(check) for check in _checks()}
-        for namespace, more in ((vars(random), {}), (vars(numpy.random), {}), *((names, own) for names in _globals_of(root))):
-            found = {name: guards[value] for name, value in namespace.items() if type(value) in _METHODS and value in guards}
-            yield namespace, found | more
+        kinds = set(map(type, others))
+        for namespace, more in (*((names, {}) for names in GENERATORS), *((names, own) for names in _globals_of(root))):
+            yield namespace, {n: others[v] for n, v in namespace.items() if type(v) in kinds and v in others} | more
 
-    def _guard(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def draw(*args: Any, **kwargs: Any) -> Any:
-            self.refuse_to_draw()
-            return original(*args, **kwargs)
-
-        return draw
+    @property
+    def is_following(self) -> bool:
+        """Whether what runs is the code of the model: not another thread's, and no example value beside the graph."""
+        return self.is_called and not self._evaluating
 
     def refuse_to_draw(self) -> None:
-        if self.live_training and self.is_called and not self._evaluating:
+        if self.live_training and self.is_following:
             raise ContextError("it draws random numbers, which a graph would hold as constants")
 
     def _isinstance(self, value: Any, cls: Any) -> bool:
@@ -357,18 +217,23 @@ class PegeTracer(LocalTracer):
     def _factory(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original, updated=())
         def make(*args: Any, **kwargs: Any) -> Any:
-            draws = original in _DRAWING and self.live_training and self.is_called and not self._evaluating
+            draws = original in DRAWING and self.live_training and self.is_following
             symbolic = draws or any(isinstance(leaf, Proxy) for leaf in tree_leaves((args, kwargs)))
             return self.create_proxy("call_function", original, args, kwargs) if symbolic else original(*args, **kwargs)
 
         return make
+
+    @functools.cached_property
+    def _names(self) -> dict[Tensor, str]:
+        """The paths of parameters and buffers."""
+        return {value: name for name, value in (*self.root.named_parameters(), *self.root.named_buffers())}
 
     # --- fx's hooks ------------------------------------------------------------------------------------------
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name in self.opaque:
             return True
-        if type(m).__module__.startswith("einops.layers.") and not any(True for _ in m.parameters()):
+        if type(m).__module__.startswith("einops.layers.") and not has_parameters(m):
             return True
         if isinstance(m, BatchNorm):  # a subclass too, unless it computes something else: torch's forward branches on the mode
             return type(m).forward is BatchNorm.forward or super().is_leaf_module(m, module_qualified_name)
@@ -377,19 +242,17 @@ class PegeTracer(LocalTracer):
         return super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._evaluating or not self.is_called:
+        if not self.is_following:
             return forward(*args, **kwargs)
         if not self.live_training:
             return super().call_module(m, forward, args, kwargs)
         if isinstance(m, nn.Identity) and args and not isinstance(args[0], Proxy):
             return args[0]  # None stays None
-        if _called_by_checkpoint():
+        if called_by_checkpoint():
             raise ContextError("it checkpoints inside forward, which a graph does not hold")
         self._check_context()  # here, so that the module with the block is to blame and not the one it calls
-        if m not in self._installed and not any(True for _ in m.parameters()):
-            return forward(
-                *args, **kwargs
-            )  # made on the way, as ``nn.ReLU()(x)``: what it does, not what it is, is in the graph
+        if m not in self._installed and not has_parameters(m):  # made on the way, as ``nn.ReLU()(x)``
+            return forward(*args, **kwargs)  # what it does, not what it is, is in the graph
         try:
             if isinstance(m, NORM_THEN_TYPES):
                 y = self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
@@ -407,7 +270,14 @@ class PegeTracer(LocalTracer):
             raise ContextError("it changes the gradient or autocast mode inside forward, which a graph does not hold")
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        return attr_val if self._evaluating else super().getattr(attr, attr_val, parameter_proxy_cache)
+        if not self.is_following:
+            return attr_val
+        if not (self.live_training and isinstance(attr_val, Tensor) and attr_val in self._names):
+            return super().getattr(attr, attr_val, parameter_proxy_cache)
+        name = self._names[attr_val]  # fx looks through all of them
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
         signature = inspect.signature(root_fn)
@@ -490,7 +360,7 @@ class PegeTracer(LocalTracer):
         return argument
 
     def _check(self, function: Callable[..., None], argument: Proxy, name: str, traced: Any) -> None:
-        node = self.create_node("call_function", function, (argument.node, name, traced), {})
+        node = self.create_node("call_function", function, (argument.node, name, traced, described(self.root)), {})
         node.meta["is_wrapped"] = True  # one node for a tracer of the generated code as well
 
     def is_size(self, node: Node) -> bool:
@@ -507,8 +377,8 @@ class PegeTracer(LocalTracer):
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Node:
         self._check_context()
         node = super().create_node(kind, target, args, kwargs, *rest, **more)
-        if self.live_training and (line := _line()):
-            node.stack_trace = line
+        if self.live_training and (where := line()):
+            node.meta["stack_trace"] = where
         if self.evaluate and kind != "output" and target not in (TRAINING_MODE, check_argument, check_class, check_keys):
             self._values[node] = self._evaluate(node)
             self._note_origin(node)
@@ -549,7 +419,11 @@ class PegeTracer(LocalTracer):
         return proxy
 
     def create_arg(self, a: Any) -> Any:
+        if isinstance(a, Proxy):  # mostly; fx asks for everything else first
+            return a.node
         kind: Any = type(a)
+        if kind in _PLAIN:
+            return a
         if issubclass(kind, dict) and is_dataclass(a):  # a result by name, as transformers' ModelOutput
             present = {f.name: getattr(a, f.name) for f in fields(a) if getattr(a, f.name) is not None}
             return self.create_node("call_function", kind, (), {k: self.create_arg(v) for k, v in present.items()})
@@ -604,7 +478,7 @@ class PegeTracer(LocalTracer):
         if value is _UNKNOWN or proxy.node in self._unsized or (isinstance(value, Tensor) and not sized):
             raise DataDependenceError(f"{use} asks for the value of {proxy.node}, which depends on data")
         shown = f"{len(value)} items" if sized else repr(value)
-        self.specialised[_here()] = f"{use} of {proxy.node} is {shown}"
+        self.specialised[here()] = f"{use} of {proxy.node} is {shown}"
         return value
 
     def _evaluate(self, node: Node) -> Any:
@@ -623,23 +497,18 @@ class PegeTracer(LocalTracer):
             self._evaluating = before
 
 
-def is_steady(root: nn.Module, tracer: PegeTracer, graph: Graph, again: PegeTracer) -> bool:
+def is_steady(tracer: PegeTracer, graph: Graph, again: PegeTracer) -> bool:
     """Tell whether ``forward``, from the attributes that it left, does and leaves the same: a flag or a counter tells."""
-    before = {module: attributes(module) for module in root.modules()}
-    try:
-        for module, state in tracer.left:
-            put_back(module, state)
-        return str(again.follow(root)) == str(graph) and not again.changed
-    except NotTraceableError:
-        return False
-    finally:
-        for module, state in before.items():
-            put_back(module, state)
+    with tracer.state.left():
+        try:
+            return str(again.follow(tracer.state.root)) == str(graph) and not again.state.changed
+        except NotTraceableError:
+            return False
 
 
 _UNKNOWN = object()
+_PLAIN = {type(None), bool, int, float, str}
 _VIEWS = ("keys", "values", "items")  # of a dictionary
-_CONSTANTS = ("_tensor_constant", "_torchbind_obj", "_tree_spec_constant", "_opaque_obj")  # what fx keeps on the root
 _SOME_TENSOR = torch.empty(0)
 NORM_THEN_TYPES = tuple(NORM_THEN.values())
 _STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
@@ -648,21 +517,6 @@ _SELECTING: set[Any] = {
     torch.unique, torch.unique_consecutive, torch.argwhere, torch.bincount, "bincount", torch.repeat_interleave,
     "repeat_interleave",
 }  # fmt: skip
-_DRAWN_IN_PLACE = {"uniform_", "normal_", "random_", "bernoulli_", "exponential_", "geometric_", "cauchy_", "log_normal_"}
-_DRAWN_IN_PLACE |= {"rand_like", "randn_like", "randint_like", "bernoulli", "multinomial", "poisson"}  # of constants
-_DRAWN_ELSEWHERE = [
-    *map(
-        random.__dict__.__getitem__,
-        ("random", "uniform", "randint", "randrange", "choice", "choices", "sample", "shuffle", "gauss"),
-    ),
-    *map(
-        vars(numpy.random).__getitem__,
-        ("rand", "randn", "random", "uniform", "randint", "choice", "permutation", "shuffle", "normal"),
-    ),
-]
-_METHODS = {FunctionType, *map(type, _DRAWN_ELSEWHERE)}
-_RAND = torch.rand  # while tracing, torch has another
-_DRAWING = {torch.rand, torch.randn, torch.randint, torch.randperm, torch.normal}  # anew in each call: never a constant
 _FACTORIES = (
     "arange",
     "zeros",
@@ -674,7 +528,7 @@ _FACTORIES = (
     "tensor",
     "finfo",
     "iinfo",
-    *(f.__name__ for f in _DRAWING),
+    *(f.__name__ for f in DRAWING),
 )
 
 
@@ -702,21 +556,6 @@ def _depends_on_data(node: Node, sources: list[Any]) -> bool:
 def _einops() -> tuple[Any, ...]:
     """einops, if the model uses it: its functions take tensors and nothing else, and stay whole in the graph."""
     return (sys.modules["einops"],) if "einops" in sys.modules else ()
-
-
-def _is_proxy(value: Any) -> bool:
-    return isinstance(value, Proxy)
-
-
-def _without_proxies(left: Attributes, before: Attributes) -> Attributes:
-    """What ``forward`` left, without what is no value but a node of a graph that is done."""
-    values = {name: before.values.get(name) if _is_proxy(value) else value for name, value in left.values.items()}
-    values = {name: value for name, value in values.items() if not name.startswith(_CONSTANTS)}
-    copies = left.copies.copy()
-    for name, value in left.copies.items():
-        if any(map(_is_proxy, value.values() if isinstance(value, dict) else value)):
-            copies[name] = before.copies.get(name, type(value)())
-    return Attributes(values, copies)
 
 
 def _checks() -> tuple[Any, ...]:
@@ -770,67 +609,3 @@ def _keywords_behind_star(graph: Graph, forward: Any) -> None:
     parameters = inspect.signature(forward).parameters.values()
     for parameter in reversed([p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name in nodes]):
         star.append(nodes[parameter.name])
-
-
-# --- where things happen -------------------------------------------------------------------------------------
-
-_PACKAGE = os.path.dirname(multi_head_attention_forward.__code__.co_filename)
-_LIBRARY = (
-    f"{sys.modules['torch'].__path__[0]}/",
-    "<",
-    *(f"{_PACKAGE}/{name}.py" for name in ("attention", "recurrent", "transformer")),  # torch's layers, written out
-)
-
-
-@functools.cache
-def _is_user_code(filename: str) -> bool:
-    return not filename.startswith(_LIBRARY) and filename not in _OWN_FILES
-
-
-_OWN_FILES = {__file__, LocalTracer.trace.__code__.co_filename}
-_CHECKPOINT_FILE = torch.utils.checkpoint.__file__
-
-
-def _here() -> str:
-    """ "file:line" of the model's code that is running."""
-    frame = inspect.currentframe()
-    while frame is not None and not _is_user_code(frame.f_code.co_filename):
-        frame = frame.f_back
-    return "" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
-
-
-_TRACE = PegeTracer.trace.__code__
-
-
-def _line() -> str | None:
-    """The line of the model's code that is running, as a stack trace says it; a node keeps it in copies, but not in pickle."""
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code is not _TRACE:  # behind it is who asked for the trace
-        code = frame.f_code
-        if _is_user_code(code.co_filename):
-            return f'File "{code.co_filename}", line {frame.f_lineno}, in {code.co_name}'
-        frame = frame.f_back
-    return None
-
-
-def _called_by_checkpoint() -> bool:
-    """Whether ``torch.utils.checkpoint`` stands between this module's call and the forward around it."""
-    frame, calls = inspect.currentframe(), 0
-    while frame is not None and calls < 2:
-        if frame.f_code.co_filename == _CHECKPOINT_FILE:
-            return True
-        calls += frame.f_code.co_name == "module_call_wrapper"
-        frame = frame.f_back
-    return False
-
-
-def _where_raised(error: BaseException) -> str:
-    """ "file:line in function" of the innermost frame of an error that is a model's own code, or torch's if there is none."""
-    frames = []
-    trace = error.__traceback__
-    while trace is not None:
-        frames.append((trace.tb_frame.f_code, trace.tb_lineno))
-        trace = trace.tb_next
-    own = [entry for entry in frames if _is_user_code(entry[0].co_filename)] or frames
-    code, line = own[-1]
-    return f"{code.co_filename}:{line} in {code.co_qualname}"

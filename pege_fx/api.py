@@ -139,8 +139,8 @@ def _whole_plan(captured: Captured, policy: QuantPolicy) -> Plan:
     """The plans of all graphs as one, on each fake-quant too; the graphs forget what only the passes needed."""
     operations = [operation for gm in captured.graphs for operation in gm.meta["plan"].operations]
     sites = fake_quants(captured.root).values()
-    grids = {id(value) for fq in sites for value in fq.parameters()}
-    parameters = sum(value.numel() for value in captured.root.parameters() if id(value) not in grids)
+    grids = sum(value.numel() for fq in sites for value in fq.method.parameters())
+    parameters = sum(value.numel() for value in captured.root.parameters()) - grids
     plan = Plan(type(captured.root).__name__, policy, tuple(operations), tuple(captured.notes), parameters)
     for fq in sites:
         fq.plan = plan

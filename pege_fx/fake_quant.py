@@ -148,6 +148,11 @@ class FakeQuant(nn.Module):
 
     site_key: Tensor
     calibrated: Tensor
+    is_calibrated = False
+    observing = False
+    statistics: Statistics | None = None
+    recompute = False  # y is not kept for backward, but made again there
+    plan: Plan | None = None  # of the whole model; fx keeps modules through copies and pickles, and little else
 
     def __init__(
         self,
@@ -162,8 +167,6 @@ class FakeQuant(nn.Module):
         super().__init__()
         spec = site.spec
         self.site, self.schedule, self.fold = site, schedule, fold
-        self.recompute = False  # y is not kept for backward, but made again there
-        self.plan: Plan | None = None  # of the whole model; fx keeps modules through copies and pickles, and little else
         self.estimator = ESTIMATORS[str(spec.estimator)]
         shape = None if weight is None else tuple(weight.shape)
         by_channel = channels if spec.granularity == "channel" else None
@@ -174,9 +177,6 @@ class FakeQuant(nn.Module):
         if self.estimator.strength != "lambda":
             self.register_buffer("strength", torch.tensor(float(self.estimator.strength)))
         self.register_buffer("calibrated", torch.tensor(False))
-        self.is_calibrated = False
-        self.observing = False
-        self.statistics: Statistics | None = None
         self.register_load_state_dict_pre_hook(_follow_loaded_state)  # type: ignore[no-untyped-call]
 
     def initialize(self, statistics: Statistics) -> None:

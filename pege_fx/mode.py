@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 import torch.fx
 from torch import nn
 
@@ -35,10 +36,19 @@ class Attributes(NamedTuple):
     copies: dict[str, Any]
 
 
+_CHANGING = (dict, OrderedDict, list)
+_EMPTY: dict[str, Any] = {}
+
+
 def attributes(module: nn.Module) -> Attributes:
     """Note the attributes of a module."""
     values = vars(module).copy()
-    return Attributes(values, {name: value.copy() for name, value in values.items() if type(value) in _CHANGING})
+    copies = {
+        name: value.copy() if value else _EMPTY  # a dozen, and most are empty
+        for name, value in values.items()
+        if type(value) in _CHANGING
+    }
+    return Attributes(values, copies)
 
 
 def put_back(module: nn.Module, before: Attributes) -> None:
@@ -46,13 +56,10 @@ def put_back(module: nn.Module, before: Attributes) -> None:
     module.__dict__.clear()
     module.__dict__.update(before.values)
     for name, copied in before.copies.items():
-        if not ((value := before.values[name]) or copied):
-            continue
-        value.clear()
-        (value.extend if type(value) is list else value.update)(copied)
-
-
-_CHANGING = (dict, OrderedDict, list)
+        if value := before.values[name]:
+            value.clear()
+        if copied:
+            (value.extend if type(value) is list else value.update)(copied)
 
 
 @contextmanager
@@ -94,36 +101,43 @@ def written(x: Any) -> Any:
 
 
 @torch.fx.has_side_effect
-def check_argument(value: Any, name: str, traced: Any) -> None:
+def check_argument(value: Any, name: str, traced: Any, module: str = "the model") -> None:
     """Raise ``OtherCallError`` unless an argument is the None, number or text that the graph was traced for."""
     if value is not traced and (type(value) is not type(traced) or value != traced):
-        shown = repr(value) if isinstance(value, (bool, int, float, str)) or value is None else type(value).__name__
-        raise OtherCallError(
-            f"{name} was {traced!r} when the model was traced, and is {shown} now.\n"
-            "  give it in example_inputs or example_kwargs of prepare."
-        )
+        shown = repr(value) if isinstance(value, (bool, int, float, str)) or value is None else f"a {type(value).__name__}"
+        raise _other_call(module, f"{name} was {traced!r} when the model was traced, and is {shown} now")
 
 
 @torch.fx.has_side_effect
-def check_class(value: Any, name: str, traced: str) -> None:
+def check_class(value: Any, name: str, traced: str, module: str = "the model") -> None:
     """Raise ``OtherCallError`` unless an argument that is no tensor is of the class that the graph was traced for."""
     if traced not in (cls.__qualname__ for cls in type(value).__mro__):
         shown = "None" if value is None else f"a {type(value).__name__}"
-        raise OtherCallError(
-            f"{name} was a {traced} when the model was traced, and is {shown} now.\n"
-            "  give it in example_inputs or example_kwargs of prepare."
-        )
+        raise _other_call(module, f"{name} was a {traced} when the model was traced, and is {shown} now")
 
 
 @torch.fx.has_side_effect
-def check_keys(value: Any, name: str, traced: tuple[Any, ...]) -> None:
+def check_keys(value: Any, name: str, traced: tuple[Any, ...], module: str = "the model") -> None:
     """Raise ``OtherCallError`` unless ``**kwargs`` have the keys, or ``*args`` the positions, that the graph was traced for."""
     found = tuple(value) if isinstance(value, dict) else tuple(range(len(value)))
     if found != traced:
-        raise OtherCallError(
-            f"{name} had {list(traced)} when the model was traced, now it has {list(found)}.\n"
-            "  give such a call in example_inputs and example_kwargs of prepare."
-        )
+        raise _other_call(module, f"{name} had {list(traced)} when the model was traced, now it has {list(found)}")
+
+
+def _other_call(module: str, what: str) -> OtherCallError:
+    path = "" if torch.compiler.is_compiling() else _path_of_the_graph()  # a compiler follows no frames
+    return OtherCallError(
+        f"{module}{path and f' at {path}'} is called in another way: {what}.\n"
+        "  give prepare example_inputs or example_kwargs with which it is called so, or call it as it was traced."
+    )
+
+
+def _path_of_the_graph() -> str:
+    """The path of the innermost graph that runs, if it knows one: code that says it would differ from block to block."""
+    frame = inspect.currentframe()
+    while frame is not None and not isinstance(frame.f_locals.get("self"), torch.fx.GraphModule):
+        frame = frame.f_back
+    return "" if frame is None else str(frame.f_locals["self"].meta.get("prefix", ""))
 
 
 class PythonForward(nn.Module):

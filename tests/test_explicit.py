@@ -252,7 +252,7 @@ def test_what_was_none_or_missing_and_is_given_later_is_refused_with_the_fix() -
     gm = pege_fx.prepare(Optional(), "W4A4", (X,))
     for made in (gm, pickle.loads(pickle.dumps(gm))):
         made(X)
-        with pytest.raises(pege_fx.InputError, match=r"mask was None when .*, and is Tensor now.\n.*give it"):
+        with pytest.raises(pege_fx.InputError, match=r"mask was None when .*, and is a Tensor now.\n.*give prepare"):
             made(X, mask=X)
         with pytest.raises(pege_fx.InputError, match=r"rest had \[\] when .* now it has \[0\]"):
             made(X, X)

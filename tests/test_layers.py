@@ -12,7 +12,8 @@ LAYERS: list[set[str]] = [
     {"accumulators", "kernels", "triton_kernels", "functional", "packing", "curves", "policy", "processes", "container"},
     {"plan", "quantizers", "batch_norm", "fake_quant", "attention", "mode", "recurrent", "transformer", "explicit"}
     | {"recompute"},
-    {"passes.graph", "passes.pipeline", "passes.costs", "passes.values", "passes.norms", "passes.threads"},
+    {"passes.graph", "passes.pipeline", "passes.costs", "passes.values", "passes.norms", "passes.threads"}
+    | {"passes.draws", "passes.places", "passes.state", "passes.proxies", "passes.copies"},
     {
         f"passes.{n}"
         for n in ("trace", "branches", "capture", "effects", "normalize", "ranks", "fold_bn", "sign", "plan", "insert")
@@ -47,7 +48,8 @@ INSIDE = {
     ("passes.capture", "passes.trace"), ("passes.capture", "passes.branches"),
     ("inspection", "scheduler"), ("training", "scheduler"), ("listing", "errors"), ("passes.costs", "passes.graph"),
     ("passes.values", "passes.graph"),
-    ("passes.norms", "passes.graph"),
+    ("passes.norms", "passes.graph"), ("passes.state", "passes.graph"), ("passes.places", "passes.threads"),
+    ("passes.proxies", "passes.draws"), ("passes.proxies", "passes.threads"),
     ("tables", "size"), ("inspection", "tables"), ("inspection", "size"),
     ("listing", "files"),
     ("telemetry", "scheduler"), ("sensitivity", "mixed_precision"), ("sensitivity", "scheduler"),

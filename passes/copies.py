@@ -1,0 +1,81 @@
+"""Copying a model before it is prepared: what came in stays as it is."""
+
+import copy
+import copyreg
+from collections import OrderedDict
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+from pege_fx.errors import ModelError
+
+_HUGE_PAGES = 2**22  # from so many bytes on NumPy asks for them
+_PLAIN = {type(None), bool, int, float, str}
+_COLLECTIONS = {dict, OrderedDict, set, tuple}
+
+
+def copied(model: nn.Module, share_parameters: bool) -> nn.Module:
+    """Do as ``copy.deepcopy``, which takes longer than tracing, with short cuts for what modules are mostly made of.
+
+    Large parameters: memory from NumPy, which asks for huge pages; touching it costs a quarter. Modules that say nothing of
+    how they are copied, and in them tensors, numbers, and collections by names or of them (a module has a dozen).
+    """
+    modules = list(model.modules())
+    copies: dict[int, Any] = {}
+    for module in modules:
+        for value in (*module._parameters.values(), *module._buffers.values()):
+            if value is not None and id(value) not in copies:
+                _copy_tensor(value, copies, share_parameters)
+    try:
+        for module in reversed(modules):  # children first
+            if id(module) not in copies and _is_copied_by_its_attributes(type(module)):
+                copies[id(module)] = made = type(module).__new__(type(module))
+                vars(made).update({name: _copy_value(value, copies) for name, value in vars(module).items()})
+        return copy.deepcopy(model, copies)
+    except Exception as error:
+        hint = "torch.nn.utils.parametrizations.weight_norm can be." if "weight_norm" in str(error) else ""
+        raise ModelError(f"the model can not be copied: {type(error).__name__}: {error}\n  {hint}".rstrip()) from error
+
+
+def _is_copied_by_its_attributes(cls: type[nn.Module]) -> bool:
+    """Tell whether ``deepcopy`` would copy a module attribute by attribute."""
+    if cls.__module__.startswith("torch.nn.modules."):
+        return True
+    hooks = ("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__copy__", "__new__")
+    as_usual = all(getattr(cls, hook, None) is getattr(nn.Module, hook, None) for hook in hooks)
+    others = ("__deepcopy__", "__getnewargs__", "__getnewargs_ex__")
+    return as_usual and not any(hasattr(cls, hook) for hook in others) and cls not in copyreg.dispatch_table
+
+
+def _copy_tensor(value: Tensor, copies: dict[int, Any], shared: bool) -> None:
+    """Copy a parameter or buffer, or not if it is ``shared``; what there is more to say of is left to ``deepcopy``."""
+    if shared:
+        copies[id(value)] = value
+    elif type(value) is nn.Parameter and not vars(value):
+        copies[id(value)] = nn.Parameter(_copy_numbers(value.detach()), value.requires_grad)
+    elif type(value) is Tensor and not vars(value) and not value.requires_grad:
+        copies[id(value)] = _copy_numbers(value)
+
+
+def _copy_numbers(value: Tensor) -> Tensor:
+    if value.device.type == "cpu" and value.dtype is torch.float32 and value.nbytes >= _HUGE_PAGES and value.is_contiguous():
+        return torch.from_numpy(numpy.empty(value.shape, numpy.float32)).copy_(value)
+    return value.clone(memory_format=torch.preserve_format)
+
+
+def _copy_value(value: Any, copies: dict[int, Any]) -> Any:
+    cls = type(value)
+    if cls in _PLAIN:
+        return value
+    if (made := copies.get(id(value))) is not None:
+        return made
+    if cls not in _COLLECTIONS or not all(map(_PLAIN.__contains__, map(type, value))):
+        return copy.deepcopy(value, copies)
+    if cls is tuple:
+        return value
+    copies[id(value)] = made = cls()
+    if value:  # most are empty
+        made.update(value if cls is set else {key: _copy_value(part, copies) for key, part in value.items()})
+    return made
