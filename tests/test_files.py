@@ -64,7 +64,7 @@ def test_what_is_no_path_is_refused(name: str, path: Any, tmp_path: Path, monkey
     assert not list(tmp_path.iterdir())
 
 
-READS = "load checkpoint_info newest load_deployed verify_export from_toml read_history".split()
+READS = ["load", "checkpoint_info", "newest", "load_deployed", "verify_export", "from_toml", "read_history"]
 
 
 @pytest.mark.parametrize("name", [*READS, "history of report"])
