@@ -92,9 +92,9 @@ def _check_state(root: nn.Module, node: Node) -> None:
     """Refuse what evaluation alone calls if running it in training too would be seen."""
     if node.op != "call_module":
         return
-    for module in root.get_submodule(str(node.target)).modules():
-        if isinstance(module, RANDOM) or any(True for _ in module.buffers(recurse=False)):
-            raise MergeError(f"{node.target}, which evaluation alone calls, has a state or draws random numbers")
+    called = root.get_submodule(str(node.target))
+    if any(isinstance(module, RANDOM) for module in called.modules()) or list(called.buffers()):
+        raise MergeError(f"{node.target}, which evaluation alone calls, has a state or draws random numbers")
 
 
 def drop_training_branches(gm: GraphModule) -> None:
