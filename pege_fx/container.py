@@ -50,7 +50,7 @@ def write(tree: Any, path: str | os.PathLike[str], kind: str) -> None:
         _flush(path.parent)
     except (OSError, SafetensorError) as error:
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            temporary.unlink()
         raise CheckpointError(f"can not write {path}: {error}.\n  what was there before is untouched.") from error
 
 
