@@ -128,6 +128,13 @@ def test_evaluation_has_the_gradient_of_full_replacement() -> None:
     assert torch.equal(found[0], found[1])
 
 
+def test_until_a_scheduler_comes_all_is_quantized_and_lambda_is_zero() -> None:
+    schedule = ScheduleState("default")
+    state = (schedule.rate, schedule.weight_lambda, schedule.activation_lambda, schedule.loss_scale)
+    assert [float(value) for value in state] == [1.0, 0.0, 0.0, 1.0]
+    assert schedule.is_complete
+
+
 def test_each_kind_of_edge_has_its_own_lambda() -> None:
     schedule, x = ScheduleState("default"), inputs()
     schedule.weight_lambda.fill_(0.5)
@@ -193,6 +200,16 @@ def test_observing_passes_float_on_and_initialises_from_all_batches_together() -
     assert fq.method.scale.item() == pytest.approx(2 * together / 3**0.5, rel=1e-5)
     assert not fq.observing
     assert not torch.equal(fq(batches[0]), batches[0])
+
+
+def test_a_process_alone_shares_with_nobody() -> None:
+    fq = activation()
+    fq.observing = True
+    fq(torch.ones(4))
+    before = fq.statistics
+    fq.share_observations()
+    assert fq.statistics is before
+    assert before is not None
 
 
 def test_observing_nothing_changes_nothing() -> None:

@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 import pege_fx
 from pege_fx.__main__ import main
 from pege_fx.errors import PegeError
+from pege_fx.files import atomic_write
 
 X = torch.randn(2, 4)
 NO_PATHS = ["a\0b.html", Path("a\0b.svg"), "\ud800", 3, None, b"bytes", [1], nn.Linear(2, 2)]
@@ -72,6 +73,45 @@ def test_a_pipe_is_no_file_to_read(name: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(PegeError, match=r"pipe is a folder, a pipe or a device: give a file\."):
         TAKES_A_PATH[name](tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_a_file_has_the_mode_of_one_that_is_opened(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        (tmp_path / "plain").write_text("")
+        for text in ("new", "again"):
+            with atomic_write(tmp_path / "whole") as temporary:
+                temporary.write_text(text)
+    finally:
+        assert os.umask(before) == umask
+    assert (tmp_path / "whole").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert (tmp_path / "whole").read_text() == "again"
+
+
+def test_what_fails_leaves_the_file_before_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "whole").write_text("before")
+
+    def fail(temporary: Path) -> None:
+        temporary.write_text("half")
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), atomic_write(tmp_path / "whole") as temporary:
+        fail(temporary)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("whole", "before")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [("pipe", "it is a device, not a file"), ("folder", "it is a folder"), ("no/file", "No such file or directory")],
+)
+def test_what_can_not_be_replaced_by_a_file_is_said(kind: str, said: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    refused = pytest.raises(pege_fx.OutputError, match=f"can not write .*{kind}: {said}; nothing was left there")
+    with refused, atomic_write(tmp_path / kind, pege_fx.OutputError):
+        pytest.fail("there is no file to write")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["folder", "pipe"]
 
 
 def test_every_public_function_that_takes_a_path_is_tried() -> None:
