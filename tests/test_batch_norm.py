@@ -577,6 +577,15 @@ def test_processes_evaluate_synchronised_norms_on_the_cpu_where_torch_trains_non
         assert all(torch.equal(value, first["gradients"][name]) for name, value in found["gradients"].items())
 
 
+def test_a_function_trains_unless_it_is_frozen() -> None:
+    tensors = (torch.zeros(4), torch.ones(4), None, None)
+    plain, frozen = (FunctionalBatchNorm(tensors, 0.1, 1e-5, frozen=frozen) for frozen in (False, True))
+    assert plain.training
+    assert not frozen.training
+    assert plain.eval().train().training
+    assert not frozen.train().training
+
+
 def test_a_norm_put_in_its_place_later_is_folded_and_something_else_is_refused() -> None:
     model = as_trained(nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8)), 0)
     gm = prepared(model, IMAGE)

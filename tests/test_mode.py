@@ -83,7 +83,16 @@ def test_what_python_assigns_to_a_buffer_is_in_the_graphs_own() -> None:
 
 @pytest.mark.parametrize(
     ("value", "traced", "is_other"),
-    [(1, 1, False), (1, 2, True), (1, True, True), (1.0, 1, True), (None, None, False), (None, 1, True), ("a", "b", True)],
+    [
+        (1, 1, False),
+        (float("2.5"), float("2.5"), False),
+        (1, 2, True),
+        (1, True, True),
+        (1.0, 1, True),
+        (None, None, False),
+        (None, 1, True),
+        ("a", "b", True),
+    ],
 )
 def test_an_argument_is_the_one_of_the_trace_or_refused(value: Any, traced: Any, is_other: bool) -> None:
     if not is_other:
