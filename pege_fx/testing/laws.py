@@ -332,7 +332,7 @@ class _Search:
                 if error := failure_before(trial):
                     said = f"{type(error).__name__}: {error}"
                     raise InputError(
-                        f"a graph of graphs= fails on its own inputs, before any rewrite: {said}\n  the graph: {case!r}\n"
+                        f"a graph of graphs= fails on its own inputs, before any rewrite: {said}\n  the graph: {_shown(case)}\n"
                         "  let the strategy give inputs that the graph takes."
                     ) from error
                 self.broken = law
@@ -367,12 +367,21 @@ class _Search:
         error = self.error_of(self.broken, trial)
         said = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
         lines = [f"{name_of(self.rewrite)} breaks a law: {self.broken}. {LAWS[self.broken].__doc__}", _indented(said, 2)]
-        lines += ["  the smallest graph found:", _indented(repr(case), 4)]
+        lines += ["  the smallest graph found:", _indented(_shown(case), 4)]
         if self.broken not in ("runs", "lint"):
             lines += ["  what the rewrite does to it:", _indented(str(diff(trial.before, trial.after)), 4)]
         found = LawError("\n".join(lines))
         found.__cause__ = error
         return found
+
+
+def _shown(case: Any) -> str:
+    """A case as the code that it prints as; of a plain pair the module, and the shapes of its inputs instead of all values."""
+    if type(case) is not tuple:
+        return repr(case)
+    module, inputs = case
+    shapes = (f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x) for x in inputs)
+    return f"{module!r}\non {', '.join(shapes)}"
 
 
 def _indented(text: str, spaces: int) -> str:

@@ -208,6 +208,18 @@ def test_the_same_seed_gives_the_same_verdict() -> None:
     assert other.splitlines()[0].startswith("remove_dead_nodes keeps the function: 12 laws hold on 12 graphs")
 
 
+def test_of_a_plain_pair_the_shapes_are_shown_and_not_all_values() -> None:
+    with pytest.raises(LawError) as found:
+        check_pass(drop_relus, graphs=st.just((nn.Sequential(nn.ReLU()), (torch.randn(3, 50),))), max_examples=3)
+    shown = str(found.value).split("the smallest graph found:\n")[1].split("  what the rewrite")[0]
+    assert [line.strip() for line in shown.splitlines()] == [
+        "Sequential(",
+        "(0): ReLU()",
+        ")",
+        "on torch.float32 of shape (3, 50)",
+    ]
+
+
 def test_a_law_may_be_left_out_and_nothing_is_promised_for_function() -> None:
     verdict = check_pass(adds_an_identity, "bits", without=("idempotent", "copies"), graphs=CONVS, max_examples=10)
     assert not {"idempotent", "copies"} & set(verdict.laws)
