@@ -3,8 +3,6 @@
 from difflib import SequenceMatcher
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
@@ -15,14 +13,13 @@ from pege_fx.passes.graph import (
     calls,
     changes_its_input,
     first_argument,
+    keeps_statistics,
     map_nodes,
     owner,
     remove_dead_nodes,
     set_arguments,
 )
 from pege_fx.passes.values import RANDOM, makers
-
-_KEEPING_STATISTICS: set[Any] = {F.batch_norm, F.instance_norm, torch.batch_norm, torch.instance_norm}
 
 
 class MergeError(Exception):
@@ -49,7 +46,7 @@ def merge_branches(training: Graph, evaluation: Graph, root: nn.Module) -> Graph
             continue
         for alone, name in ((ours[start:stop], "training"), (theirs[other_start:other_stop], "evaluation")):
             for node in alone:
-                if node.target in _KEEPING_STATISTICS:
+                if node.op == "call_function" and keeps_statistics(root, node):
                     raise MergeError(f"{node} keeps statistics in {name} alone")
                 if changes_its_input(root, node) and not _is_made_by(root, first_argument(node), alone):
                     raise MergeError(f"{node} works in place in {name} alone")
@@ -95,25 +92,25 @@ def _check_state(root: nn.Module, node: Node) -> None:
     """Refuse what evaluation alone calls if running it in training too would be seen."""
     if node.op != "call_module":
         return
-    for module in root.get_submodule(str(node.target)).modules():
-        if isinstance(module, RANDOM) or any(True for _ in module.buffers(recurse=False)):
-            raise MergeError(f"{node.target}, which evaluation alone calls, has a state or draws random numbers")
+    called = root.get_submodule(str(node.target))
+    if any(isinstance(module, RANDOM) for module in called.modules()) or list(called.buffers()):
+        raise MergeError(f"{node.target}, which evaluation alone calls, has a state or draws random numbers")
 
 
 def drop_training_branches(gm: GraphModule) -> None:
     """Fix the mode to evaluation: every selection becomes its side of evaluation, what only training needs goes."""
     modes = [node for node, _ in calls(gm, TrainingMode)]
-    read = [node for node in gm.graph.nodes if node.users]
+    pure = [node for node in gm.graph.nodes if node.users or keeps_statistics(gm, node)]
     for node in [user for mode in modes for user in mode.users]:
         args, kwargs = (map_nodes(part, lambda n: False if n in modes else n) for part in arguments(node))
         set_arguments(node, args, kwargs)
         if node.target is select_by_mode:
             node.replace_all_uses_with(args[2])
-    remove_dead_nodes(gm, read)
+    remove_dead_nodes(gm, pure)
     while unread := [node for node in gm.graph.nodes if _changes_for_nobody(gm, node)]:
         for node in unread:
             gm.graph.erase_node(node)
-        remove_dead_nodes(gm, read)
+        remove_dead_nodes(gm, pure)
 
 
 def _changes_for_nobody(gm: GraphModule, node: Node) -> bool:

@@ -15,32 +15,30 @@ from pege_fx.mode import TRAINING_MODE, written
 from pege_fx.passes.graph import (
     after,
     attribute_name,
+    attribute_of,
     call_function,
     changes_its_input,
     first_argument,
     is_assignment,
     is_unknown_code,
-    module_of,
     reads_size,
     remove_dead_nodes,
 )
 
-# Results that may be, or look into, the memory of their first argument.
-_VIEWING_FUNCTIONS: set[Any] = {
+# Functions and methods whose result may be, or look into, the memory of their first argument.
+_VIEWING: set[Any] = {
     operator.getitem, torch.reshape, torch.flatten, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, torch.chunk,
     torch.split, torch.tensor_split, torch.unbind, torch.narrow, torch.select, torch.movedim, torch.swapaxes, torch.dropout,
     torch.unflatten, torch.diagonal, torch.real, torch.imag, torch.view_as_real, torch.view_as_complex, torch.detach,
     torch.broadcast_to, torch.ravel, torch.atleast_1d, torch.atleast_2d, torch.atleast_3d,
     nn.functional.dropout, nn.functional.dropout1d, nn.functional.dropout2d, nn.functional.dropout3d,
-}  # fmt: skip
-_VIEWING_METHODS = {
     "view", "view_as", "reshape", "reshape_as", "flatten", "permute", "transpose", "squeeze", "unsqueeze", "chunk", "split",
     "tensor_split", "unbind", "narrow", "select", "movedim", "swapaxes", "unflatten", "expand", "expand_as", "diagonal", "t",
     "contiguous", "to", "type", "type_as", "float", "half", "bfloat16", "double", "cpu", "cuda", "detach", "broadcast_to",
     "ravel", "unfold", "as_strided", "requires_grad_", "__getitem__",
 }  # fmt: skip
 _VIEWING_ATTRIBUTES = {"T", "mT", "H", "mH", "data", "real", "imag"}
-_VIEWING_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Sequential)
+_VIEWING_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 
 def name_writes(gm: GraphModule) -> None:
@@ -97,9 +95,9 @@ class _Memory:
         self._stale.pop(node, None)
 
     def _join(self, node: Node, sources: list[Node]) -> None:
-        groups = sorted((self._sharing[source] for source in sources), key=len, reverse=True)
+        groups = [self._sharing[source] for source in sources]
         together = groups[0] if groups else set()
-        for group in [{node}, self._sharing.get(node, set()), *groups[1:]]:
+        for group in [{node}, self._sharing.get(node, set()), *groups]:
             if group is not together:
                 together |= group
                 for member in group:
@@ -122,9 +120,6 @@ def _may_share(gm: GraphModule, node: Node) -> list[Node]:
     if is_unknown_code(gm, node):
         return [source for source in node.all_input_nodes if source.target != TRAINING_MODE]
     if node.op == "call_module":
-        views = module_of(gm, node, nn.Module)
-        return node.all_input_nodes[:1] if isinstance(views, _VIEWING_MODULES) else []
-    viewing = node.target in (_VIEWING_METHODS if node.op == "call_method" else _VIEWING_FUNCTIONS)
-    if viewing or attribute_name(node) in _VIEWING_ATTRIBUTES:
-        return node.all_input_nodes[:1]
-    return []
+        return node.all_input_nodes if isinstance(attribute_of(gm, node), _VIEWING_MODULES) else []
+    viewing = node.target in _VIEWING or attribute_name(node) in _VIEWING_ATTRIBUTES
+    return node.all_input_nodes[:1] if viewing else []

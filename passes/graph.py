@@ -816,6 +816,17 @@ def changes_its_input(root: nn.Module, node: Node) -> bool:
     return ends_in_place or by_operator or bool(node.kwargs.get("inplace")) or node.kwargs.get("out") is not None
 
 
+_PLACE_OF_MEAN: dict[Any, int] = {F.batch_norm: 1, F.instance_norm: 1, torch.batch_norm: 3, torch.instance_norm: 3}
+
+
+def keeps_statistics(root: nn.Module, node: Node) -> bool:
+    """Tell whether a node is a norm that moves running statistics in training, so that it matters without users."""
+    if node.op == "call_module":
+        return isinstance(getattr(attribute_of(root, node), "running_mean", None), Tensor)
+    place = _PLACE_OF_MEAN.get(node.target, len(node.args))
+    return node.kwargs.get("running_mean", dict(enumerate(node.args)).get(place)) is not None
+
+
 def works_in_place_between(gm: GraphModule, first: Node, last: Node) -> bool:
     """Tell whether any node behind ``first`` and before ``last`` changes its input."""
     node = first.next
@@ -826,16 +837,16 @@ def works_in_place_between(gm: GraphModule, first: Node, last: Node) -> bool:
     return False
 
 
-def remove_dead_nodes(gm: GraphModule, unread: Collection[Node] = ()) -> None:
-    """Erase nodes whose result nobody uses, except those that work in place, or call code that the graph does not look into.
+def remove_dead_nodes(gm: GraphModule, pure: Collection[Node] = ()) -> None:
+    """Erase nodes whose result nobody uses, except those that work in place, move statistics, or call code out of sight.
 
-    ``unread``: nodes that call such code to no effect but their result; they go as others do.
+    ``pure``: nodes that move or call such things to no effect but their result; they go as others do.
     """
 
     for node in reversed(gm.graph.nodes):  # as Graph.eliminate_dead_code, which lints, too
         if node.users or node.op in ("placeholder", "output") or node.is_impure() or changes_its_input(gm, node):
             continue
-        if node in unread or not is_unknown_code(gm, node):
+        if node in pure or not (is_unknown_code(gm, node) or keeps_statistics(gm, node)):
             gm.graph.erase_node(node)
 
 

@@ -239,8 +239,6 @@ def _delete(gm: GraphModule, path: str) -> None:
 
 def _make_plain(gm: GraphModule, path: str, module: nn.Module) -> None:
     """Let what only holds tensors be a module without code: a Conv2d without its weight could not be called anyway."""
-    if type(module) is nn.Module or isinstance(module, GraphModule):
-        return
     holder = nn.Module().train(module.training)
     for name, parameter in module.named_parameters(recurse=False):
         holder.register_parameter(name, parameter)

@@ -160,6 +160,8 @@ def why_not(gm: GraphModule, found: Pair, used: Counter[int], *, merges: bool) -
         return norm.reason
     if norm.bn.running_mean is None or norm.bn.running_var is None:
         return "it keeps no running statistics"
+    if not norm.node.users:
+        return "nobody reads its result"
     if used[id(norm.bn)] > 1:
         return f"it is called {used[id(norm.bn)]} times"
     for node in (*found.between, norm.node if found.leads else layer):

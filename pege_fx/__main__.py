@@ -19,7 +19,7 @@ from torch import nn
 import pege_fx
 from pege_fx.coverage import Coverage
 from pege_fx.errors import ModelError, OutputError, PegeError, closest
-from pege_fx.files import atomic_write
+from pege_fx.files import atomic_write, path_of
 from pege_fx.listing import write_listing
 from pege_fx.policy import QuantPolicy
 
@@ -211,10 +211,10 @@ def _report(options: argparse.Namespace) -> None:
 
 def _export(options: argparse.Namespace) -> None:
     """The file is written, then verified on the inputs; one that computes something else stays for a look, and fails."""
-    inputs, path = tuple(options.input), Path(options.output or Path(options.file).with_suffix(".onnx"))
+    deployed = pege_fx.load_deployed(options.file)
+    inputs, path = tuple(options.input), path_of(options.output or Path(options.file).with_suffix(".onnx"), OutputError)
     if path.resolve() == Path(options.file).resolve():
         raise OutputError(f"{path} is the model itself: give another file with --output.")
-    deployed = pege_fx.load_deployed(options.file)
     size = pege_fx.export_onnx(deployed, path, inputs, style=options.style, opset=options.opset)
     print(f"{path}: {size:,} bytes, {options.style}")
     if options.verify:

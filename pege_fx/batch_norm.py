@@ -65,7 +65,7 @@ class FunctionalBatchNorm(nn.Module):
         super().__init__()
         self.momentum, self.eps, self.frozen = momentum, eps, frozen
         self.tensors = tensors  # in a tuple, so that no key is doubled
-        self.train(not frozen)
+        self.train()
 
     running_mean = property(lambda self: self.tensors[0])
     running_var = property(lambda self: self.tensors[1])

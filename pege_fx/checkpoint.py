@@ -19,6 +19,7 @@ from pege_fx import container
 from pege_fx.api import prepare
 from pege_fx.errors import CheckpointError, ModelError, PegeError, PolicyError, closest
 from pege_fx.fake_quant import fake_quants
+from pege_fx.files import path_of
 from pege_fx.plan import Plan
 from pege_fx.policy import QuantPolicy
 from pege_fx.processes import gathered, laid_out_as, on_first_rank, rank_and_size, whole
@@ -365,12 +366,12 @@ def newest(path: str | os.PathLike[str]) -> Path | None:
         path: as given to ``save``.
 
     Raises:
-        CheckpointError: if there are files, but none reads well.
+        CheckpointError: if ``path`` is none, or there are files, but none reads well.
 
     >>> print(newest("no such file"))
     None
     """
-    found = [file for file in _generations(Path(path)) if os.path.exists(file)]
+    found = [file for file in _generations(path_of(path, CheckpointError)) if os.path.exists(file)]
     first: CheckpointError | None = None
     for file in found:
         try:

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pege_fx.errors import CheckpointError
-from pege_fx.files import not_a_file
+from pege_fx.files import path_of, path_to_read
 
 PREVIOUS = ".previous"
 
@@ -36,7 +36,7 @@ def write(tree: Any, path: str | os.PathLike[str], kind: str) -> None:
     Raises:
         CheckpointError: if the tree holds something else than tensors and plain data, or the disk refuses.
     """
-    path = Path(path)
+    path = path_of(path, CheckpointError)
     tensors: dict[str, Tensor] = {}
     text = json.dumps(_encode(tree, "", tensors, {}))
     temporary = path.with_name(path.name + ".tmp")
@@ -50,7 +50,7 @@ def write(tree: Any, path: str | os.PathLike[str], kind: str) -> None:
         _flush(path.parent)
     except (OSError, SafetensorError) as error:
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            temporary.unlink()
         raise CheckpointError(f"can not write {path}: {error}.\n  what was there before is untouched.") from error
 
 
@@ -60,9 +60,7 @@ def read(path: str | os.PathLike[str], kind: str) -> Any:
     Raises:
         CheckpointError: if there is no such file, or it is truncated, corrupt, or something else.
     """
-    path = Path(path)
-    if not_a_file(path):
-        raise CheckpointError(f"{path} is a folder, a pipe or a device: give a file.")
+    path = path_to_read(path, CheckpointError)
     try:
         with safe_open(path, framework="pt") as file:
             found = file.metadata() or {}

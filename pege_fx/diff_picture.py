@@ -7,7 +7,7 @@ import networkx as nx
 
 from pege_fx.diff import SIGNS, Diff
 from pege_fx.errors import ModelError, OutputError, closest
-from pege_fx.files import atomic_write
+from pege_fx.files import atomic_write, path_of
 from pege_fx.policy import path_pattern
 
 COLOURS = {"added": "#b7e4c7", "removed": "#f5b5b5", "replaced": "#ffd8a8", "changed": "#bcd7f5", "same": "#eeeeee"}
@@ -59,7 +59,7 @@ def draw_diff(found: Diff, path: str | Path, match: str | None = None, *, contex
         OutputError: for another ending, or where nothing can be written.
         ModelError: if nothing matches, or the region is too large to be read.
     """
-    path = Path(path)
+    path = path_of(path, OutputError)
     if path.suffix not in _ENDINGS:
         raise OutputError(f"{path}: the ending {path.suffix!r} says no format; known: {', '.join(_ENDINGS)}.")
     region = changed_region(found, match, context)

@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 
 from pege_fx.dataflow import to_networkx
 from pege_fx.errors import ExportError
-from pege_fx.files import atomic_write
+from pege_fx.files import atomic_write, path_of
 from pege_fx.outline import collapse, collapse_to_fit, edge_label, outline, rest, shape_label, title
 
 ENDINGS = (".svg", ".png", ".dot")
@@ -46,7 +46,7 @@ def draw(gm: GraphModule, path: str | Path, *, depth: int | None = None) -> None
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     draw(gm, f"{folder}/model.dot")
     """
-    target = Path(path)
+    target = path_of(path)
     if target.suffix.lower() not in ENDINGS:
         raise ExportError(f"{target.name!r} has the ending {target.suffix!r}: give one of {', '.join(ENDINGS)}.")
     if depth is not None and (isinstance(depth, bool) or not isinstance(depth, int) or depth < 0):

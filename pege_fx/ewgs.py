@@ -66,10 +66,10 @@ def update_ewgs(
 
 def _strengths(sites: dict[str, FakeQuant], loss_of: Callable[[], Tensor], draws: int, keys: Iterator[int]) -> dict[str, float]:
     """(Tr H / N) / (3 std g) of each site that a batch reaches; may be negative."""
-    seen: dict[str, dict[int, Tensor]] = {}
+    seen: dict[str, dict[tuple[int, ...], Tensor]] = {}
 
     def note(name: str) -> Callable[..., None]:
-        return lambda _, x, y: seen.setdefault(name, {}).update({x[1] if len(x) > 1 else 0: y})  # by the input's number
+        return lambda _, x, y: seen.setdefault(name, {}).update({x[1:2]: y})  # by the input's number, if it has one
 
     hooks = [site.register_forward_hook(note(name)) for name, site in sites.items()]
     try:

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place, then moved in. And what is no file to read."""
+"""Files that are whole or not there: written beside their place, then moved in. And what is no path, and no file to read."""
 
 import contextlib
 import os
@@ -9,12 +9,30 @@ from pathlib import Path
 from pege_fx.errors import ExportError, PegeError
 
 
+def path_of(path: str | os.PathLike[str], error: type[PegeError] = ExportError) -> Path:
+    """Return ``path`` as a ``Path``, if it is one that a system may have: no number, no NUL in it.
+
+    Raises:
+        ExportError, or the error that is given: for what is no path.
+
+    >>> path_of("model.onnx").suffix
+    '.onnx'
+    """
+    try:
+        found = Path(path)
+        if b"\0" in os.fsencode(found):
+            raise ValueError("it has a NUL character")
+    except (TypeError, ValueError) as reason:
+        raise error(f"{path!r} is no path ({reason}): give text, or a pathlib.Path.") from reason
+    return found
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str], error: type[PegeError] = ExportError) -> Iterator[Path]:
     """Yield a temporary path in the same folder; it replaces ``path`` when the block ends, and goes if the block fails.
 
     Raises:
-        ExportError, or the error that is given: if the folder or the file can not be written.
+        ExportError, or the error that is given: if ``path`` is none, or the folder or the file can not be written.
 
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     with atomic_write(Path(folder) / "a") as temporary:
@@ -22,7 +40,7 @@ def atomic_write(path: str | os.PathLike[str], error: type[PegeError] = ExportEr
     ...     (Path(folder) / "a").read_text()
     'whole'
     """
-    target = Path(path).resolve()  # what a link points to is replaced, not the link
+    target = path_of(path, error).resolve()  # what a link points to is replaced, not the link
     temporary: Path | None = None
     try:
         if target.is_dir():
@@ -42,13 +60,19 @@ def atomic_write(path: str | os.PathLike[str], error: type[PegeError] = ExportEr
             temporary.unlink(missing_ok=True)
 
 
-def not_a_file(path: str | os.PathLike[str]) -> bool:
-    """Whether something else than a file is there: reading a pipe or a device may never end.
+def path_to_read(path: str | os.PathLike[str], error: type[PegeError]) -> Path:
+    """Return ``path`` as a ``Path``, unless something else than a file is there: reading a pipe or a device may never end.
 
-    >>> not_a_file("/"), not_a_file("no such file")
-    (True, False)
+    Raises:
+        The error that is given: for what is no path, a folder, a pipe or a device.
+
+    >>> path_to_read("no such file", PegeError).exists()
+    False
     """
-    return os.path.exists(path) and not os.path.isfile(path)
+    found = path_of(path, error)
+    if os.path.exists(found) and not os.path.isfile(found):
+        raise error(f"{path} is a folder, a pipe or a device: give a file.")
+    return found
 
 
 def _umask() -> int:

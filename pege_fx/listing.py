@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pege_fx.errors import OutputError
-from pege_fx.files import atomic_write
+from pege_fx.files import atomic_write, path_of
 
 Row = tuple[str, ...]
 
@@ -110,7 +110,7 @@ def write_listing(listing: Any, path: str | Path) -> None:
         ".json": lambda shown: json.dumps(shown.to_dict(), indent=2),
         ".html": lambda shown: "<!doctype html>\n<meta charset='utf-8'>\n" + shown.to_html(),
     }
-    path = Path(path)
+    path = path_of(path, OutputError)
     if path.suffix not in writers:
         raise OutputError(f"{path}: the ending {path.suffix!r} says no format; known: {', '.join(writers)}.")
     with atomic_write(path, OutputError) as temporary:

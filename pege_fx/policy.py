@@ -10,13 +10,12 @@ import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
 from torch import nn
 
 from pege_fx.errors import PolicyError, closest
-from pege_fx.files import not_a_file
+from pege_fx.files import path_of, path_to_read
 from pege_fx.spec import QuantSpec
 
 
@@ -331,9 +330,11 @@ class QuantPolicy:
         import tomli_w
 
         text = tomli_w.dumps(self.to_dict())
+        if path is None:
+            return text
+        path = path_of(path, PolicyError)
         try:
-            if path is not None:
-                Path(path).write_text(text, encoding="utf-8")
+            path.write_text(text, encoding="utf-8")
         except (OSError, ValueError) as error:
             raise PolicyError(f"can not write the policy {path}: {error}.") from error
         return text
@@ -341,10 +342,9 @@ class QuantPolicy:
     @classmethod
     def from_toml(cls, path: str | os.PathLike[str]) -> "QuantPolicy":
         """Read a policy from a TOML file."""
-        if not_a_file(path):
-            raise PolicyError(f"can not read the policy {path}: it is a folder, a pipe or a device, give a file.")
+        path = path_to_read(path, PolicyError)
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise PolicyError(f"can not read the policy {path}: {error}.") from error
         if _DEEP_KEY.search(text):

@@ -18,7 +18,7 @@ from pege_fx.dataflow import to_networkx
 from pege_fx.draw import COLOURS, FLOAT, PLAIN, PYTHON, colour_of, ink
 from pege_fx.errors import ExportError, InputError
 from pege_fx.fake_quant import FakeQuant, fake_quants
-from pege_fx.files import atomic_write
+from pege_fx.files import atomic_write, path_of, path_to_read
 from pege_fx.outline import edge_label, outline, rest, shape_label, title
 from pege_fx.scheduler import PEGEScheduler, plan_of
 from pege_fx.size import size_report
@@ -61,8 +61,9 @@ def report(
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     report(gm, f"{folder}/report.html", batches=[torch.randn(8, 4)])
     """
-    if Path(path).suffix.lower() not in (".html", ".htm"):
-        raise ExportError(f"{Path(path).name!r} has the ending {Path(path).suffix!r}: a report ends in .html.")
+    path = path_of(path)
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise ExportError(f"{path.name!r} has the ending {path.suffix!r}: a report ends in .html.")
     plan, rows = plan_of(gm), _history(history)
     page = _page(
         {
@@ -197,12 +198,12 @@ def _curve(scheduler: PEGEScheduler, own: Any, name: str) -> Callable[[float], f
 def _history(history: Iterable[Mapping[str, Any]] | str | Path | None) -> list[dict[str, Any]]:
     try:
         if isinstance(history, (str, Path)):
-            with open(history, newline="", encoding="utf-8") as file:
+            with path_to_read(history, InputError).open(newline="", encoding="utf-8") as file:
                 history = list(csv.DictReader(file))
         return [_row(row) for row in history or ()]
     except OSError as error:
         raise InputError(f"can not read the history {error.filename}: {error.strerror}.") from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"the history can not be read ({error}): give rows, or a CSV file, with step, site and {', '.join(FIGURES)}."
         ) from error

@@ -24,7 +24,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from pege_fx.errors import CheckpointError, ExportError
 from pege_fx.fake_quant import fake_quants
-from pege_fx.files import atomic_write, not_a_file
+from pege_fx.files import atomic_write, path_to_read
 from pege_fx.packing import pack, unpack
 from pege_fx.passes.graph import arguments, register_buffer, set_parameter, where
 from pege_fx.size import stored_codes
@@ -90,7 +90,7 @@ def load_deployed(path: str | os.PathLike[str]) -> GraphModule:
     ...     torch.equal(load_deployed(f"{folder}/model.safetensors")(x), deployed(x))
     True
     """
-    header, tensors = _read(Path(path))
+    header, tensors = _read(path_to_read(path, CheckpointError))
     try:
         for name, (bits, signed, shape) in header["packed"].items():
             tensors[name] = unpack(tensors[name], shape, bits=bits, signed=signed)
@@ -109,8 +109,6 @@ def load_deployed(path: str | os.PathLike[str]) -> GraphModule:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if not_a_file(path):
-        raise CheckpointError(f"{path} is a folder, a pipe or a device: give a file.")
     try:
         with safe_open(path, framework="pt") as file:
             found = file.metadata() or {}

@@ -7,7 +7,6 @@ import csv
 import math
 import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -16,6 +15,7 @@ from torch.fx import GraphModule
 
 from pege_fx.errors import OutputError, ScheduleError
 from pege_fx.fake_quant import FakeQuant, fake_quants
+from pege_fx.files import path_of, path_to_read
 from pege_fx.functional import compute_dtype
 from pege_fx.quantizers import ForwardMethod
 from pege_fx.scheduler import plan_of
@@ -199,7 +199,7 @@ class CSVWriter:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         try:
-            self._file = open(path, "w", newline="", encoding="utf-8")  # noqa: SIM115
+            self._file = open(path_of(path, OutputError), "w", newline="", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
             raise OutputError(f"can not write {os.fspath(path)}: {error.strerror}.") from error
         self._writer = csv.DictWriter(self._file, COLUMNS)
@@ -237,7 +237,7 @@ def read_history(path: str | os.PathLike[str]) -> list[Row]:
     '0.weight_fq'
     """
     try:
-        with Path(path).open(newline="", encoding="utf-8") as file:
+        with path_to_read(path, OutputError).open(newline="", encoding="utf-8") as file:
             found = csv.DictReader(file)
             if tuple(found.fieldnames or ()) != COLUMNS:
                 raise OutputError(f"{os.fspath(path)} is no telemetry: its columns are not {', '.join(COLUMNS)}.")
@@ -257,7 +257,7 @@ class TensorBoardWriter:
         folder: that TensorBoard reads.
 
     Raises:
-        OutputError: if tensorboard is not installed.
+        OutputError: if tensorboard is not installed, or the folder can not be made.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -270,7 +270,10 @@ class TensorBoardWriter:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise OutputError("TensorBoardWriter needs tensorboard: pip install 'pege_fx[tensorboard]'.") from error
-        self._writer = SummaryWriter(os.fspath(folder))
+        try:
+            self._writer = SummaryWriter(str(path_of(folder, OutputError)))
+        except OSError as error:
+            raise OutputError(f"can not write to the folder {os.fspath(folder)}: {error.strerror}.") from error
 
     def write(self, rows: list[Row]) -> None:
         """Add scalars; what is not finite is left out."""

@@ -577,6 +577,15 @@ def test_processes_evaluate_synchronised_norms_on_the_cpu_where_torch_trains_non
         assert all(torch.equal(value, first["gradients"][name]) for name, value in found["gradients"].items())
 
 
+def test_a_function_trains_unless_it_is_frozen() -> None:
+    tensors = (torch.zeros(4), torch.ones(4), None, None)
+    plain, frozen = (FunctionalBatchNorm(tensors, 0.1, 1e-5, frozen=frozen) for frozen in (False, True))
+    assert plain.training
+    assert not frozen.training
+    assert plain.eval().train().training
+    assert not frozen.train().training
+
+
 def test_a_norm_put_in_its_place_later_is_folded_and_something_else_is_refused() -> None:
     model = as_trained(nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8)), 0)
     gm = prepared(model, IMAGE)
@@ -612,6 +621,44 @@ def test_statistics_go_on_as_in_the_float_model(settings: dict[str, Any]) -> Non
     close(gm.eval()(IMAGE.double()), model.eval()(IMAGE.double()))
     if settings == {"track_running_stats": False}:
         assert "it keeps no running statistics" in pege_fx.summary(gm)["0"].batch_norm
+
+
+class Unread(nn.Module):
+    """A norm that is called for its statistics alone: behind a convolution whose output goes on, or that nothing else reads."""
+
+    def __init__(self, norm: nn.Module, *, in_training: bool, alone: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.norm = nn.Conv2d(4, 8, 3), nn.Conv2d(4, 8, 3), norm
+        self.in_training, self.alone = in_training, alone
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.first(x)
+        if self.training or not self.in_training:
+            self.norm(self.second(x) if self.alone else y)
+        return y
+
+
+UNREAD: dict[str, Any] = FORMS | {"by instance": lambda norm: nn.InstanceNorm2d(8, track_running_stats=True)}
+PLACES = st.fixed_dictionaries({"in_training": st.booleans(), "alone": st.booleans()})
+
+
+@LAW
+@given(st.sampled_from(sorted(UNREAD)), PLACES, st.booleans(), st.sampled_from(["train", "freeze", "keep"]))
+def test_statistics_of_a_norm_that_nobody_reads_go_on(form: str, place: dict[str, bool], block: bool, mode: Any) -> None:
+    """They did not: the call was dead code to the graph, though training moves its statistics."""
+    model = Unread(UNREAD[form](nn.BatchNorm2d(8)), **place).double().eval()
+    x, blocks = IMAGE.double(), ("norm",) if block else ()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PegeWarning)
+        gm = pege_fx.prepare(copy.deepcopy(model), FLOAT, (x,), batch_norm=mode, blocks=blocks)
+    for training in (True, False, True, True, False):
+        close(gm.train(training)(x), model.train(training)(x))
+        for name, value in model.state_dict().items():
+            close(gm.state_dict()[name], value)
+    deployed = pege_fx.convert(gm)
+    assert torch.equal(deployed(x), gm(x))
+    if not block and all(capture.rung != "python" for capture in plan_of(gm).captures):
+        assert [name for name in deployed.state_dict() if "norm" in name or "second" in name] == []
 
 
 class MovedStatistics(ReadTwice):

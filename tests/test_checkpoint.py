@@ -289,9 +289,10 @@ def test_a_broken_checkpoint_is_refused_and_the_one_before_it_loads(tmp_path: Pa
     assert pege_fx.newest(tmp_path / "nowhere") is None
 
 
-def test_a_future_format_is_named(tmp_path: Path) -> None:
-    container.write({"format": 99}, tmp_path / "x", KIND)
-    with pytest.raises(CheckpointError, match="has format 99, this version reads 1: upgrade pege_fx"):
+@pytest.mark.parametrize("number", [99, 0])
+def test_another_format_is_named(number: int, tmp_path: Path) -> None:
+    container.write({"format": number}, tmp_path / "x", KIND)
+    with pytest.raises(CheckpointError, match=f"has format {number}, this version reads 1: upgrade pege_fx"):
         pege_fx.load(tmp_path / "x", net())
 
 
@@ -317,6 +318,29 @@ def test_the_state_of_another_kind_of_optimizer_is_refused(tmp_path: Path) -> No
     gm, scheduler, _ = made()
     sgd = torch.optim.SGD(pege_fx.parameter_groups(gm, 1e-2))
     refused(tmp_path / "x", "holds the state of Adam, not of SGD: make the same optimizer", (gm, scheduler, sgd))
+
+
+def test_groups_of_an_optimizer_are_the_same_in_the_same_order(tmp_path: Path) -> None:
+    orders: list[Run] = []
+    for step in (1, -1):
+        gm, scheduler, _ = made()
+        orders.append((gm, scheduler, torch.optim.Adam(pege_fx.parameter_groups(gm, 1e-2)[::step])))
+    for (gm, scheduler, optimizer), other in (orders, orders[::-1]):
+        pege_fx.save(gm, tmp_path / "x", scheduler=scheduler, optimizer=optimizer)
+        refused(tmp_path / "x", r"an optimizer of other parameters: groups of \[.*\] there, of \[.*\] here", other)
+
+
+def test_values_of_another_kind_are_refused(tmp_path: Path) -> None:
+    gm, scheduler, optimizer = run = made()
+    pege_fx.save(gm, tmp_path / "x", scheduler=scheduler, optimizer=optimizer)
+    tree = container.read(tmp_path / "x", KIND)
+    whole = tree | {"model": tree["model"] | {"0.weight": tree["model"]["0.weight"].to(torch.int32)}}
+    container.write(whole, tmp_path / "y", KIND)
+    refused(tmp_path / "y", r"0\.weight is torch\.int32 there and torch\.float32 here", run)
+    for wrong in (None, "text", 2**70):
+        container.write(tree | {"masks": dict.fromkeys(tree["masks"], wrong)}, tmp_path / "y", KIND)
+        with pytest.raises(CheckpointError, match="is not what save wrote"):
+            pege_fx.load(tmp_path / "y", gm)
 
 
 def test_models_that_were_not_prepared_are_not_saved(tmp_path: Path) -> None:

@@ -59,6 +59,26 @@ def _first(gm: GraphModule) -> tuple[Tensor, Tensor]:
     return gm.get_submodule("0.weight_fq")(gm.get_parameter("0.weight")), gm.get_parameter("0.bias")
 
 
+class Sum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 5), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) + self.b(x)  # type: ignore[no-any-return]
+
+
+def test_inputs_on_one_scale_count_together() -> None:
+    """Of mean((a + b)^2) / 2 over N sums the Hessian has 1 / N for each of the 2 N values, and the gradient is (a + b) / N."""
+    torch.manual_seed(0)
+    rule = Rule(function="add", input=QuantSpec(bits=4, estimator="ewgs"), shared_scale=True)
+    gm = pege_fx.prepare(Sum().double(), QuantPolicy((rule,)), (X,))
+    found = pege_fx.update_ewgs(gm, lambda x: gm(x).square().mean() / 2, [X], draws=300)
+    ((name, site),) = fake_quants(gm).items()
+    span = 15 * site.decoding().scale.item()
+    assert found == {name: pytest.approx(span / (3 * gm(X).std(correction=0).item()), rel=0.05)}
+
+
 def test_nothing_else_changes() -> None:
     gm = prepared(norm=True)
     before, generator = copy.deepcopy(gm.state_dict()), torch.get_rng_state()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import pege_fx
-from pege_fx import Constant, PEGEScheduler, QuantPolicy, QuantSpec, Statistics, fake_quants, functional
+from pege_fx import Constant, PEGEScheduler, QuantPolicy, QuantSpec, Rule, Statistics, fake_quants, functional
 from pege_fx.fake_quant import FakeQuant, ScheduleState, Site
 from pege_fx.functional import mix32, refresh_key, site_key
 from pege_fx.spec import Channels
@@ -128,6 +128,45 @@ def test_evaluation_has_the_gradient_of_full_replacement() -> None:
     assert torch.equal(found[0], found[1])
 
 
+def test_until_a_scheduler_comes_all_is_quantized_and_lambda_is_zero() -> None:
+    schedule = ScheduleState("default")
+    state = (schedule.rate, schedule.weight_lambda, schedule.activation_lambda, schedule.loss_scale)
+    assert [float(value) for value in state] == [1.0, 0.0, 0.0, 1.0]
+    assert schedule.is_complete
+
+
+def folded(granularity: Any, training: bool) -> tuple[FakeQuant, Tensor, Tensor]:
+    """The fake-quant of a weight with its BatchNorm in front of the grid, the weight, and the BatchNorm's factor k."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).double()
+    gamma, variance = torch.tensor([0.5, -2.0, 1.0, 3.0]).double(), torch.tensor([0.1, 1.0, 4.0, 2.0]).double()
+    model.get_parameter("1.weight").data.copy_(gamma)
+    model.get_buffer("1.running_var").copy_(variance)
+    policy = QuantPolicy((Rule(weight=QuantSpec(bits=4, granularity=granularity)),))
+    gm = pege_fx.prepare(model, policy, (torch.randn(2, 3, 5, 5).double(),)).train(training)
+    weight = gm.get_parameter("0.weight").detach().clone()
+    return fake_quants(gm)["0.weight_fq"], weight, (gamma / (variance + 1e-5).sqrt()).view(4, 1, 1, 1)
+
+
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+def test_a_folded_weight_is_on_the_grid_of_the_folded_values_in_evaluation(granularity: Any) -> None:
+    """That evaluation equals deployment says nothing of it: both could leave k out."""
+    fq, weight, k = folded(granularity, training=False)
+    scale, out, wanted = fq.decoding().scale.double(), fq(weight), k * weight
+    inside = (wanted / scale).abs() < 7
+    assert inside.double().mean() > 0.8
+    assert ((out - wanted).abs() / scale)[inside].max() <= 0.5 + 1e-5
+    torch.testing.assert_close(out / scale, (out / scale).round(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+def test_the_span_is_the_width_of_what_comes_out_in_training(granularity: Any) -> None:
+    fq, weight, _ = folded(granularity, training=True)
+    weight[:, 0, 0, 0], weight[:, 1, 1, 1] = 1e3, -1e3
+    out = fq(weight).detach().flatten(1)
+    widths = fq.span(weight).expand_as(weight).flatten(1)[:, 0]
+    torch.testing.assert_close(out.amax(1) - out.amin(1), widths.double(), rtol=1e-6, atol=0)
+
+
 def test_each_kind_of_edge_has_its_own_lambda() -> None:
     schedule, x = ScheduleState("default"), inputs()
     schedule.weight_lambda.fill_(0.5)
@@ -193,6 +232,16 @@ def test_observing_passes_float_on_and_initialises_from_all_batches_together() -
     assert fq.method.scale.item() == pytest.approx(2 * together / 3**0.5, rel=1e-5)
     assert not fq.observing
     assert not torch.equal(fq(batches[0]), batches[0])
+
+
+def test_a_process_alone_shares_with_nobody() -> None:
+    fq = activation()
+    fq.observing = True
+    fq(torch.ones(4))
+    before = fq.statistics
+    fq.share_observations()
+    assert fq.statistics is before
+    assert before is not None
 
 
 def test_observing_nothing_changes_nothing() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import pege_fx
 from pege_fx import Constant, Finding, Guard, ModelError, NonFiniteError, PEGEScheduler, PegeWarning, QuantPolicy
+from pege_fx.guard import clipped_share
 
 
 class Divided(nn.Module):
@@ -134,8 +135,9 @@ def test_a_site_that_clips_nearly_everything_is_found_and_told_once(method: str,
     assert any(finding.site == name and finding.kind == "clipped" for finding in guard.findings(X))
     loss = gm(X).sum()
     guard.check(loss, X)
-    with pytest.warns(PegeWarning, match=rf"{name}: \d+% of its elements is clipped; calibrate"):
+    with pytest.warns(PegeWarning, match=rf"{name}: \d+% of its elements is clipped; calibrate") as told:
         guard.check(loss, X)
+    assert {warning.filename for warning in told} == {__file__}
     guard.check(loss, X)
     guard.check(loss, X)
 
@@ -145,6 +147,58 @@ def test_a_site_with_one_code_is_found() -> None:
     guard = Guard(gm)
     gm.get_parameter("middle.weight_fq.method.scale").data.mul_(1e4)
     assert Finding("middle.weight_fq", "one code", 1.0) in guard.findings(X)
+
+
+@pytest.mark.parametrize(("features", "kinds"), [(1, []), (2, ["one code"])])
+def test_of_a_single_value_and_of_equal_ones_one_code_is_no_finding(features: int, kinds: list[str]) -> None:
+    x = torch.randn(3, features, generator=torch.Generator().manual_seed(0))
+    gm = pege_fx.prepare(nn.Linear(features, 1), QuantPolicy.parse("W4A4", first="4", last="4"), (x,))
+    guard = Guard(gm)
+    gm.get_parameter("weight_fq.method.scale").data.mul_(1e4)
+    found = guard.findings(torch.full_like(x, 0.1))
+    assert [(finding.site, finding.kind) for finding in found] == [("weight_fq", kind) for kind in kinds]
+
+
+def test_the_clipped_share_counts_what_rounds_beyond_the_ends() -> None:
+    gm = prepared(nn.Conv2d(4, 4, 1))
+    site = pege_fx.fake_quants(gm)["tanh_fq"]
+    (q_min, q_max), scale = site.site.spec.bounds, site.method.step()[0].detach()
+    inside = torch.tensor([q_min - 0.49, *range(q_min, q_max + 1), q_max + 0.49]) * scale
+    beyond = torch.tensor([q_min - 0.51, q_max + 0.51, q_max + 5.0]) * scale
+    assert clipped_share(site, inside) == 0.0
+    assert clipped_share(site, torch.cat([inside, beyond])) == pytest.approx(3 / (len(inside) + 3))
+
+
+class Switched(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, double: bool) -> Tensor:
+        y: Tensor = self.fc(x)
+        return 2 * y if double else y
+
+
+def test_arguments_that_are_no_tensors_are_finite() -> None:
+    gm = pege_fx.prepare(Switched(), "W4A4", (X, True))
+    with pytest.raises(NonFiniteError, match="every value in the model is finite: look at the loss function"):
+        Guard(gm).check(torch.tensor(float("nan")), X, True)
+
+
+class Sum(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+
+def test_inputs_on_one_scale_are_looked_at_one_by_one_and_not_after_the_call() -> None:
+    rule = pege_fx.Rule(function="add", input="4", shared_scale=True)
+    gm = pege_fx.prepare(Sum(), QuantPolicy((rule,)), (X, X))
+    guard = Guard(gm)
+    assert guard.findings(X, X) == []
+    found = guard.findings(X, 100 * X)
+    assert [finding.kind for finding in found] == ["clipped"]
+    gm(100 * X, 100 * X)
+    assert [finding.kind for finding in found] == ["clipped"]
 
 
 def test_a_model_that_was_not_prepared_is_refused() -> None:

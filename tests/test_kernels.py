@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pege_fx import PegeWarning, QuantSpec, functional, kernels
 
@@ -116,15 +116,28 @@ def test_plain_operations_asked_for_in_two_threads_end_with_the_last_of_them() -
         assert kernels.worth_compiling(x)
 
 
+class Traced(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1 if kernels.is_traced() else x
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_thread_knows_that_it_is_traced_by_a_compiler_or_for_export(strict: bool) -> None:
+    x = torch.zeros(2)
+    assert torch.equal(Traced()(x), x)
+    assert torch.equal(torch.compile(Traced(), backend="eager")(x), x + 1)
+    assert torch.equal(torch.export.export(Traced(), (x,), strict=strict).module()(x), x + 1)
+
+
 def test_without_a_compiler_there_is_one_warning_and_the_right_result(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_compiler(*_: object, **__: object) -> None:
-        raise RuntimeError("no C++ compiler found")
+        raise RuntimeError("no C++ compiler found\nand more that only its author reads")
 
     monkeypatch.setattr(kernels, "_enabled", True)
     monkeypatch.setattr(torch, "compile", no_compiler)
     kernel = kernels.LocalKernel(lambda x: x + 1)
     x = torch.zeros(3)
-    with pytest.warns(PegeWarning, match="no C\\+\\+ compiler found.*") as caught:
+    with pytest.warns(PegeWarning, match=r"\(RuntimeError: no C\+\+ compiler found\)\.") as caught:
         assert torch.equal(kernel(x), x + 1)
     assert len(caught) == 1
     with torch.no_grad():

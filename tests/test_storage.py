@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import pege_fx
 from pege_fx import CheckpointError, ExportError, PegeError, PegeWarning, QuantPolicy, testing
+from pege_fx.packing import unpack
 from pege_fx.passes import inline_modules, pack_weights, run, unpack_weights
 from pege_fx.storage import _encode, checksum
 from pege_fx.vocabulary import functions
@@ -134,7 +135,10 @@ def test_packing_is_undone() -> None:
     run([model], [pack_weights])
     model.delete_all_unused_submodules()
     assert torch.equal(deployed(3, packed=True)(X), model(X))
+    unpacks = {"op": "call_function", "target": unpack}
+    assert len(model.graph.find_nodes(**unpacks)) == 3
     run([model], [unpack_weights])
+    assert not model.graph.find_nodes(**unpacks)
     assert names <= set(model.state_dict())
     assert torch.equal(model(X), deployed(3)(X))
 

@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 
 from pege_fx.errors import ExportError, PegeWarning
 from pege_fx.export.program import check_deployed, stepped, steps_of_all, to_program
-from pege_fx.files import atomic_write
+from pege_fx.files import atomic_write, path_of, path_to_read
 from pege_fx.functional import dequantize
 from pege_fx.passes.graph import arguments
 
@@ -69,6 +69,7 @@ def export_onnx(
     if style not in get_args(Style):
         raise ExportError(f'style={style!r}: give "qdq", "qcdq" or "qonnx".')
     need_onnx()
+    target = path_of(path)
     args = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     result = check_deployed(deployed, args)
     chosen = _opset(opset, style, deployed)
@@ -85,7 +86,7 @@ def export_onnx(
         warn_if_batch_is_fixed(program)
     places = {name: step.place for name, step in steps_of_all(stepped(deployed))}
     model = build(program, places, output_names(result), chosen, style)
-    with atomic_write(path) as temporary:
+    with atomic_write(target) as temporary:
         return temporary.write_bytes(model.SerializeToString())
 
 
@@ -123,7 +124,7 @@ def verify_export(deployed: GraphModule, path: str | os.PathLike[str], batches: 
     need_onnx()
     from pege_fx.export.verify import verify
 
-    return verify(deployed, path, batches)
+    return verify(deployed, path_to_read(path, ExportError), batches)
 
 
 def need_onnx() -> None:

@@ -6,7 +6,6 @@ differs, does its exact value (computed in float64) lie on the border between tw
 what will a user see?
 """
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,9 +129,9 @@ class ExportReport:
         return "the output" if self.output_steps > self.tolerance else "what the optimizer made of the file"
 
 
-def verify(deployed: GraphModule, path: str | os.PathLike[str], batches: Iterable[Any]) -> ExportReport:
+def verify(deployed: GraphModule, path: Path, batches: Iterable[Any]) -> ExportReport:
     """See ``pege_fx.verify_export``."""
-    sessions = Sessions(Path(path), deployed)
+    sessions = Sessions(path, deployed)
     report = ExportReport()
     for batch in batches:
         _compare(sessions, _arguments(batch, sessions), report)

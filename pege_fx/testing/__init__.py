@@ -4,9 +4,8 @@ Strategies for Hypothesis, all of which shrink: ``tensors``, ``specs``, ``polici
 last two print as code that makes them again. Assertions about the function and the structure of a graph. And ``check_pass``,
 which runs every law on a rewrite of your own:
 
->>> def drop_dead_code(gm):
-...     gm.graph.eliminate_dead_code()
->>> verdict = check_pass(drop_dead_code, "function", max_examples=10)
+>>> from pege_fx.passes.graph import remove_dead_nodes
+>>> verdict = check_pass(remove_dead_nodes, "function", max_examples=10)
 >>> verdict.graphs, verdict.changed > 0
 (10, True)
 """
@@ -14,7 +13,7 @@ which runs every law on a rewrite of your own:
 from pege_fx.errors import PackageError
 
 try:
-    from pege_fx.testing.function import Gradients, assert_same_function
+    from pege_fx.testing.function import BuffersAfter, Gradients, assert_same_function
     from pege_fx.testing.graphs import GraphCase, graph_modules, operation_names
     from pege_fx.testing.laws import LAWS, Verdict, check_pass
     from pege_fx.testing.networks import Case, Network, TwoInputs, as_trained, layer_names, networks
@@ -27,6 +26,7 @@ except ModuleNotFoundError as error:
 
 __all__ = [
     "LAWS",
+    "BuffersAfter",
     "Case",
     "Gradients",
     "GraphCase",

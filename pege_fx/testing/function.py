@@ -38,6 +38,27 @@ class Gradients(nn.Module):
         return dict(zip(wanted, found, strict=True))
 
 
+class BuffersAfter(nn.Module):
+    """The buffers of a module after a call, as a function of its inputs, by name: what training leaves of a batch.
+
+    >>> list(BuffersAfter(nn.BatchNorm1d(2))(torch.ones(4, 2)))
+    ['running_mean', 'running_var', 'num_batches_tracked']
+
+    Args:
+        module: any; it is changed as a call changes it.
+        names: of the buffers to look at; default: all.
+    """
+
+    def __init__(self, module: nn.Module, names: Sequence[str] | None = None) -> None:
+        super().__init__()
+        self.module = module
+        self.names = [name for name, _ in module.named_buffers()] if names is None else list(names)
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        self.module(*args, **kwargs)
+        return {name: self.module.get_buffer(name).clone() for name in self.names}
+
+
 def _is_float(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
 

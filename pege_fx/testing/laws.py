@@ -21,7 +21,7 @@ from pege_fx.diff import diff
 from pege_fx.errors import InputError, LawError, closest
 from pege_fx.passes.graph import calls
 from pege_fx.passes.pipeline import name_of
-from pege_fx.testing.function import Gradients, assert_same_function
+from pege_fx.testing.function import BuffersAfter, Gradients, assert_same_function
 from pege_fx.testing.graphs import graph_modules
 from pege_fx.testing.networks import networks
 from pege_fx.testing.structure import isomorphic_up_to
@@ -185,6 +185,14 @@ def gradients(trial: Trial) -> None:
     trial.same(before, after)
 
 
+def statistics(trial: Trial) -> None:
+    """Training moves the same buffers in the same way: a norm counts a batch though nobody reads its result."""
+    known = {name for name, _ in trial.after.named_buffers()}
+    names = [name for name, _ in trial.before.named_buffers() if name in known]
+    before, after = (BuffersAfter(copy.deepcopy(gm).train(), names) for gm in (trial.before, trial.after))
+    trial.same(before, after)
+
+
 def copies(trial: Trial) -> None:
     """Copies by ``deepcopy`` and ``pickle`` compute the same, bit for bit."""
     assert_same_function(trial.after, copy.deepcopy(trial.after), trial.inputs, tolerance=0)
@@ -231,6 +239,7 @@ LAWS: Mapping[str, Law] = {
     "training": training,
     "evaluation": evaluation,
     "gradients": gradients,
+    "statistics": statistics,
     "state": state,
     "idempotent": idempotent,
     "copies": copies,
@@ -238,7 +247,7 @@ LAWS: Mapping[str, Law] = {
     "device": device,
 }
 _ALWAYS = {"runs", "lint", "untouched", "deterministic", "modes", "idempotent", "copies", "dtype", "device"}
-_FUNCTION = _ALWAYS | {"training", "evaluation", "gradients", "state"}
+_FUNCTION = _ALWAYS | {"training", "evaluation", "gradients", "statistics", "state"}
 _KEPT: Mapping[Preserves, set[str]] = {
     "structure": _FUNCTION | {"structure"},
     "bits": _FUNCTION,
@@ -323,7 +332,7 @@ class _Search:
                 if error := failure_before(trial):
                     said = f"{type(error).__name__}: {error}"
                     raise InputError(
-                        f"a graph of graphs= fails on its own inputs, before any rewrite: {said}\n  the graph: {case!r}\n"
+                        f"a graph of graphs= fails on its own inputs, before any rewrite: {said}\n  the graph: {_shown(case)}\n"
                         "  let the strategy give inputs that the graph takes."
                     ) from error
                 self.broken = law
@@ -358,12 +367,21 @@ class _Search:
         error = self.error_of(self.broken, trial)
         said = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
         lines = [f"{name_of(self.rewrite)} breaks a law: {self.broken}. {LAWS[self.broken].__doc__}", _indented(said, 2)]
-        lines += ["  the smallest graph found:", _indented(repr(case), 4)]
+        lines += ["  the smallest graph found:", _indented(_shown(case), 4)]
         if self.broken not in ("runs", "lint"):
             lines += ["  what the rewrite does to it:", _indented(str(diff(trial.before, trial.after)), 4)]
         found = LawError("\n".join(lines))
         found.__cause__ = error
         return found
+
+
+def _shown(case: Any) -> str:
+    """A case as the code that it prints as; of a plain pair the module, and the shapes of its inputs instead of all values."""
+    if type(case) is not tuple:
+        return repr(case)
+    module, inputs = case
+    shapes = (f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x) for x in inputs)
+    return f"{module!r}\non {', '.join(shapes)}"
 
 
 def _indented(text: str, spaces: int) -> str:

@@ -54,10 +54,14 @@ MERGED: dict[str, tuple[Callable[[Any, Tensor], Any], Callable[[Any, Tensor], An
     "other numbers": (lambda self, x: x * 2 + 1, lambda self, x: x * 3 + 1, 1),
     "a number of another kind": (lambda self, x: x * 2, lambda self, x: x * 2.0, 1),
     "the same numbers": (lambda self, x: x * 2, lambda self, x: x * 2, 0),
+    "a norm without statistics": (lambda self, x: F.batch_norm(x, None, None, training=True), same, 1),
     "a list of which one differs": (lambda self, x: torch.cat([x, x * 2], 1), lambda self, x: torch.cat([x, x], 1), 1),
     "a list of another length": (lambda self, x: torch.cat([x, x], 1), lambda self, x: torch.cat([x], 1), 1),
     "results by name": (lambda self, x: {"a": x, "b": x * 2}, lambda self, x: {"a": x, "b": x}, 1),
     "results of other names": (lambda self, x: {"a": x}, lambda self, x: {"b": x}, 1),
+    "results of other names, the other way round": (lambda self, x: {"b": x}, lambda self, x: {"a": x}, 1),
+    "true or a number": (lambda self, x: x * True, lambda self, x: x * 3, 1),
+    "a number or false": (lambda self, x: x * 3, lambda self, x: x * False, 1),
     "the mode itself": (lambda self, x: F.dropout(x, 0.5, training=True), lambda self, x: F.dropout(x, 0.5, training=False), 0),
     "the mode the other way round": (lambda self, x: F.gelu(x), lambda self, x: F.gelu(x, approximate="tanh"), 1),
     "a tensor that evaluation alone reads": (same, lambda self, x: x + self.mean.view(-1, 1, 1), 1),
@@ -128,6 +132,48 @@ def test_what_would_show_in_the_other_mode_is_refused_with_the_reason(name: str)
         torch.testing.assert_close(gm.train(mode)(X), wanted, rtol=0, atol=0)
         torch.testing.assert_close(gm.get_buffer("mean"), reference.mean)
         gm.get_buffer("mean").zero_()
+
+
+def of_unknown_code(x: Tensor) -> Tensor:
+    return x * 2
+
+
+torch.fx.wrap("of_unknown_code")
+
+
+def test_what_training_alone_calls_is_not_deployed_and_what_nobody_reads_is() -> None:
+    """Code that the graph does not look into may do anything, and is called in both modes if nobody ever read its result."""
+    deployed = pege_fx.convert(prepared(Branching(lambda self, x: of_unknown_code(x), same)).eval())
+    assert not deployed.graph.find_nodes(op="call_function", target=of_unknown_code)
+
+    def unread(self: Any, x: Tensor) -> Tensor:
+        of_unknown_code(x)
+        return x
+
+    deployed = pege_fx.convert(prepared(Branching(unread, unread)).eval())
+    assert len(deployed.graph.find_nodes(op="call_function", target=of_unknown_code)) == 1
+
+
+def count(self: Any, x: Tensor) -> Tensor:
+    self.mean.add_(1.0)
+    return x
+
+
+def through_a_view(self: Any, x: Tensor) -> Tensor:
+    y = x * 2
+    y.view(-1).add_(1.0)
+    return y
+
+
+@pytest.mark.parametrize("write", [count, through_a_view])
+def test_what_both_modes_write_to_is_deployed(write: Any) -> None:
+    """What is written to outlives the call, or is read behind the write."""
+    gm = prepared(Branching(write, lambda self, x: write(self, x) * 1)).eval()
+    deployed = pege_fx.convert(gm)
+    for _ in range(2):
+        assert torch.equal(deployed(X), gm(X))
+    if write is count:
+        assert torch.equal(deployed.get_buffer("mean"), gm.get_buffer("mean"))
 
 
 def test_what_training_alone_writes_to_is_not_deployed() -> None:

@@ -148,6 +148,47 @@ def test_a_graph_without_hidden_writes_has_no_extra_node() -> None:
     assert not any(node.target is written for node in gm.graph.nodes)
 
 
+class WrittenThrough(nn.Module):
+    """Writes to what a module returns, and reads what went into it."""
+
+    def __init__(self, view: nn.Module) -> None:
+        super().__init__()
+        self.before, self.view, self.behind = nn.Linear(4, 4), view, nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.before(x)
+        self.view(y).sub_(4.0)
+        return self.behind(y)  # type: ignore[no-any-return]
+
+
+VIEWS = [nn.Identity(), nn.Flatten(), nn.Flatten(0), nn.Unflatten(1, (2, 2)), nn.Dropout(), nn.Dropout1d(), nn.ReLU()]
+
+
+@pytest.mark.parametrize("view", VIEWS, ids=str)
+def test_a_write_to_what_a_module_returns_is_one_to_what_went_in(view: nn.Module) -> None:
+    model, x = WrittenThrough(view).eval(), torch.randn(2, 4)
+    gm = pege_fx.prepare(model, pege_fx.QuantPolicy((pege_fx.Rule(weight=None, input=None),)), x)
+    torch.testing.assert_close(gm(x), model(x))
+    assert any(node.target is written for node in gm.graph.nodes) is not isinstance(view, nn.ReLU)
+
+
+class ShapedAs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.layers[0](x), self.layers[1](x)
+        view = a.view_as(b)
+        b.add_(1.0)
+        return self.layers[2](view) + b  # type: ignore[no-any-return]
+
+
+def test_a_view_is_none_of_what_only_gives_it_its_shape() -> None:
+    gm = pege_fx.prepare(ShapedAs(), "W4A4", torch.randn(2, 4))
+    assert not any(node.target is written for node in gm.graph.nodes)
+
+
 def test_a_module_whose_result_nobody_reads_still_runs() -> None:
     assert any(str(node.target).startswith("untraceable") for node in graph_of(("python", 0)).graph.nodes)
 

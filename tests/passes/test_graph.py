@@ -260,8 +260,47 @@ def test_code_that_the_graph_does_not_look_into_stays_unless_it_is_known_to_do_n
     call = gm.graph.call_function(unknown, (gm.graph.placeholder("x"),))
     g.remove_dead_nodes(gm)
     assert [node.op for node in gm.graph.nodes] == ["placeholder", "call_function"]
-    g.remove_dead_nodes(gm, unread=[call])
+    g.remove_dead_nodes(gm, pure=[call])
     assert [node.op for node in gm.graph.nodes] == ["placeholder"]
+
+
+def test_norms_that_move_statistics_stay_without_users() -> None:
+    mean, var = torch.zeros(4), torch.ones(4)
+    moving: list[Callable[[Tensor], Tensor]] = [
+        lambda x: F.batch_norm(x, mean, var, training=True),
+        lambda x: F.batch_norm(x, running_var=var, running_mean=mean, training=True),
+        lambda x: torch.batch_norm(x, None, None, mean, var, True, 0.1, 1e-5, False),
+        lambda x: F.instance_norm(x, mean, var),
+        nn.BatchNorm1d(4),
+        nn.InstanceNorm1d(4, track_running_stats=True),
+    ]
+    still: list[Callable[[Tensor], Tensor]] = [
+        lambda x: F.batch_norm(x, None, None, training=True),
+        lambda x: torch.batch_norm(x, mean, var, None, None, True, 0.1, 1e-5, False),
+        F.instance_norm,
+        nn.BatchNorm1d(4, track_running_stats=False),
+        nn.InstanceNorm1d(4),
+    ]
+    assert [_stays(call) for call in moving] == [True] * len(moving)
+    assert [_stays(call) for call in still] == [False] * len(still)
+
+
+def _stays(call: Callable[[Tensor], Tensor]) -> bool:
+    """Whether a call that nobody reads is still there without dead nodes."""
+
+    class Unread(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.call = call
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.call(x)
+            return x
+
+    gm = symbolic_trace(Unread())
+    before = [node for node in gm.graph.nodes if node.op.startswith("call")]
+    g.remove_dead_nodes(gm)
+    return len(before) == len([node for node in gm.graph.nodes if node.op.startswith("call")]) == 1
 
 
 @pytest.mark.parametrize(("given", "expected"), [((), 2.5), ((7.0,), 7.0)])

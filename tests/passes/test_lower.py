@@ -77,6 +77,28 @@ def test_weights_that_are_computed_are_integers_too(method: str) -> None:
     assert all(parameter.ndim == 1 for parameter in deployed.parameters())
 
 
+def test_a_weight_that_never_ran_is_codes_too() -> None:
+    """Without example inputs and before any forward; data would set its grid, and its own values are all of its data."""
+    gm = pege_fx.prepare(model().eval(), QuantPolicy((pege_fx.Rule(weight="4"),)))
+    deployed = pege_fx.convert(gm)
+    assert {name for name, _ in deployed.named_buffers() if name.endswith("codes")} == {f"{i}.weight_codes" for i in (0, 3, 5)}
+    assert torch.equal(deployed(X), gm.eval()(X))
+
+
+def test_codes_of_eight_bits_are_packed_already() -> None:
+    gm = pege_fx.prepare(model(), QuantPolicy.parse("W7A8", first="8", last="8"), (X,))
+    deployed = pege_fx.convert(gm, packed=True)
+    assert [name for name, _ in deployed.named_buffers() if name.endswith("packed")] == ["3.weight_codes_packed"]
+
+
+def test_biases_of_a_layer_with_one_scale_are_integers_too() -> None:
+    spec = pege_fx.QuantSpec(bits=4, granularity="tensor")
+    gm = pege_fx.prepare(nn.Linear(4, 3), QuantPolicy((pege_fx.Rule(weight=spec, input="4"),)), (torch.randn(5, 4),))
+    deployed = pege_fx.convert(gm, integer_bias=True)
+    assert deployed.get_buffer("bias_codes").dtype is torch.int32
+    assert deployed.get_buffer("bias_scale").tolist() == 3 * [deployed.get_buffer("bias_scale")[0]]
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_biases_are_integers_in_the_units_of_the_accumulators(packed: bool) -> None:
     """Exactly round(b / s) * s as int32, with s the scale of the input times those of the weight's channels."""
@@ -163,6 +185,37 @@ def test_a_root_that_stays_python_keeps_nothing_of_training() -> None:
         assert torch.equal(deployed(x), gm(x))
 
 
+class Positions(nn.Module):
+    """A table that is not stored, made in ``__init__``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.linspace(-1, 1, 6), persistent=False)
+
+
+class Listed(nn.Module):
+    """Stays Python, and calls graphs of a list and what only holds a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)) for _ in range(2))
+        self.positions = Positions()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            if float(x.detach().sum()) > -1e9:
+                x = block(x) + self.positions.table
+        return x
+
+
+def test_graphs_in_a_list_of_a_module_that_stays_python_keep_nothing_of_training() -> None:
+    with pytest.warns(PegeWarning, match="stays Python"):
+        gm = pege_fx.prepare(Listed().eval(), "W4A4", (X,))
+    deployed = pege_fx.convert(gm)
+    assert torch.equal(deployed(X), gm(X))
+    assert not any(part in name for name in deployed.state_dict() for part in ("running", "calibrated", "method"))
+
+
 class Bent(ForwardMethod, name="bent-for-this-test"):
     """A transform without a word on how it is deployed."""
 
@@ -181,14 +234,6 @@ def test_a_method_that_does_not_say_how_it_is_deployed_is_named() -> None:
     gm(torch.randn(2, 4))
     with pytest.raises(ConvertError, match=r"Bent transforms its input.*override encoding"):
         pege_fx.convert(gm)
-
-
-class Positions(nn.Module):
-    """A table that is not stored, made in ``__init__``."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("table", torch.linspace(-1, 1, 6), persistent=False)
 
 
 class Encoded(nn.Module):
