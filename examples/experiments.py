@@ -277,7 +277,7 @@ def group_section(group: str, runs: list[dict[str, Any]], args: argparse.Namespa
     if min(epochs) < FULL_EPOCHS or subset:
         images = f"{', '.join(map(str, subset))} training images" if subset else "all images"
         yield f"\n**Small**: {', '.join(map(str, sorted(epochs)))} epochs instead of {FULL_EPOCHS}, {images}."
-    yield f"\n{minutes:.0f} minutes of training on {some['device']}, torch {some['versions']['torch']}."
+    yield f"\n{minutes:.0f} minutes of training, summed over the seeds, on {some['device']}, torch {some['versions']['torch']}."
     if missing := [run["name"] for run in runs if len(found[run["name"]]) < len(seeds(run))]:
         yield f"\nNot complete: {', '.join(missing)}."
     words = "".join(c if c.isalnum() and c.isascii() else "-" for c in group.lower())

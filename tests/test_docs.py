@@ -132,9 +132,10 @@ def rows_next_to_others() -> Iterator[str]:
 
 def rows_of_a_gpu() -> Iterator[str]:
     results = json.loads((RESULTS / "gpu.json").read_text())
-    for row in results["step"]:
-        if row["how"] == "eager" and row["model"] != "float":
-            yield f"| {row['model']} | {row['over_float']:.2f} | {row['peak_over_float']:.2f} |"
+    steps = {(row["model"], row["how"]): row for row in results["step"]}
+    for model in dict.fromkeys(model for model, _ in steps if model != "float"):
+        times = [f"{steps[model, how]['over_float']:.2f}" if (model, how) in steps else "-" for how in ("graph", "compiled", "eager")]
+        yield f"| {model} | {' | '.join(times)} | {steps[model, 'eager']['peak_over_float']:.2f} |"
     kernels = {(row["kernel"], row["dtype"], row["p"]): row["over_copy"] for row in results["kernel"]}
     for name in dict.fromkeys(name for name, *_ in kernels):
         figures = [kernels[name, dtype, p] for dtype in ("float32", "bfloat16") for p in (0.5, 1.0)]
