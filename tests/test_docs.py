@@ -134,7 +134,8 @@ def rows_of_a_gpu() -> Iterator[str]:
     results = json.loads((RESULTS / "gpu.json").read_text())
     steps = {(row["model"], row["how"]): row for row in results["step"]}
     for model in dict.fromkeys(model for model, _ in steps if model != "float"):
-        times = [f"{steps[model, how]['over_float']:.2f}" if (model, how) in steps else "-" for how in ("graph", "compiled", "eager")]
+        found = [steps.get((model, how)) for how in ("graph", "compiled", "eager")]
+        times = [f"{row['over_float']:.2f}" if row else "-" for row in found]
         yield f"| {model} | {' | '.join(times)} | {steps[model, 'eager']['peak_over_float']:.2f} |"
     kernels = {(row["kernel"], row["dtype"], row["p"]): row["over_copy"] for row in results["kernel"]}
     for name in dict.fromkeys(name for name, *_ in kernels):
