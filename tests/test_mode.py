@@ -122,7 +122,8 @@ def test_keys_and_positions_are_those_of_the_trace_in_their_order() -> None:
         found = list(value) if isinstance(value, dict) else list(range(len(value)))
         with pytest.raises(OtherCallError) as refused:
             check_keys(value, "more", traced)
-        assert str(refused.value).partition(": ")[2].startswith(f"more had {list(traced)} when the model was traced, now it has {found}.")
+        said = str(refused.value).partition(": ")[2]
+        assert said.startswith(f"more had {list(traced)} when the model was traced, now it has {found}.")
 
 
 def test_every_module_has_its_own_mode_again() -> None:
