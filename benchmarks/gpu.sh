@@ -2,6 +2,7 @@
 # Everything that wants a GPU, in parts that can be run again and go on where they stopped:
 #   benchmarks/gpu.sh check            GPU tests, kernel and step timings
 #   benchmarks/gpu.sh train SECONDS    the experiments of examples/experiments.toml, profile "gpu"
+# A run looks at the clock after each epoch, and compiles for 25 s a seed before its first: leave it 100 s between SECONDS and what would kill it.
 # Settings: DATA (ImageFolder or its archive), RUNS (checkpoints), OUT (results), JOBS (runs at once).
 set -uo pipefail
 cd "$(dirname "$0")/.."
