@@ -58,7 +58,7 @@ TARGETS: dict[str, list[str]] = {
     "passes.graph": ["tests/passes/test_graph.py", "tests/passes/test_normalize.py", "tests/passes/test_insert.py"],
     "passes.lower": ["tests/passes/test_lower.py", "tests/test_storage.py"],
     "passes.ranks": ["tests/passes/test_ranks.py", "tests/passes/test_capture.py"],
-    "passes.trace": ["tests/passes/test_trace.py", "tests/passes/test_capture.py"],
+    "passes.trace": [f"tests/passes/test_{name}.py" for name in ("state", "einops", "trace", "capture")],
     "passes.state": ["tests/passes/test_state.py"],
     "passes.proxies": ["tests/passes/test_proxies.py", "tests/passes/test_draws.py", "tests/passes/test_capture.py"],
     "passes.copies": ["tests/passes/test_copies.py"],
