@@ -64,7 +64,7 @@ TARGETS: dict[str, list[str]] = {
     "passes.copies": ["tests/passes/test_copies.py"],
     "passes.draws": ["tests/passes/test_draws.py"],
     "passes.places": ["tests/passes/test_places.py", "tests/passes/test_trace.py", "tests/passes/test_capture.py"],
-    "passes.capture": ["tests/passes/test_capture.py"],
+    "passes.capture": ["tests/test_api.py", "tests/passes/test_state.py", "tests/passes/test_capture.py"],
     "passes.branches": ["tests/passes/test_branches.py"],
     "passes.values": ["tests/passes/test_values.py", "tests/passes/test_insert.py", "tests/test_joining.py"],
     "passes.inline": ["tests/passes/test_inline.py", "tests/passes/test_capture.py"],

@@ -158,8 +158,9 @@ class TestEveryRung:
 
 
 def test_rung_3_names_module_file_line_and_reason() -> None:
-    with pytest.warns(PegeWarning, match=r"inner stays Python: .*test_capture\.py:\d+ in Branching\.forward"):
+    with pytest.warns(PegeWarning, match=r"inner stays Python: .*test_capture\.py:\d+ in Branching\.forward") as caught:
         gm = pege_fx.prepare(Outer(), "W4A4", (image(),))
+    assert {warning.filename for warning in caught} == {__file__}  # the line that prepares
     by_path = {note.path: note for note in captures(gm)}
     assert by_path[""].rung == "symbolic"
     assert by_path["inner"].rung == "python"
@@ -173,7 +174,7 @@ def test_rung_2_says_what_was_fixed_and_where() -> None:
     assert {note.rung for note in captures(gm)} == {"specialised"}
     assert all("test_capture.py:" in note.place for note in captures(gm))
     assert len(captures(gm)) == 5  # if, assert, range, len, int
-    assert len(caught) == 1
+    assert [warning.filename for warning in caught] == [__file__]
     assert all(note.place in str(caught[0].message) for note in captures(gm))
 
 
@@ -907,4 +908,5 @@ def test_another_call_names_the_module_its_line_and_the_fix(
 def test_with_an_example_of_it_the_call_is_the_one_that_was_traced() -> None:
     x = torch.ones(2, 4)
     gm = prepared(InPython(), x)
+    assert {note.path: note.rung for note in captures(gm)} == {"": "python", "part": "symbolic"}
     assert gm(x).shape == x.shape
