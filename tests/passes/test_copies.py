@@ -92,9 +92,12 @@ class Config:
 def test_an_object_is_a_copy_and_that_of_two_modules_stays_one() -> None:
     model: Any = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     model.config = model[0].config = Config()
+    model.register_buffer("noted", torch.ones(2))
+    model.noted.config = model.config
     made: Any = copied(model, share_parameters=False)
     made.config.widths.append(5)
     assert made[0].config is made.config
+    assert made.noted.config is made.config
     assert model.config.widths == [4]
 
 
