@@ -282,7 +282,8 @@ class _Ladder:
                 continue  # torch's own composite module (attention, a transformer layer): its parts are not called
             inner = self.climb(child, path)
             _keep_attributes(child, inner.root)
-            setattr(module, name, inner.root)
+            for alias in [alias for alias, part in module._modules.items() if part is child]:
+                setattr(module, alias, inner.root)
             captured.graphs += inner.graphs
             captured.notes += inner.notes
 
@@ -426,7 +427,7 @@ def _keep_everything(root: nn.Module, gm: GraphModule) -> None:
                 kept.register_parameter(name, parameter)
         for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
             if not hasattr(kept, name):
-                kept.register_buffer(name, buffer, persistent=name in module.state_dict(keep_vars=True))
+                kept.register_buffer(name, buffer, persistent=name in module.state_dict())
 
 
 # --- a root that stays Python --------------------------------------------------------------------------------
@@ -453,22 +454,21 @@ def _python_root(root: nn.Module, prefix: str) -> GraphModule:
             more = node
         else:
             arguments[name] = node
-    names = [name for name, _ in root.named_children()]
-    names += [name for name, _ in [*root.named_parameters(recurse=False), *root.named_buffers(recurse=False)]]
-    owned = {name: graph.create_node("get_attr", name) for name in names}
+    kinds = (root._modules, root._parameters, root._buffers)
+    parts = {name: part for kind in kinds for name, part in kind.items() if part is not None}  # one may have two names
+    owned = {name: graph.create_node("get_attr", name) for name in parts}
     result = graph.create_node("call_module", PYTHON_FORWARD, (owned, arguments, extra, more))
     graph.output(result)
     holder = nn.Module()
     holder.training = root.training
-    for name, child in root.named_children():
-        holder.add_module(name, child)
-    for name, value in root.named_parameters(recurse=False):
-        holder.register_parameter(name, value)
-    persistent = set(root.state_dict(keep_vars=True))
-    for name, buffer in root.named_buffers(recurse=False):
-        holder.register_buffer(name, buffer, persistent=name in persistent)
+    persistent = set(root.state_dict())
+    for name, part in parts.items():
+        if isinstance(part, nn.Module) or name not in root._buffers:
+            setattr(holder, name, part)
+        else:
+            holder.register_buffer(name, part, persistent=name in persistent)
     source = "".join(map(source_of, type(root).__mro__))
-    assigned = [name for name, _ in root.named_buffers(recurse=False) if re.search(rf"self\.{name}\b[^\n=]*=[^=]", source)]
+    assigned = [name for name in root._buffers if name in parts and re.search(rf"self\.{name}\b[^\n=]*=[^=]", source)]
     holder.add_module(PYTHON_FORWARD, PythonForward(root, assigned).train(root.training))
     gm = (Grafted if prefix else GraphModule)(holder, graph, class_name=type(root).__name__)
     gm.meta["prefix"] = prefix

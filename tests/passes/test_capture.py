@@ -158,8 +158,9 @@ class TestEveryRung:
 
 
 def test_rung_3_names_module_file_line_and_reason() -> None:
-    with pytest.warns(PegeWarning, match=r"inner stays Python: .*test_capture\.py:\d+ in Branching\.forward"):
+    with pytest.warns(PegeWarning, match=r"inner stays Python: .*test_capture\.py:\d+ in Branching\.forward") as caught:
         gm = pege_fx.prepare(Outer(), "W4A4", (image(),))
+    assert {warning.filename for warning in caught} == {__file__}  # the line that prepares
     by_path = {note.path: note for note in captures(gm)}
     assert by_path[""].rung == "symbolic"
     assert by_path["inner"].rung == "python"
@@ -173,7 +174,7 @@ def test_rung_2_says_what_was_fixed_and_where() -> None:
     assert {note.rung for note in captures(gm)} == {"specialised"}
     assert all("test_capture.py:" in note.place for note in captures(gm))
     assert len(captures(gm)) == 5  # if, assert, range, len, int
-    assert len(caught) == 1
+    assert [warning.filename for warning in caught] == [__file__]
     assert all(note.place in str(caught[0].message) for note in captures(gm))
 
 
@@ -610,6 +611,66 @@ def test_a_child_of_which_python_calls_another_method_keeps_it() -> None:
     assert [op.path for op in plan_of(gm).operations] == ["head.conv"]
 
 
+class ReadsWeights(AsksForMore):
+    """Asks its part for what every module has, and holds a parameter under two names that it does not use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = self.second = nn.Parameter(torch.ones(2))
+        self.head.first = self.head.second = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(x.to(next(self.head.parameters()).dtype))
+        return y if y.sum() < 1e6 else x
+
+
+@pytest.mark.filterwarnings("ignore::pege_fx.PegeWarning")
+def test_a_child_that_is_asked_for_its_parameters_is_a_graph_and_keeps_their_names() -> None:
+    model = ReadsWeights()
+    gm = prepared(model, image())
+    assert {note.path: note.rung for note in captures(gm)} == {"": "python", "head": "symbolic"}
+    assert {"first", "second", "head.first", "head.second"} <= set(model.state_dict()) <= set(gm.state_dict())
+    assert gm.get_parameter("head.first") is gm.get_parameter("head.second")
+
+
+class UnderTwoNames(nn.Module):
+    """Decides on values, and has a layer, a parameter and a buffer under two names each, of which it uses the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = self.alias = nn.Linear(4, 4)
+        self.gain = self.factor = nn.Parameter(torch.full((4,), 2.0))
+        self.register_buffer("offset", torch.ones(4))
+        self.register_buffer("shift", self.offset)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.alias(x) * self.factor + self.shift
+        return y if y.sum() < 1e6 else x
+
+
+@pytest.mark.filterwarnings("ignore::pege_fx.PegeWarning")
+@pytest.mark.parametrize("nested", [False, True])
+def test_what_python_has_under_two_names_is_one_quantized_thing_under_both(nested: bool) -> None:
+    """Only the first name was kept: the layer ran in float, and the keys of the others were missing."""
+    model: nn.Module = nn.Sequential(nn.Linear(4, 4), UnderTwoNames()) if nested else UnderTwoNames()
+    x = torch.randn(3, 4)
+    gm = prepared(model, x)
+    assert set(model.state_dict()) <= set(gm.state_dict())
+    for made in (gm, copy.deepcopy(gm), pickle.loads(pickle.dumps(gm))):
+        assert torch.equal(made(x), gm(x))
+        owner = made.get_submodule("1") if nested else made
+        made(x).sum().backward()
+        assert owner.get_parameter("fc.weight").grad is not None
+        assert owner.get_parameter("gain").grad is not None
+    owner = gm.get_submodule("1") if nested else gm
+    assert owner.get_submodule("alias") is owner.get_submodule("fc")
+    assert torch.equal(pege_fx.convert(gm)(x), gm.eval()(x))
+    assert not torch.equal(gm(x), model(x))
+    zero = Constant(0.0)
+    PEGEScheduler(gm, 1, zero, zero, zero)
+    assert torch.equal(gm.train()(x), model(x))
+
+
 class Masked(nn.Module):
     """Its graph makes a mask where its code makes none: what it calls sees both."""
 
@@ -907,4 +968,5 @@ def test_another_call_names_the_module_its_line_and_the_fix(
 def test_with_an_example_of_it_the_call_is_the_one_that_was_traced() -> None:
     x = torch.ones(2, 4)
     gm = prepared(InPython(), x)
+    assert {note.path: note.rung for note in captures(gm)} == {"": "python", "part": "symbolic"}
     assert gm(x).shape == x.shape

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import pege_fx
+from pege_fx import QuantPolicy, Rule
 from pege_fx.scheduler import plan_of
 
 DRAWS = {
@@ -45,6 +46,19 @@ def test_random_numbers_are_drawn_in_each_call(how: str, examples: Any) -> None:
     )
 
 
+FOLLOWED = {
+    "a constant": lambda x: x + torch.ones(4).cumsum(0),
+    "drawn with the graph's probabilities": lambda x: x * torch.bernoulli(x.sigmoid()),
+    "drawn into what the graph made": lambda x: x + torch.empty_like(x).uniform_(),
+}
+
+
+@pytest.mark.parametrize("how", FOLLOWED)
+def test_what_makes_constants_or_draws_in_the_graph_is_followed(how: str) -> None:
+    gm = pege_fx.prepare(nn.Sequential(nn.Linear(4, 4), Draws(FOLLOWED[how])), "W4A4", (torch.ones(3, 4),))
+    assert {note.rung for note in plan_of(gm).captures} == {"symbolic"}
+
+
 class LayerDrop(nn.Module):
     """Drops layers with a probability, as many transformers do, which is 0 as a rule."""
 
@@ -60,8 +74,14 @@ class LayerDrop(nn.Module):
         return x
 
 
-@pytest.mark.parametrize(("probability", "rung"), [(0.0, "symbolic"), (0.5, "python")])
+@pytest.mark.parametrize(("probability", "rung"), [(0.0, "symbolic"), (-1.0, "symbolic"), (0.5, "python")])
 @pytest.mark.filterwarnings("ignore::pege_fx.PegeWarning")
 def test_layers_dropped_with_probability_0_are_no_question(probability: float, rung: str) -> None:
-    gm = pege_fx.prepare(LayerDrop(probability), "W4A4", (torch.randn(3, 4),))
+    model, x = LayerDrop(probability), torch.randn(3, 4)
+    gm = pege_fx.prepare(model, QuantPolicy((Rule(weight=None, input=None),)), (x,))
     assert plan_of(gm).captures[0].rung == rung
+    for made in (gm, model):
+        torch.manual_seed(0)
+        dropped = sum(torch.equal(made(x), x) for _ in range(20))
+        assert (dropped > 0) == (probability > 0)
+    torch.testing.assert_close(gm.eval()(x), model.eval()(x))

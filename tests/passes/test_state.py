@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import pege_fx
 from pege_fx import Constant, PEGEScheduler, PegeWarning, QuantPolicy, Rule
 from pege_fx.passes.capture import capture
+from pege_fx.passes.state import ModuleState
 from pege_fx.scheduler import plan_of
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
@@ -325,3 +326,22 @@ def test_hooks_that_forward_installs_are_installed_once() -> None:
     captured = capture(model, ((x,), {})).root
     captured.recompile()
     assert torch.equal(captured(x), model(x))
+
+
+def test_what_forward_left_is_what_differs_outside_of_what_is_opaque() -> None:
+    model: Any = nn.Module()
+    model.a = nn.Module()
+    model.a.b, model.ab, model.b = nn.Module(), nn.Module(), nn.Module()
+    for module in model.modules():
+        module.number, module.text, module.count = 1000.5, "a text", 1
+        module.register_buffer("read", torch.ones(2))
+        module.register_buffer("set", torch.ones(2))
+    state = ModuleState(model, ["a"])
+    for module in model.modules():
+        module.number, module.text, module.count = float("1000.5"), "".join(["a ", "text"]), True
+        module.set = torch.ones(2)
+    state.note()
+    paths = [path for path, _ in model.named_modules() if path not in ("a", "a.b")]
+    assert paths == ["", "ab", "b"]
+    assert state.changed == [(path, "count") for path in paths]
+    assert state.kept == [(path, "set") for path in paths]

@@ -92,6 +92,7 @@ def test_dropout_follows_train_and_eval_after_prepare_copies_and_pickles(
 def test_the_mode_is_no_node_where_nobody_asks_for_it() -> None:
     gm = traced(nn.Sequential(nn.Linear(8, 8), nn.Dropout()))
     assert [str(node.target) for node in gm.graph.nodes if node.op == "call_module"] == ["0", "1"]
+    assert [name for name, _ in gm.named_modules()] == ["", "0", "1"]
 
 
 def test_each_submodule_keeps_its_own_mode() -> None:
@@ -185,6 +186,28 @@ def test_every_kind_of_argument_and_nested_results_pass_through() -> None:
     zero = Constant(0.0)
     PEGEScheduler(gm, 1, zero, zero, zero)
     assert_same_function(model, gm, (X, X + 1), 0, scale=2.0, z=X)
+
+
+class Affine(nn.Module):
+    """Two arguments that may be left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        y: Tensor = self.fc(x)
+        y = y if scale is None else y * scale
+        return y if shift is None else y + shift
+
+
+@pytest.mark.parametrize("named", [{}, {"scale": X}, {"shift": X}, {"scale": X, "shift": X + 1}])
+def test_an_argument_given_by_name_is_that_one_whatever_is_left_out_before_it(named: dict[str, Tensor]) -> None:
+    model = Affine()
+    gm = pege_fx.prepare(model, "W4A4", (X,), named)
+    zero = Constant(0.0)
+    PEGEScheduler(gm, 1, zero, zero, zero)
+    assert_same_function(model, gm, (X,), 0, **named)
 
 
 # --- functions that are kept whole ---------------------------------------------------------------------------------
