@@ -214,9 +214,8 @@ def _forward(
     wide = x.to(compute_dtype(x))
     step = scale.to(wide.dtype)
     y = _value(_unclamped(wide, step, zero_point).clamp(q_min, q_max), step, zero_point)
-    if (
-        y.dtype != x.dtype
-    ):  # where it is, ``to`` gives y a second name, and torch 2.11's compiler loses the gradients of the first
+    # Where it has that dtype, ``to`` gives y a second name, and torch 2.11's compiler loses the gradients of the first.
+    if y.dtype != x.dtype:
         y = y.to(x.dtype)
     if rate is None or key is None:
         return y
