@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from pege_fx import c_kernels
 from pege_fx.errors import SpecError
 from pege_fx.kernels import LocalKernel, fits_a_kernel, has_memory, worth_compiling
 from pege_fx.spec import ESTIMATORS, QuantSpec, bounds_of
@@ -296,7 +297,9 @@ def _triton_kernels() -> ModuleType | None:
 
 def _by_hand(x: Tensor) -> ModuleType | None:
     """Return the kernels written by hand if they may compute on ``x``."""
-    return _triton_kernels() if x.is_cuda and fits_a_kernel(x) else None
+    if not fits_a_kernel(x):
+        return None
+    return c_kernels if x.is_cpu else _triton_kernels() if x.is_cuda else None
 
 
 def _quantized(

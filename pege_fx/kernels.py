@@ -13,6 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from pege_fx.errors import PegeWarning
 
@@ -59,7 +60,11 @@ def worth_compiling(x: Tensor) -> bool:
 def fits_a_kernel(x: Tensor) -> bool:
     """Tell whether a tensor is a plain one, and nothing else is tracing or differentiating at the moment."""
     return (
-        not _plain and type(x) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling() and not torch.is_grad_enabled()
+        not _plain
+        and type(x) in (Tensor, nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and get_proxy_mode() is None  # make_fx records what plain tensors go through, and sees no kernel
     )
 
 

@@ -3,12 +3,11 @@
 ``functional`` defines what they compute and chooses them; y is the same bit for bit, gradients are to rounding. Importing this
 needs Triton.
 
-A dense tensor is seen in the order of its memory, as rows x positions x channels. A contiguous one has one position, and
-as many rows as scales; channels_last has all three. A program computes a tile of one row.
+A tensor is seen as ``layouts.Layout`` has it. A program computes a tile of one row.
 """
 
 import warnings
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -16,10 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from pege_fx.errors import PegeWarning
+from pege_fx.layouts import Layout, layout_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGEST_TILE = 2048
-TOO_LARGE = 2**31 - LARGEST_TILE  # offsets are int32
 
 _usable = True
 
@@ -161,46 +160,15 @@ def _backward(
 # --- on the host ---------------------------------------------------------------------------------------------
 
 
-class _View(NamedTuple):
-    """A dense tensor as rows x positions x channels, and the tiles that cover it."""
-
-    memory: torch.memory_format
-    per_row: bool  # the scale has one number for each row
-    rows: int
-    positions: int
-    channels: int
-
-    @property
-    def tile(self) -> tuple[int, int]:
-        """Powers of two that hold all positions and channels, or as many as go into the largest tile."""
-        positions, channels = (1 << (size - 1).bit_length() for size in (self.positions, self.channels))
-        channels = min(channels, LARGEST_TILE)
-        return min(positions, LARGEST_TILE // channels), channels
-
-    def programs(self, tile: tuple[int, int]) -> int:
-        return self.rows * -(-self.positions // tile[0]) * -(-self.channels // tile[1])
+def _tile_of(layout: Layout) -> tuple[int, int]:
+    """Powers of two that hold all positions and channels, or as many as go into the largest tile."""
+    positions, channels = (1 << (size - 1).bit_length() for size in (layout.positions, layout.channels))
+    channels = min(channels, LARGEST_TILE)
+    return min(positions, LARGEST_TILE // channels), channels
 
 
-def _view_of(x: Tensor, scale: Tensor, zero_point: Tensor | None, *numbers: Tensor | None) -> _View | None:
-    """Return how the kernels see ``x``, or None if they do not serve it; ``numbers`` are what else they read."""
-    if not _usable or x.dtype not in DTYPES or not 0 < x.numel() < TOO_LARGE:
-        return None
-    if any(other is not None and other.device != x.device for other in (scale, zero_point, *numbers)):
-        return None
-    for grid in (scale, scale if zero_point is None else zero_point):
-        if grid.shape != scale.shape or grid.dtype not in DTYPES or not grid.is_contiguous():
-            return None
-    per_row = scale.numel() != 1
-    if scale.ndim > x.ndim or (per_row and not (scale.ndim == x.ndim and scale.numel() == scale.shape[0] == x.shape[0])):
-        return None
-    if x.is_contiguous():
-        rows = x.shape[0] if per_row else 1
-        return _View(torch.contiguous_format, per_row, rows, 1, x.numel() // rows)
-    memory = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
-    if memory is None or not x.is_contiguous(memory_format=memory):
-        return None
-    rows, channels = x.shape[:2]
-    return _View(memory, per_row, rows, x.numel() // (rows * channels), channels)
+def _programs(layout: Layout, tile: tuple[int, int]) -> int:
+    return layout.rows * -(-layout.positions // tile[0]) * -(-layout.channels // tile[1])
 
 
 def _ran(kernel: Any, programs: int, x: Tensor, *args: Any) -> bool:
@@ -237,13 +205,13 @@ def forward(
         rate = key = None
     elif rate.ndim or key.dtype is not torch.int32 or not key.is_contiguous():
         return None
-    view = _view_of(x, scale, zero_point, rate, key)
-    if view is None:
+    layout = layout_of(x, scale, zero_point, DTYPES, rate, key) if _usable else None
+    if layout is None:
         return None
-    y, tile = torch.empty_like(x), view.tile
-    args = (x, y, scale, zero_point, rate, key, view.positions, view.channels, float(q_min), float(q_max))
+    y, tile = torch.empty_like(x), _tile_of(layout)
+    args = (x, y, scale, zero_point, rate, key, layout.positions, layout.channels, float(q_min), float(q_max))
     is_part = key is not None and key.ndim > 0
-    return y if _ran(_forward, view.programs(tile), x, *args, is_part, view.per_row, *tile) else None
+    return y if _ran(_forward, _programs(layout, tile), x, *args, is_part, layout.per_row, *tile) else None
 
 
 def backward(
@@ -258,17 +226,30 @@ def backward(
     q_max: int,
 ) -> tuple[Tensor, Tensor] | None:
     """Return dL/dx_c and dL/ds; None if the kernels do not serve this. ``estimator``: ste, ewgs, pege or pege-relative."""
-    view = _view_of(x, scale, zero_point, strength) if strength.ndim == 0 else None
-    if view is None:
+    layout = layout_of(x, scale, zero_point, DTYPES, grad, y, strength) if _usable and strength.ndim == 0 else None
+    if layout is None:
         return None
     if estimator == "pege-relative":
         estimator, strength = "pege", strength * grad.abs().mean(dtype=torch.float32)
-    grad, y = (t.contiguous(memory_format=view.memory) for t in (grad, y))
-    grad_x, tile = torch.empty_like(x), view.tile
-    programs = view.programs(tile)
+    grad, y = (t.contiguous(memory_format=layout.memory) for t in (grad, y))
+    grad_x, tile = torch.empty_like(x), _tile_of(layout)
+    programs = _programs(layout, tile)
     sums = torch.empty(programs, dtype=torch.float32, device=x.device)
-    args = (grad, x, y, grad_x, sums, scale, zero_point, strength, view.positions, view.channels, float(q_min), float(q_max))
-    if not _ran(_backward, programs, x, *args, estimator, view.per_row, *tile):
+    args = (
+        grad,
+        x,
+        y,
+        grad_x,
+        sums,
+        scale,
+        zero_point,
+        strength,
+        layout.positions,
+        layout.channels,
+        float(q_min),
+        float(q_max),
+    )
+    if not _ran(_backward, programs, x, *args, estimator, layout.per_row, *tile):
         return None
     slope = sums if programs == scale.numel() else sums.view(scale.numel(), -1).sum(1)
     return grad_x, (slope.view(scale.shape) / scale).to(scale.dtype)

@@ -15,6 +15,7 @@ import pege_fx
 from pege_fx import Constant, PEGEScheduler, QuantPolicy, QuantSpec, Rule, Statistics, fake_quants, functional
 from pege_fx.fake_quant import FakeQuant, ScheduleState, Site
 from pege_fx.functional import mix32, refresh_key, site_key
+from pege_fx.kernels import eager_kernels
 from pege_fx.spec import Channels
 
 METHOD_NAMES = ["lsq", "pact", "dorefa", "interval", "minmax"]
@@ -76,7 +77,7 @@ def hashes(module: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> boo
     """Whether a training forward asks for random numbers."""
     asked: list[Any] = []
     is_replaced = functional._is_replaced
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, eager_kernels():
         patch.setattr(functional, "_is_replaced", lambda *args: (asked.append(args), is_replaced(*args))[1])
         module.train()(x)
     return bool(asked)

@@ -1,4 +1,7 @@
-"""Local kernels: the same values as plain operations, in the same memory format; without a compiler, a warning."""
+"""Local kernels: the same values as plain operations, in the same memory format; without a compiler, a warning.
+
+They serve what no kernel written by hand does; those are left out here.
+"""
 
 import os
 import threading
@@ -8,10 +11,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from pege_fx import PegeWarning, QuantSpec, functional, kernels
 
 KEY = torch.tensor(99, dtype=torch.int32)
+
+
+@pytest.fixture(autouse=True)
+def _none_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functional, "_by_hand", lambda _: None)
 
 
 def run(x: Tensor, scale: Tensor, rate: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,6 +123,15 @@ def test_plain_operations_asked_for_in_two_threads_end_with_the_last_of_them() -
         assert not kernels.worth_compiling(x)
         second.__exit__(None, None, None)
         assert kernels.worth_compiling(x)
+
+
+def test_nothing_hides_from_make_fx() -> None:
+    x, scale = torch.randn(2, kernels.SMALLEST // 2), torch.tensor(0.3)
+    traced = make_fx(lambda x: functional.fake_quantize(x, scale, QuantSpec(bits=3)))(x)
+    assert torch.ops.aten.round.default in {node.target for node in traced.graph.nodes}
+    other = torch.randn_like(x)
+    assert torch.equal(traced(other), functional.fake_quantize(other, scale, QuantSpec(bits=3)))
+    assert kernels._enabled
 
 
 class Traced(nn.Module):

@@ -8,8 +8,19 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS: list[set[str]] = [
-    {"errors", "spec", "listing", "files"},
-    {"accumulators", "kernels", "triton_kernels", "functional", "packing", "curves", "policy", "processes", "container"},
+    {"errors", "spec", "listing", "files", "layouts"},
+    {
+        "accumulators",
+        "kernels",
+        "c_kernels",
+        "triton_kernels",
+        "functional",
+        "packing",
+        "curves",
+        "policy",
+        "processes",
+        "container",
+    },
     {"plan", "quantizers", "batch_norm", "fake_quant", "attention", "mode", "recurrent", "transformer", "explicit"}
     | {"recompute"},
     {"passes.graph", "passes.pipeline", "passes.costs", "passes.values", "passes.norms", "passes.threads"}
@@ -41,7 +52,7 @@ LAYERS: list[set[str]] = [
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Inside a layer a file may use another one; these are all the cases. Capture drives the tracer: the two are one pass.
 INSIDE = {
-    ("spec", "errors"), ("functional", "kernels"), ("functional", "triton_kernels"),
+    ("spec", "errors"), ("functional", "kernels"), ("functional", "triton_kernels"), ("functional", "c_kernels"),
     ("fake_quant", "plan"), ("fake_quant", "quantizers"),
     ("fake_quant", "batch_norm"),
     ("explicit", "attention"), ("explicit", "batch_norm"), ("explicit", "recurrent"), ("explicit", "transformer"),

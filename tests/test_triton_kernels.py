@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from pege_fx import functional
 
@@ -19,7 +18,7 @@ TYPES = {"fp32": 4, "bf16": 8, "fp16": 8}  # elements in 16 bytes, the largest t
 
 def test_the_interpreter_gives_what_plain_operations_give() -> None:
     """In a process of its own: a kernel is compiled or interpreted as the environment said when it was defined."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "interpreted_triton.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "test_kernels_by_hand.py")]
     path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True)
@@ -76,4 +75,3 @@ def test_without_triton_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
         assert functional._triton_kernels() is None
     finally:
         functional._triton_kernels.cache_clear()
-    assert functional._by_hand(torch.zeros(3)) is None

@@ -1,0 +1,169 @@
+// Fake quantization of dense tensors on a processor: functional.py defines what is computed, c_kernels.py compiles and calls this.
+//
+// A tensor is rows x positions x channels in the order of its memory, in float32 or bfloat16. Everything is rounded as often as
+// the plain operations round it (compile with -ffp-contract=off), so results are theirs, bit for bit; only the gradient of the
+// scale is a sum in another order, which does not depend on the number of threads.
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))  // what is constant at a call is constant within
+
+enum { BLOCK = 4096, WORTH_THREADS = 1 << 15 };  // elements: in one piece; in all, from which threads are worth their start
+enum { STE, EWGS, PEGE };  // as c_kernels.py numbers them
+
+INLINE float load(const void *data, int64_t i, int is_half) {
+    if (!is_half) return ((const float *)data)[i];
+    uint32_t bits = (uint32_t)((const uint16_t *)data)[i] << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+INLINE void store(void *data, int64_t i, float value, int is_half) {
+    if (!is_half) {
+        ((float *)data)[i] = value;
+        return;
+    }
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    uint32_t nearest = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;  // ties to even
+    ((uint16_t *)data)[i] = value != value ? 0x7FC0 : (uint16_t)nearest;
+}
+
+INLINE int is_replaced(uint32_t number, uint32_t key, int32_t threshold) {
+    uint32_t bits = number ^ key;
+    bits = (bits ^ bits >> 16) * 0x21F0AAADu;
+    bits = (bits ^ bits >> 15) * 0xD35A2D97u;
+    bits = bits ^ bits >> 15;
+    return (int32_t)(bits >> 8) < threshold;
+}
+
+// --- forward ---------------------------------------------------------------------------------------------------
+
+typedef struct {
+    const void *x;
+    void *y;
+    const float *scale, *zero;
+    int64_t size, width, pieces, positions;  // of a row: elements, elements in a piece, pieces; positions
+    int per_row;
+    float q_min, q_max;
+    uint32_t key, offset;
+    int32_t threshold;  // 2**24 * p
+} Forward;
+
+// Piece n: as many elements of a row as fit or, ``by_position``, the channels of one position. Those follow each other in memory,
+// and are ``positions`` apart in row-major order.
+INLINE void forward_piece(const Forward *f, int64_t n, int is_half, int is_masked, int by_position) {
+    const int64_t row = n / f->pieces, piece = n % f->pieces, begin = row * f->size + piece * f->width;
+    const int64_t end = piece == f->pieces - 1 ? (row + 1) * f->size : begin + f->width;
+    const uint32_t first = (uint32_t)(by_position ? row * f->size + piece : begin) + f->offset;
+    const uint32_t step = by_position ? (uint32_t)f->positions : 1, key = f->key;
+    const int64_t which = f->per_row ? row : 0;
+    const float scale = f->scale[which], q_min = f->q_min, q_max = f->q_max;
+    const float add = f->zero ? f->zero[which] : -0.0f, subtract = f->zero ? add : 0.0f;  // which keep the sign of a zero
+    const int32_t threshold = f->threshold;
+    const void *x = f->x;
+    void *y = f->y;
+#pragma omp simd
+    for (int64_t i = begin; i < end; i++) {
+        float value = load(x, i, is_half);
+        float code = rintf(value / scale) + add;
+        code = code < q_min ? q_min : code;  // written so that NaN stays
+        code = code > q_max ? q_max : code;
+        float quantized = (code - subtract) * scale;
+        int replaced = !is_masked || is_replaced(first + (uint32_t)(i - begin) * step, key, threshold);
+        store(y, i, replaced ? quantized : value, is_half);
+    }
+}
+
+static void all_float32(const Forward *f, int64_t n) { forward_piece(f, n, 0, 0, 0); }
+static void all_bfloat16(const Forward *f, int64_t n) { forward_piece(f, n, 1, 0, 0); }
+static void some_float32(const Forward *f, int64_t n) { forward_piece(f, n, 0, 1, 0); }
+static void some_bfloat16(const Forward *f, int64_t n) { forward_piece(f, n, 1, 1, 0); }
+static void some_by_position_float32(const Forward *f, int64_t n) { forward_piece(f, n, 0, 1, 1); }
+static void some_by_position_bfloat16(const Forward *f, int64_t n) { forward_piece(f, n, 1, 1, 1); }
+
+static void (*const FORWARD[][2])(const Forward *, int64_t) = {
+    {all_float32, all_bfloat16}, {some_float32, some_bfloat16}, {some_by_position_float32, some_by_position_bfloat16}};
+
+// ``rate`` and ``key`` are null where all elements are replaced; the number of the first element follows the key if ``is_part``.
+void pege_fx_forward(const void *x, void *y, const float *scale, const float *zero, const float *rate, const int32_t *key,
+                     int is_part, int64_t rows, int64_t positions, int64_t channels, int per_row, float q_min, float q_max,
+                     int threads, int is_half) {
+    const int by_position = rate && positions > 1 && channels > 1;
+    const int64_t size = positions * channels, width = by_position ? channels : BLOCK, pieces = (size + width - 1) / width;
+    Forward f = {x, y, scale, zero, size, width, pieces, positions, per_row, q_min, q_max, 0, 0, 0};
+    if (rate) {
+        f.key = (uint32_t)key[0];
+        f.offset = is_part ? (uint32_t)key[1] : 0;
+        f.threshold = (int32_t)ceilf(*rate * 16777216.0f);
+    }
+    void (*const compute)(const Forward *, int64_t) = FORWARD[rate ? 1 + by_position : 0][is_half];
+#pragma omp parallel for num_threads(threads) if (threads > 1 && rows * size >= WORTH_THREADS) schedule(static)
+    for (int64_t n = 0; n < rows * pieces; n++) compute(&f, n);
+}
+
+// --- backward --------------------------------------------------------------------------------------------------
+
+typedef struct {
+    const void *grad, *x, *y;
+    void *grad_x;
+    const float *scale, *zero;
+    int64_t size, pieces;
+    float strength, q_min, q_max;
+} Backward;
+
+// Writes dL/dx_c, and returns the sum over g * (y - r * x_c).
+INLINE float backward_piece(const Backward *b, int64_t n, int is_half, int estimator) {
+    const int64_t row = n / b->pieces, piece = n % b->pieces, begin = row * b->size + piece * BLOCK;
+    const int64_t end = piece == b->pieces - 1 ? (row + 1) * b->size : begin + BLOCK;
+    const float scale = b->scale[row], add = b->zero ? b->zero[row] : -0.0f, strength = b->strength;
+    const float q_min = b->q_min, q_max = b->q_max, span = fabsf(scale) * (q_max - q_min);
+    const void *grad = b->grad, *x = b->x, *y = b->y;
+    void *grad_x = b->grad_x;
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = begin; i < end; i++) {
+        float g = load(grad, i, is_half), continuous = load(x, i, is_half), replaced = load(y, i, is_half);
+        float code = rintf(continuous / scale) + add, error = continuous - replaced;
+        int keep = ((code >= q_min) & (code <= q_max)) | (continuous == replaced);
+        float result = estimator == EWGS ? g + strength * fabsf(g) * (error / span) : g;
+        result = keep ? result : 0.0f;
+        store(grad_x, i, estimator == PEGE ? result + strength * error : result, is_half);
+        sum += g * (replaced - (keep ? continuous : 0.0f));
+    }
+    return sum;
+}
+
+static float ste_float32(const Backward *b, int64_t n) { return backward_piece(b, n, 0, STE); }
+static float ste_bfloat16(const Backward *b, int64_t n) { return backward_piece(b, n, 1, STE); }
+static float ewgs_float32(const Backward *b, int64_t n) { return backward_piece(b, n, 0, EWGS); }
+static float ewgs_bfloat16(const Backward *b, int64_t n) { return backward_piece(b, n, 1, EWGS); }
+static float pege_float32(const Backward *b, int64_t n) { return backward_piece(b, n, 0, PEGE); }
+static float pege_bfloat16(const Backward *b, int64_t n) { return backward_piece(b, n, 1, PEGE); }
+
+static float (*const BACKWARD[][2])(const Backward *, int64_t) = {
+    [STE] = {ste_float32, ste_bfloat16}, [EWGS] = {ewgs_float32, ewgs_bfloat16}, [PEGE] = {pege_float32, pege_bfloat16}};
+
+// As many rows as scales, each of ``size`` elements. Returns 1 where there is no memory for the sums.
+int pege_fx_backward(const void *grad, const void *x, const void *y, void *grad_x, float *grad_scale, const float *scale,
+                     const float *zero, const float *strength, int64_t rows, int64_t size, float q_min, float q_max,
+                     int threads, int is_half, int estimator) {
+    const int64_t pieces = (size + BLOCK - 1) / BLOCK;
+    const Backward b = {grad, x, y, grad_x, scale, zero, size, pieces, *strength, q_min, q_max};
+    float (*const compute)(const Backward *, int64_t) = BACKWARD[estimator][is_half];
+    float *sums = malloc(sizeof(float) * rows * pieces);
+    if (!sums) return 1;
+#pragma omp parallel for num_threads(threads) if (threads > 1 && rows * size >= WORTH_THREADS) schedule(static)
+    for (int64_t n = 0; n < rows * pieces; n++) sums[n] = compute(&b, n);
+    for (int64_t row = 0; row < rows; row++) {
+        double sum = 0;
+        for (int64_t piece = 0; piece < pieces; piece++) sum += sums[row * pieces + piece];
+        grad_scale[row] = (float)sum / scale[row];
+    }
+    free(sums);
+    return 0;
+}
