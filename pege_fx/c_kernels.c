@@ -47,35 +47,41 @@ typedef struct {
     const void *x;
     void *y;
     const float *scale, *zero;
-    int64_t size, width, pieces, positions;  // of a row: elements, elements in a piece, pieces; positions
+    int64_t size, width, pieces, positions, channels;  // of a row: elements, elements in a piece, pieces; positions, channels
     int per_row;
     float q_min, q_max;
     uint32_t key, offset;
     int32_t threshold;  // 2**24 * p
 } Forward;
 
-// Piece n: as many elements of a row as fit or, ``by_position``, the channels of one position. Those follow each other in memory,
-// and are ``positions`` apart in row-major order.
+// Piece n of all rows' pieces. ``by_position``: of whole positions, whose channels follow each other in memory, and are
+// ``positions`` apart in row-major order.
 INLINE void forward_piece(const Forward *f, int64_t n, int is_half, int is_masked, int by_position) {
     const int64_t row = n / f->pieces, piece = n % f->pieces, begin = row * f->size + piece * f->width;
-    const int64_t end = piece == f->pieces - 1 ? (row + 1) * f->size : begin + f->width;
-    const uint32_t first = (uint32_t)(by_position ? row * f->size + piece : begin) + f->offset;
-    const uint32_t step = by_position ? (uint32_t)f->positions : 1, key = f->key;
     const int64_t which = f->per_row ? row : 0;
     const float scale = f->scale[which], q_min = f->q_min, q_max = f->q_max;
     const float add = f->zero ? f->zero[which] : -0.0f, subtract = f->zero ? add : 0.0f;  // which keep the sign of a zero
+    const int32_t length = (int32_t)(piece == f->pieces - 1 ? (row + 1) * f->size - begin : f->width);
+    const uint32_t positions = (uint32_t)f->positions, channels = (uint32_t)f->channels, key = f->key;
+    const uint32_t first = (uint32_t)(by_position ? row * f->size + piece * f->width / channels : begin) + f->offset;
+    const float inverse = f->width == channels ? 0.0f : 1.0f / channels;  // of one position all are in the first
     const int32_t threshold = f->threshold;
     const void *x = f->x;
     void *y = f->y;
 #pragma omp simd
-    for (int64_t i = begin; i < end; i++) {
-        float value = load(x, i, is_half);
+    for (int32_t i = 0; i < length; i++) {
+        float value = load(x, begin + i, is_half);
         float code = rintf(value / scale) + add;
         code = code < q_min ? q_min : code;  // written so that NaN stays
         code = code > q_max ? q_max : code;
         float quantized = (code - subtract) * scale;
-        int replaced = !is_masked || is_replaced(first + (uint32_t)(i - begin) * step, key, threshold);
-        store(y, i, replaced ? quantized : value, is_half);
+        uint32_t number = first + (uint32_t)i;
+        if (by_position) {
+            uint32_t position = (uint32_t)(int32_t)(((float)i + 0.5f) * inverse);  // i / channels: exact for i < 2**13
+            number = first + ((uint32_t)i - position * channels) * positions + position;
+        }
+        int replaced = !is_masked || is_replaced(number, key, threshold);
+        store(y, begin + i, replaced ? quantized : value, is_half);
     }
 }
 
@@ -94,8 +100,9 @@ void pege_fx_forward(const void *x, void *y, const float *scale, const float *ze
                      int is_part, int64_t rows, int64_t positions, int64_t channels, int per_row, float q_min, float q_max,
                      int threads, int is_half) {
     const int by_position = rate && positions > 1 && channels > 1;
-    const int64_t size = positions * channels, width = by_position ? channels : BLOCK, pieces = (size + width - 1) / width;
-    Forward f = {x, y, scale, zero, size, width, pieces, positions, per_row, q_min, q_max, 0, 0, 0};
+    const int64_t size = positions * channels, width = !by_position || channels < BLOCK ? BLOCK : channels;
+    const int64_t whole = by_position ? width - width % channels : width, pieces = (size + whole - 1) / whole;
+    Forward f = {x, y, scale, zero, size, whole, pieces, positions, channels, per_row, q_min, q_max, 0, 0, 0};
     if (rate) {
         f.key = (uint32_t)key[0];
         f.offset = is_part ? (uint32_t)key[1] : 0;

@@ -67,9 +67,10 @@ def _compiled(command: list[str]) -> Path:
     version = hashlib.sha256(b"\0".join([*map(str.encode, command), macros, _SOURCE.read_bytes()])).hexdigest()[:16]
     target = _cache() / f"kernels-{version}.so"
     if not target.exists():
-        part = target.with_suffix(f".{os.getpid()}")
-        subprocess.run([*command, str(_SOURCE), "-o", str(part), "-lm"], capture_output=True, check=True)
-        part.replace(target)  # at once: other processes may be looking
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            part = Path(folder) / target.name
+            subprocess.run([*command, str(_SOURCE), "-o", str(part), "-lm"], capture_output=True, check=True)
+            part.replace(target)  # whole or not there: other processes may be looking
     return target
 
 

@@ -121,6 +121,8 @@ LAYOUTS: dict[str, tuple[tuple[int, ...], tuple[int, ...], Any]] = {
     "channels_last, one channel": ((2, 1, 4, 5), (), torch.channels_last),
     "channels_last, several tiles of positions": ((2, 16, 13, 13), (), torch.channels_last),
     "channels_last, several tiles of channels": ((2, 2051, 1, 2), (), torch.channels_last),
+    "channels_last, more channels than a piece holds": ((2, 4099, 1, 3), (), torch.channels_last),
+    "channels_last, several pieces of positions": ((2, 3, 41, 67), (), torch.channels_last),
     "channels_last with rows": ((4, 3, 3, 3), (4, 1, 1, 1), torch.channels_last),
     "channels_last_3d": ((2, 3, 2, 3, 2), (), torch.channels_last_3d),
     "channels_last_3d with rows": ((2, 3, 2, 3, 2), (2, 1, 1, 1, 1), torch.channels_last_3d),
