@@ -43,7 +43,7 @@ TARGETS: dict[str, list[str]] = {
     "policy": ["tests/test_policy.py"],
     "kernels": ["tests/test_kernels.py", "tests/test_kernels_by_hand.py"],
     "c_kernels": ["tests/test_kernels_by_hand.py", "tests/test_c_kernels.py"],
-    "layouts": ["tests/test_kernels_by_hand.py", "tests/test_c_kernels.py"],
+    "layouts": ["tests/test_layouts.py"],
     "fake_quant": [f"tests/test_{name}.py" for name in ("fake_quant", "joining", "recompute", "batch_norm")],
     "batch_norm": ["tests/test_batch_norm.py"],
     "ewgs": ["tests/test_ewgs.py"],

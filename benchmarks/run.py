@@ -11,6 +11,7 @@ import gc
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,17 +37,28 @@ from cifar10 import ResNet20
 from libraries import others
 
 
-def interleaved(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median CPU seconds of each call, measured in turn after two warm-up rounds."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
+class Cost(NamedTuple):
+    """Medians of what a call took."""
+
+    seconds: float  # of the processor; what follows says where
+    user: float
+    system: float
+    faults: float  # pages of memory that the system had to find
+
+
+def interleaved(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, Cost]:
+    """What each call takes, measured in turn after two warm-up rounds."""
+    costs: dict[str, list[Cost]] = {name: [] for name in calls}
     for repeat in range(repeats + 2):
         for name, call in calls.items():
             gc.collect()  # what an earlier call left behind is none of this one's time
-            start = time.process_time()
+            before, start = resource.getrusage(resource.RUSAGE_SELF), time.process_time()
             call()
+            seconds, after = time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF)
             if repeat >= 2:
-                times[name].append(time.process_time() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+                user, system = after.ru_utime - before.ru_utime, after.ru_stime - before.ru_stime
+                costs[name].append(Cost(seconds, user, system, after.ru_minflt - before.ru_minflt))
+    return {name: Cost(*map(statistics.median, zip(*values, strict=True))) for name, values in costs.items()}
 
 
 def kernel(elements: int, repeats: int) -> list[dict[str, Any]]:
@@ -79,8 +91,8 @@ def kernel(elements: int, repeats: int) -> list[dict[str, Any]]:
     for part, calls in (("forward", forward), ("backward", backward)):
         times = interleaved(calls, repeats)
         rows += [
-            {"pass": part, "what": name, "ms": 1e3 * seconds, "over copy": seconds / times["copy"]}
-            for name, seconds in times.items()
+            {"pass": part, "what": name, "ms": 1e3 * cost.seconds, "over copy": cost.seconds / times["copy"].seconds}
+            for name, cost in times.items()
         ]
     return rows
 
@@ -152,9 +164,10 @@ def training_step(model: Model, models: dict[str, nn.Module], compiled: bool, re
     kept = {} if compiled else {label: saved_bytes(network.train(), model.x) for label, network in models.items()}
     times = interleaved({label: step_of(network, model.x, compiled) for label, network in models.items()}, repeats)
     return [
-        {"model": model.name, "what": label, "ms": 1e3 * seconds, "over float": seconds / times["float"]}
+        {"model": model.name, "what": label, "ms": 1e3 * cost.seconds, "over float": cost.seconds / times["float"].seconds}
+        | {"user ms": 1e3 * cost.user, "system ms": 1e3 * cost.system, "page faults": cost.faults}
         | ({"saved over float": kept[label] / kept["float"]} if kept else {})
-        for label, seconds in times.items()
+        for label, cost in times.items()
     ]
 
 
@@ -182,7 +195,8 @@ def evaluation(repeats: int) -> list[dict[str, Any]]:
         with torch.no_grad():
             times = interleaved(calls, repeats)
         label = "x".join(map(str, shape))
-        rows.append({"input": label, "ms": 1e3 * times["W4A4"], "over float": times["W4A4"] / times["float"]})
+        ours, theirs = times["W4A4"].seconds, times["float"].seconds
+        rows.append({"input": label, "ms": 1e3 * ours, "over float": ours / theirs})
     return rows
 
 
@@ -195,7 +209,7 @@ def prepare_time(repeats: int) -> list[dict[str, Any]]:
             "prepare": lambda model=model: pege_fx.prepare(model, "W4A4"),
             "shared": lambda model=model: pege_fx.prepare(model, "W4A4", share_parameters=True),
         }
-        times = interleaved(calls, repeats)
+        times = {call: cost.seconds for call, cost in interleaved(calls, repeats).items()}
         rows.append(
             {"model": name}
             | {f"{call} ms": 1e3 * seconds for call, seconds in times.items()}

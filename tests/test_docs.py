@@ -84,12 +84,13 @@ def rows_of_results() -> Iterator[str]:
     for what in ("pege_fx p=0.5", "pege_fx p=1"):
         yield f"| {what} | {kernels['forward', what]:.1f} | {kernels['backward', what]:.1f} |"
     for model, shape, bits in (("ResNet-20", "128x3x32x32", "W2A2"), ("resnet18", "32x3x64x64", "W4A4")):
-        eager, compiled = (
-            {row["what"]: row for row in results[f"{word} step, {model} at {shape}"]} for word in ("eager", "compiled")
+        eager, kept, compiled = (
+            {row["what"]: row for row in results[f"{word}, {model} at {shape}"]}
+            for word in ("eager step", "memory kept", "compiled step")
         )
         for what in (f"{bits} p=0.5", f"{bits} p=1"):
             again = eager[f"{what} recompute"]
-            figures = eager[what]["over float"], again["over float"], compiled[what]["over float"]
+            figures = eager[what]["over float"], kept[what]["over float"], again["over float"], compiled[what]["over float"]
             figures += eager[what]["saved over float"], again["saved over float"]
             yield f"| {model} {shape}, {what} | {' | '.join(f'{figure:.2f}' for figure in figures)} |"
 
@@ -128,6 +129,11 @@ def rows_next_to_others() -> Iterator[str]:
         yield f"| {row['input']} | {row['over float']:.2f} |"
     for row in results["prepare"]:
         yield f"| {row['model']} | {row['over trace']:.1f} | {row['shared over trace']:.1f} |"
+    for part, where in (("eager step", ""), ("memory kept", ", malloc keeps its memory")):
+        for row in results[f"{part}, ResNet-20 at 128x3x32x32"]:
+            if "recompute" not in row["what"]:
+                figures = f"{row['user ms']:.0f} | {row['system ms']:.0f} | {round(row['page faults'], -2):,.0f}"
+                yield f"| {row['what']}{where} | {figures} |"
 
 
 def rows_of_a_gpu() -> Iterator[str]:
