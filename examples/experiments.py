@@ -245,6 +245,7 @@ def plot(path: Path, found: dict[str, list[dict[str, Any]]]) -> None:
         (line,) = axes.plot(epochs, [mean(column) for column in columns], label=title, marker="." if len(columns) < 5 else "")
         axes.fill_between(epochs, list(map(min, columns)), list(map(max, columns)), alpha=0.2, color=line.get_color())
     axes.set(xlabel="epoch", ylabel="test accuracy, %")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, bbox_inches="tight")

@@ -73,6 +73,9 @@ def test_the_map_of_layers_has_every_file() -> None:
     assert {path.name for folder in folders for path in (ROOT / folder).glob("*.py")} <= named
 
 
+FAKE_QUANTIZE = "torch.fake_quantize_per_tensor_affine"
+
+
 def rows_of_results() -> Iterator[str]:
     """Rows of the README's tables, from the files that they come from."""
     runs = json.loads((RESULTS / "quickstart.json").read_text())["seeds"]
@@ -80,19 +83,24 @@ def rows_of_results() -> Iterator[str]:
         values = [100 * run[key]["accuracy"] for run in runs]
         yield f"| {title} | {mean(values):.2f} ± {stdev(values):.2f} |"
     results = json.loads((RESULTS / "cpu.json").read_text())
-    kernels = {(row["pass"], row["what"]): row["over copy"] for row in results["kernel, 2 M elements"]}
-    for what in ("pege_fx p=0.5", "pege_fx p=1"):
-        yield f"| {what} | {kernels['forward', what]:.1f} | {kernels['backward', what]:.1f} |"
+    usual, kept = (
+        {(row["pass"], row["what"]): row["over copy"] for row in results[part]}
+        for part in ("kernel, 2 M elements", "memory kept, kernels")
+    )
+    for what, name in (("pege_fx p=0.5",) * 2, ("pege_fx p=1",) * 2, ("torch fake_quantize", FAKE_QUANTIZE)):
+        figures = [f"{usual[part, what]:.1f} / {kept[part, what]:.1f}" for part in ("forward", "backward")]
+        yield f"| {name} | {' | '.join(figures)} |"
     for model, shape, bits in (("ResNet-20", "128x3x32x32", "W2A2"), ("resnet18", "32x3x64x64", "W4A4")):
-        eager, kept, compiled = (
-            {row["what"]: row for row in results[f"{word}, {model} at {shape}"]}
-            for word in ("eager step", "memory kept", "compiled step")
+        eager, eager_kept, compiled, compiled_kept = (
+            {row["what"]: row for row in results[f"{part}, {model} at {shape}"]}
+            for part in ("eager step", "memory kept, eager", "compiled step", "memory kept, compiled")
         )
         for what in (f"{bits} p=0.5", f"{bits} p=1"):
-            again = eager[f"{what} recompute"]
-            figures = eager[what]["over float"], kept[what]["over float"], again["over float"], compiled[what]["over float"]
-            figures += eager[what]["saved over float"], again["saved over float"]
-            yield f"| {model} {shape}, {what} | {' | '.join(f'{figure:.2f}' for figure in figures)} |"
+            again = f"{what} recompute"
+            pairs = [(eager[what], eager_kept[what]), (eager[again], eager_kept[again]), (compiled[what], compiled_kept[what])]
+            figures = [" / ".join(f"{row['over float']:.2f}" for row in pair) for pair in pairs]
+            figures += [f"{eager[name]['saved over float']:.2f}" for name in (what, again)]
+            yield f"| {model} {shape}, {what} | {' | '.join(figures)} |"
 
 
 def test_figures_are_those_of_the_result_files() -> None:
@@ -129,7 +137,7 @@ def rows_next_to_others() -> Iterator[str]:
         yield f"| {row['input']} | {row['over float']:.2f} |"
     for row in results["prepare"]:
         yield f"| {row['model']} | {row['over trace']:.1f} | {row['shared over trace']:.1f} |"
-    for part, where in (("eager step", ""), ("memory kept", ", malloc keeps its memory")):
+    for part, where in (("eager step", ""), ("memory kept, eager", ", memory kept")):
         for row in results[f"{part}, ResNet-20 at 128x3x32x32"]:
             if "recompute" not in row["what"]:
                 figures = f"{row['user ms']:.0f} | {row['system ms']:.0f} | {round(row['page faults'], -2):,.0f}"
