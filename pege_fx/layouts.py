@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 TOO_LARGE = 2**31 - 2**12  # elements are numbered in int32, to the end of the piece that a thread or a program computes
+_OF_SCALES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Layout(NamedTuple):
@@ -50,6 +51,3 @@ def layout_of(
         return None
     rows, channels = x.shape[:2]
     return Layout(memory, per_row, rows, x.numel() // (rows * channels), channels)
-
-
-_OF_SCALES = (torch.float32, torch.float16, torch.bfloat16)

@@ -235,20 +235,8 @@ def backward(
     grad_x, tile = torch.empty_like(x), _tile_of(layout)
     programs = _programs(layout, tile)
     sums = torch.empty(programs, dtype=torch.float32, device=x.device)
-    args = (
-        grad,
-        x,
-        y,
-        grad_x,
-        sums,
-        scale,
-        zero_point,
-        strength,
-        layout.positions,
-        layout.channels,
-        float(q_min),
-        float(q_max),
-    )
+    sizes = layout.positions, layout.channels
+    args = (grad, x, y, grad_x, sums, scale, zero_point, strength, *sizes, float(q_min), float(q_max))
     if not _ran(_backward, programs, x, *args, estimator, layout.per_row, *tile):
         return None
     slope = sums if programs == scale.numel() else sums.view(scale.numel(), -1).sum(1)

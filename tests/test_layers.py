@@ -9,18 +9,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS: list[set[str]] = [
     {"errors", "spec", "listing", "files", "layouts"},
-    {
-        "accumulators",
-        "kernels",
-        "c_kernels",
-        "triton_kernels",
-        "functional",
-        "packing",
-        "curves",
-        "policy",
-        "processes",
-        "container",
-    },
+    {"kernels", "c_kernels", "triton_kernels", "functional", "packing", "accumulators", "curves", "policy"}
+    | {"processes", "container"},
     {"plan", "quantizers", "batch_norm", "fake_quant", "attention", "mode", "recurrent", "transformer", "explicit"}
     | {"recompute"},
     {"passes.graph", "passes.pipeline", "passes.costs", "passes.values", "passes.norms", "passes.threads"}
