@@ -234,6 +234,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--only", default="", help="measure the parts with this word in their title")
     args = parser.parse_args()
+    if args.repeats < 1:
+        parser.error("--repeats must be at least 1")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     models = [
@@ -252,12 +254,13 @@ def main() -> None:
         parts[f"libraries, {m.title}, W4A4"] = lambda m=m: training_step(m, next_to_others(m), False, args.repeats)
     parts["evaluation, resnet18"] = lambda: evaluation(args.repeats)
     parts["prepare"] = lambda: prepare_time(args.repeats)
+    chosen = {title: measure for title, measure in parts.items() if args.only in title}
+    if not chosen:
+        parser.error(f"no part has {args.only!r} in its title; they are: {'; '.join(parts)}")
     result: dict[str, Any] = json.loads(args.output.read_text()) if args.output.exists() else {}
     result["pege_fx"] = pege_fx.__version__
     result.setdefault("measured", {})
-    for title, measure in parts.items():
-        if args.only not in title:
-            continue
+    for title, measure in chosen.items():
         result[title] = measure()
         result["measured"][title] = {
             "device": f"one thread of {platform.machine()}",
