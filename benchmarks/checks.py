@@ -21,8 +21,8 @@ from benchmarks.products import Product, products_of, tensors_in
 from benchmarks.zoo import Case
 from benchmarks.zoo.example import Call, Example
 from pege_fx import QuantPolicy, Rule
-from pege_fx.kernels import eager_kernels
-from pege_fx.scheduler import plan_of
+from pege_fx.kernels.inductor import eager_kernels
+from pege_fx.training.scheduler import plan_of
 
 POLICY = "W4A4"
 ALL_FLOAT = QuantPolicy((Rule(weight=None, input=None),))

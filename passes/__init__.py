@@ -1,7 +1,6 @@
 """Graph passes: capture, writes, normal form, BatchNorm folding, sign analysis, plan, insertion, verification, lowering."""
 
-from pege_fx.passes.branches import drop_training_branches
-from pege_fx.passes.capture import capture
+from pege_fx.passes.capture import capture, drop_training_branches
 from pege_fx.passes.effects import name_writes
 from pege_fx.passes.fold_bn import FoldBatchNorm, FoldLeadingNorms
 from pege_fx.passes.inline import inline_modules

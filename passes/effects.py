@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from pege_fx.mode import TRAINING_MODE, written
+from pege_fx.modules.mode import TRAINING_MODE, written
 from pege_fx.passes.graph import (
     after,
     attribute_name,

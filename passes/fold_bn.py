@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from pege_fx.batch_norm import BiasFold, BiasFoldBehind, Fold, WeightFold
 from pege_fx.errors import FoldError
+from pege_fx.modules.batch_norm import BiasFold, BiasFoldBehind, Fold, WeightFold
 from pege_fx.passes.graph import (
     become_call,
     call_module,
@@ -38,7 +38,7 @@ from pege_fx.passes.norms import (
     the_tensor,
     why_not,
 )
-from pege_fx.plan import Plan
+from pege_fx.policy.plan import Plan
 
 MODES = ("train", "freeze", "keep")
 

@@ -18,11 +18,11 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.fx.node import map_arg
 
-from pege_fx.batch_norm import BiasFold, BiasFoldBehind, Fold, WeightFold
-from pege_fx.mode import PythonForward, TrainingMode
-from pege_fx.recompute import REMAKING
-from pege_fx.recurrent import recurrent
-from pege_fx.spec import Channels
+from pege_fx.decompositions.recurrent import recurrent
+from pege_fx.modules.batch_norm import BiasFold, BiasFoldBehind, Fold, WeightFold
+from pege_fx.modules.mode import PythonForward, TrainingMode
+from pege_fx.numerics.recompute import REMAKING
+from pege_fx.numerics.spec import Channels
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.proxy import TraceError
 
-from pege_fx.batch_norm import BatchNorm
-from pege_fx.mode import TrainingMode
+from pege_fx.modules.batch_norm import BatchNorm
+from pege_fx.modules.mode import TrainingMode
+from pege_fx.passes.capture.threads import LocalTracer
 from pege_fx.passes.graph import (
     arguments,
     calls,
@@ -23,7 +24,6 @@ from pege_fx.passes.graph import (
     replace_by_constant,
     write_out,
 )
-from pege_fx.passes.threads import LocalTracer
 
 
 def inline_modules(gm: GraphModule) -> None:

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from pege_fx.batch_norm import Fold
-from pege_fx.fake_quant import FakeQuant, ScheduleState, Site
+from pege_fx.modules.batch_norm import Fold
+from pege_fx.modules.fake_quant import FakeQuant, ScheduleState, Site
+from pege_fx.numerics.spec import QuantSpec
 from pege_fx.passes.graph import (
     after,
     behind_transposes,
@@ -32,8 +33,7 @@ from pege_fx.passes.graph import (
     tensor_of,
     transposed_again,
 )
-from pege_fx.plan import Edge, Operation, Plan
-from pege_fx.spec import QuantSpec
+from pege_fx.policy.plan import Edge, Operation, Plan
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from pege_fx.batch_norm import BiasFold, Folded, WeightFold
-from pege_fx.fake_quant import FakeQuant
-from pege_fx.functional import dequantize, quantize
-from pege_fx.mode import PythonForward
-from pege_fx.packing import integer_bias, pack, unpack
+from pege_fx.modules.batch_norm import BiasFold, Folded, WeightFold
+from pege_fx.modules.fake_quant import FakeQuant
+from pege_fx.modules.mode import PythonForward
+from pege_fx.modules.quantizers import Decoding
+from pege_fx.numerics.functional import dequantize, quantize
+from pege_fx.numerics.packing import integer_bias, pack, unpack
 from pege_fx.passes.graph import (
     arguments,
     attribute_of,
@@ -34,7 +35,6 @@ from pege_fx.passes.graph import (
     tensor_of,
 )
 from pege_fx.passes.values import computed, constants_of
-from pege_fx.quantizers import Decoding
 
 
 @torch.no_grad()

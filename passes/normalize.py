@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from pege_fx.decompositions.recurrent import recurrent
 from pege_fx.passes.graph import (
     arguments,
     become,
@@ -23,7 +24,6 @@ from pege_fx.passes.graph import (
     set_arguments,
     tensor_of,
 )
-from pege_fx.recurrent import recurrent
 
 _PAD_MODES = {"reflect", "replicate", "circular"}
 

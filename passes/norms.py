@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from pege_fx.batch_norm import FOLDED, BatchNorm, FunctionalBatchNorm
-from pege_fx.mode import TrainingMode
+from pege_fx.modules.batch_norm import FOLDED, BatchNorm, FunctionalBatchNorm
+from pege_fx.modules.mode import TrainingMode
+from pege_fx.numerics.spec import Channels
 from pege_fx.passes.graph import (
     arguments,
     attribute,
@@ -31,7 +32,6 @@ from pege_fx.passes.graph import (
     tensor_of,
     works_in_place_between,
 )
-from pege_fx.spec import Channels
 
 TENSORS = ("running_mean", "running_var", "weight", "bias")
 _RANKS = {nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.nn.utils.parametrize import ParametrizationList
 
-from pege_fx.batch_norm import BatchNorm
 from pege_fx.errors import PegeWarning, PolicyError
+from pege_fx.modules.batch_norm import BatchNorm
+from pege_fx.numerics.spec import Kind, QuantSpec
 from pege_fx.passes.costs import multiply_accumulates
 from pege_fx.passes.graph import (
     Operator,
@@ -36,9 +37,8 @@ from pege_fx.passes.graph import (
     unfolded,
 )
 from pege_fx.passes.values import is_seen_elsewhere, tensors_of
-from pege_fx.plan import FLOAT_BY_POLICY, Edge, Operation, Plan
-from pege_fx.policy import NO_RULE, Choice, Op, QuantPolicy, class_names
-from pege_fx.spec import Kind, QuantSpec
+from pege_fx.policy.plan import FLOAT_BY_POLICY, Edge, Operation, Plan
+from pege_fx.policy.rules import NO_RULE, Choice, Op, QuantPolicy, class_names
 
 
 @dataclass(frozen=True)

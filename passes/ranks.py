@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from pege_fx.errors import InputError, OtherCallError
-from pege_fx.mode import PYTHON_FORWARD, evaluating, trial
+from pege_fx.modules.mode import PYTHON_FORWARD, evaluating, trial
 from pege_fx.passes.graph import arguments, first_argument, is_unknown_code, join, module_of, owner, plain, rank_of
 
 

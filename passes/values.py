@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
-from pege_fx.mode import TRAINING_MODE
+from pege_fx.modules.mode import TRAINING_MODE
 from pege_fx.passes.graph import (
     attribute,
     attribute_of,

@@ -3,9 +3,9 @@
 from torch.fx import GraphModule, Node
 
 from pege_fx.errors import VerifyError
-from pege_fx.fake_quant import FakeQuant
+from pege_fx.modules.fake_quant import FakeQuant
 from pege_fx.passes.graph import behind_transposes, calls, module_of, operand, result_of
-from pege_fx.plan import Edge, Operation, Plan
+from pege_fx.policy.plan import Edge, Operation, Plan
 
 
 def verify(gm: GraphModule) -> None:

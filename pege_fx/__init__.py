@@ -6,25 +6,11 @@ scheduler = pege_fx.PEGEScheduler(gm, total_steps=epochs)
 deployed = pege_fx.convert(gm)
 """
 
-from pege_fx import curves, dataflow, functional, passes
+from pege_fx import passes
+from pege_fx._utils import moved
+from pege_fx._utils.listing import Listing
 from pege_fx.api import convert, convert_passes, explain, prepare, prepare_passes, trace_passes
-from pege_fx.checkpoint import CheckpointInfo, checkpoint_info, load, newest, save
-from pege_fx.coverage import Coverage
-from pege_fx.curves import (
-    Constant,
-    Cosine,
-    Curve,
-    Exponential,
-    Linear,
-    Logarithmic,
-    LogReplacement,
-    RampReplacement,
-    Step,
-)
-from pege_fx.dataflow import to_networkx
-from pege_fx.diff import Diff, PassTrace, diff
-from pege_fx.distributed import shard
-from pege_fx.draw import draw
+from pege_fx.engines.integer import IntegerCoverage, integer_coverage, integer_engine
 from pege_fx.errors import (
     CheckpointError,
     ConvertError,
@@ -45,24 +31,44 @@ from pege_fx.errors import (
     TraceError,
     VerifyError,
 )
-from pege_fx.ewgs import update_ewgs
 from pege_fx.export import export_onnx, to_program, verify_export
-from pege_fx.fake_quant import FakeQuant, fake_quants
-from pege_fx.functional import Estimator
-from pege_fx.guard import Finding, Guard
-from pege_fx.inspection import Explanation, Summary, summary
-from pege_fx.integer import IntegerCoverage, integer_coverage, integer_engine
-from pege_fx.listing import Listing
-from pege_fx.policy import QuantPolicy, Rule
-from pege_fx.quantizers import ForwardMethod, Statistics
-from pege_fx.report import report
-from pege_fx.scheduler import GroupCurves, PEGEScheduler
-from pege_fx.sensitivity import Sensitivity, sensitivity
-from pege_fx.size import SizeReport, size_report
-from pege_fx.spec import QuantSpec
-from pege_fx.storage import load_deployed, save_deployed
-from pege_fx.telemetry import CSVWriter, Telemetry, TensorBoardWriter, read_history
-from pege_fx.training import calibrate, discretization_loss, parameter_groups
+from pege_fx.inspection import dataflow
+from pege_fx.inspection.coverage import Coverage
+from pege_fx.inspection.dataflow import to_networkx
+from pege_fx.inspection.diff import Diff, PassTrace, diff
+from pege_fx.inspection.draw import draw
+from pege_fx.inspection.report import report
+from pege_fx.inspection.sensitivity import Sensitivity, sensitivity
+from pege_fx.inspection.size import SizeReport, size_report
+from pege_fx.inspection.summary import Explanation, Summary, summary
+from pege_fx.modules.fake_quant import FakeQuant, fake_quants
+from pege_fx.modules.quantizers import ForwardMethod, Statistics
+from pege_fx.numerics import functional
+from pege_fx.numerics.functional import Estimator
+from pege_fx.numerics.spec import QuantSpec
+from pege_fx.policy.rules import QuantPolicy, Rule
+from pege_fx.serialization.checkpoint import CheckpointInfo, checkpoint_info, load, newest, save
+from pege_fx.serialization.storage import load_deployed, save_deployed
+from pege_fx.training import curves
+from pege_fx.training.calibration import calibrate, discretization_loss, parameter_groups
+from pege_fx.training.curves import (
+    Constant,
+    Cosine,
+    Curve,
+    Exponential,
+    Linear,
+    Logarithmic,
+    LogReplacement,
+    RampReplacement,
+    Step,
+)
+from pege_fx.training.distributed import shard
+from pege_fx.training.ewgs import update_ewgs
+from pege_fx.training.guard import Finding, Guard
+from pege_fx.training.scheduler import GroupCurves, PEGEScheduler, plan_of
+from pege_fx.training.telemetry import CSVWriter, Telemetry, TensorBoardWriter, read_history
+
+moved.install()
 
 __version__ = "0.1.0"
 
@@ -138,6 +144,7 @@ __all__ = [
     "newest",
     "parameter_groups",
     "passes",
+    "plan_of",
     "prepare",
     "prepare_passes",
     "read_history",

@@ -17,11 +17,11 @@ from rich.console import Console
 from torch import nn
 
 import pege_fx
-from pege_fx.coverage import Coverage
+from pege_fx._utils.files import atomic_write, path_of
+from pege_fx._utils.listing import write_listing
 from pege_fx.errors import ModelError, OutputError, PegeError, closest
-from pege_fx.files import atomic_write, path_of
-from pege_fx.listing import write_listing
-from pege_fx.policy import QuantPolicy
+from pege_fx.inspection.coverage import Coverage
+from pege_fx.policy.rules import QuantPolicy
 
 FAILURE, INTERRUPTED = 1, 130
 

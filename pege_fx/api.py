@@ -11,19 +11,19 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from pege_fx import passes as graph_passes
-from pege_fx.diff import PassTrace
 from pege_fx.errors import ModelError, PegeWarning, PolicyError
-from pege_fx.fake_quant import fake_quants
-from pege_fx.inspection import Explanation, bystanders
-from pege_fx.mode import trial
-from pege_fx.passes.capture import Captured, capture, check_model, stays_python, warn_of
+from pege_fx.inspection.diff import PassTrace
+from pege_fx.inspection.summary import Explanation, bystanders
+from pege_fx.modules.fake_quant import fake_quants
+from pege_fx.modules.mode import trial
+from pege_fx.passes.capture.capture import Captured, capture, check_model, stays_python, warn_of
 from pege_fx.passes.pipeline import Pass, Pipeline, run
 from pege_fx.passes.plan import record_classes, warn_if_nothing
 from pege_fx.passes.ranks import OtherGraphCallError, record_shapes
-from pege_fx.plan import Plan
-from pege_fx.policy import QuantPolicy
-from pege_fx.scheduler import plan_of
-from pege_fx.training import observe
+from pege_fx.policy.plan import Plan
+from pege_fx.policy.rules import QuantPolicy
+from pege_fx.training.calibration import observe
+from pege_fx.training.scheduler import plan_of
 
 BatchNormMode = Literal["train", "freeze", "keep"]
 

@@ -21,8 +21,8 @@ from torch.fx import GraphModule
 from torch.utils.data import DataLoader
 
 import pege_fx
-from pege_fx.kernels import eager_kernels
-from pege_fx.passes.threads import uncompiled
+from pege_fx.kernels.inductor import eager_kernels
+from pege_fx.passes.capture.threads import uncompiled
 
 ROOT = Path(__file__).parents[1]
 DATA = torch.randn(8, 4, 1, 6, 6, generator=torch.Generator().manual_seed(5))
@@ -239,7 +239,7 @@ def test_what_other_threads_draw_is_theirs() -> None:
 
     def prepare() -> int:
         try:
-            return sum(len(pege_fx.scheduler.plan_of(prepared(seed)).captures) for seed in range(5))
+            return sum(len(pege_fx.plan_of(prepared(seed)).captures) for seed in range(5))
         finally:
             done.set()
 

@@ -85,7 +85,7 @@ LAYOUTS: dict[str, tuple[tuple[int, ...], tuple[int, ...], torch.memory_format]]
 
 def served(x: Tensor, scale: Tensor, spec: QuantSpec, options: dict[str, Any]) -> list[Tensor]:
     """y and the gradients, by the kernels written by hand; fails where they do not serve, or warn."""
-    triton_kernels = pytest.importorskip("pege_fx.triton_kernels")
+    triton_kernels = pytest.importorskip("pege_fx.kernels.triton_kernels")
     strength = torch.tensor(1e-2, device="cuda")
     grad = torch.randn(x.shape, device="cuda", generator=torch.Generator("cuda").manual_seed(1)).to(x.dtype)
     zero_point, bounds = options.get("zero_point"), spec.bounds
@@ -152,7 +152,7 @@ def test_ties_are_where_a_correctly_rounded_division_has_them() -> None:
 
 
 def test_eager_kernels_runs_plain_operations(monkeypatch: pytest.MonkeyPatch) -> None:
-    triton_kernels = pytest.importorskip("pege_fx.triton_kernels")
+    triton_kernels = pytest.importorskip("pege_fx.kernels.triton_kernels")
     calls: list[object] = []
     monkeypatch.setattr(triton_kernels, "forward", lambda *_: calls.append(None))
     x, scale = torch.randn(10, device="cuda"), torch.tensor(0.3, device="cuda")

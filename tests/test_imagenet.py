@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import pege_fx
-from pege_fx import container
-from pege_fx.checkpoint import KIND
+from pege_fx.serialization import container
+from pege_fx.serialization.checkpoint import KIND
 
 pytest.importorskip("torchvision")
 Image = pytest.importorskip("PIL.Image")

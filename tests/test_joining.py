@@ -17,9 +17,9 @@ from torch.fx import GraphModule
 
 import pege_fx
 from pege_fx import Constant, ModelError, PEGEScheduler, PolicyError, QuantPolicy, QuantSpec, Rule
-from pege_fx.fake_quant import FakeQuant, ScheduleState, Site
-from pege_fx.kernels import eager_kernels
-from pege_fx.plan import Operation
+from pege_fx.kernels.inductor import eager_kernels
+from pege_fx.modules.fake_quant import FakeQuant, ScheduleState, Site
+from pege_fx.policy.plan import Operation
 from pege_fx.testing import Case, assert_same_function, networks, specs
 
 JOINS = ("add", "sub", "mul", "cat", "stack")

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 import pege_fx
 from pege_fx import ModelError, PEGEScheduler, QuantPolicy, QuantSpec, Rule, fake_quants
-from pege_fx.fake_quant import FakeQuant, ScheduleState, Site
-from pege_fx.functional import dequantize, quantize
-from pege_fx.kernels import eager_kernels
-from pege_fx.spec import Channels
+from pege_fx.kernels.inductor import eager_kernels
+from pege_fx.modules.fake_quant import FakeQuant, ScheduleState, Site
+from pege_fx.numerics.functional import dequantize, quantize
+from pege_fx.numerics.spec import Channels
 from pege_fx.testing import tensors
 
 METHODS = ("lsq", "pact", "dorefa", "interval", "minmax")

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 from torch import Tensor
 from torch.fx import GraphModule
 
+from pege_fx._utils.files import atomic_write, path_of, path_to_read
 from pege_fx.errors import ExportError, PegeWarning
 from pege_fx.export.program import check_deployed, stepped, steps_of_all, to_program
-from pege_fx.files import atomic_write, path_of, path_to_read
-from pege_fx.functional import dequantize
+from pege_fx.numerics.functional import dequantize
 from pege_fx.passes.graph import arguments
 
 if TYPE_CHECKING:

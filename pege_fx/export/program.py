@@ -20,14 +20,14 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from pege_fx import functional
 from pege_fx.errors import ExportError, InputError, PegeWarning
 from pege_fx.export.embedding import embedding_bag
-from pege_fx.fake_quant import fake_quants
+from pege_fx.modules.fake_quant import fake_quants
+from pege_fx.numerics import functional
+from pege_fx.numerics.spec import bounds_of
 from pege_fx.passes.graph import arguments, is_assignment, where
 from pege_fx.passes.lower import unpack_weights
 from pege_fx.passes.pipeline import run
-from pege_fx.spec import bounds_of
 
 _NOT_THE_MODEL = (f"{os.path.dirname(torch.__file__)}/", f"{os.path.dirname(os.path.dirname(__file__))}/", "<")
 _STEPS = "steps"

@@ -13,7 +13,7 @@ from onnx import parser
 from torch import Tensor
 
 from pege_fx.export.writer import Codes, Pending, Value, Writer
-from pege_fx.functional import dequantize
+from pege_fx.numerics.functional import dequantize
 
 DOMAIN, VERSION = "qonnx.custom_op.general", 1
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from pege_fx.export import qonnx
 from pege_fx.export.program import DEQUANTIZE, QUANTIZE
 from pege_fx.export.writer import CODE_TYPES, Codes, Pending, UnmappedError, Value, Writer, writes
-from pege_fx.spec import bounds_of
+from pege_fx.numerics.spec import bounds_of
 
 INT4_OPSET, INT2_OPSET = 21, 25
 _TYPED_OPSET = 21  # QuantizeLinear has an output type of its own

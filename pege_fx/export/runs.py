@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_map
 
 from pege_fx.errors import ExportError
 from pege_fx.export.program import Step, stepped, steps_of
-from pege_fx.functional import dequantize, quantize
+from pege_fx.numerics.functional import dequantize, quantize
+from pege_fx.numerics.spec import bounds_of
 from pege_fx.passes.graph import arguments
-from pege_fx.spec import bounds_of
 
 FORCED = "__computed"  # what ONNX Runtime makes of codes that it was given
 Array = NDArray[Any]

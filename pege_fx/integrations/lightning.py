@@ -6,7 +6,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from pege_fx.errors import ScheduleError
-from pege_fx.scheduler import PEGEScheduler
+from pege_fx.training.scheduler import PEGEScheduler
 
 
 class PEGECallback(Callback):

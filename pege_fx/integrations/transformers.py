@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from pege_fx.scheduler import PEGEScheduler
+from pege_fx.training.scheduler import PEGEScheduler
 
 
 class PEGECallback(TrainerCallback):

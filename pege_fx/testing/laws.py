@@ -17,8 +17,8 @@ from hypothesis.errors import NoSuchExample, Unsatisfiable
 from torch import Tensor, nn
 from torch.fx import GraphModule, symbolic_trace
 
-from pege_fx.diff import diff
 from pege_fx.errors import InputError, LawError, closest
+from pege_fx.inspection.diff import diff
 from pege_fx.passes.graph import calls
 from pege_fx.passes.pipeline import name_of
 from pege_fx.testing.function import BuffersAfter, Gradients, assert_same_function

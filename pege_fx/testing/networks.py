@@ -7,8 +7,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pege_fx.batch_norm import BatchNorm
 from pege_fx.errors import InputError, closest
+from pege_fx.modules.batch_norm import BatchNorm
 from pege_fx.testing.layers import BLOCKS, CHANNELS, CONVS, HEADS, JOINS, UNWEIGHTED, WEIGHTED, Layer, made
 
 

@@ -11,8 +11,8 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from pege_fx.errors import InputError
+from pege_fx.inspection.size import graphs_of
 from pege_fx.passes.graph import arguments, function_name, map_nodes, module_of
-from pege_fx.size import graphs_of
 
 Removed: TypeAlias = "str | type[nn.Module] | Callable[[Node], bool] | Iterable[Any]"
 

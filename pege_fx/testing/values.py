@@ -7,8 +7,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pege_fx.policy import QuantPolicy, Rule
-from pege_fx.spec import MAX_BITS, MIN_BITS, QuantSpec
+from pege_fx.numerics.spec import MAX_BITS, MIN_BITS, QuantSpec
+from pege_fx.policy.rules import QuantPolicy, Rule
 
 _FILLINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "zeros": torch.zeros_like,

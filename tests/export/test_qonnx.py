@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 import pege_fx
 from pege_fx import QuantPolicy, QuantSpec, Rule, testing
-from pege_fx.functional import dequantize, quantize
+from pege_fx.numerics.functional import dequantize, quantize
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

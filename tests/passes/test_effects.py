@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 
 import pege_fx
 from pege_fx import fake_quants
-from pege_fx.mode import written
+from pege_fx.modules.mode import written
 
 pytestmark = pytest.mark.filterwarnings("ignore::pege_fx.PegeWarning")
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import pege_fx
 from pege_fx import QuantPolicy, Rule
-from pege_fx.passes.trace import _letters
-from pege_fx.scheduler import plan_of
+from pege_fx.passes.capture.trace import _letters
+from pege_fx.training.scheduler import plan_of
 
 pytest.importorskip("einops")
 import einops

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import pege_fx
 from pege_fx import FoldError, QuantPolicy, Rule
-from pege_fx.batch_norm import FoldedBatchNorm2d
+from pege_fx.modules.batch_norm import FoldedBatchNorm2d
 
 FLOAT = QuantPolicy((Rule(weight=None, input=None),))
 CONVS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}

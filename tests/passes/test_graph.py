@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node, symbolic_trace
 
-from pege_fx.mode import TrainingMode
+from pege_fx.modules.mode import TrainingMode
+from pege_fx.numerics.spec import Channels
 from pege_fx.passes import graph as g
-from pege_fx.passes.trace import PegeTracer
-from pege_fx.spec import Channels
+from pege_fx.passes.capture.trace import PegeTracer
 from pege_fx.testing import Case, networks
 
 

@@ -10,7 +10,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Tracer, symbolic_trace
 
-from pege_fx.mode import TrainingMode
+from pege_fx.modules.mode import TrainingMode
 from pege_fx.passes import inline_modules, run
 
 

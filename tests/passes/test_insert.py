@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 
 import pege_fx
 from pege_fx import Constant, PEGEScheduler, QuantPolicy, QuantSpec, Rule
-from pege_fx.fake_quant import FakeQuant, Site
+from pege_fx.modules.fake_quant import FakeQuant, Site
 from pege_fx.testing import Network, assert_same_function, networks, policies
 
 ZERO = Constant(0.0)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import pege_fx
 from pege_fx import PegeWarning, PolicyError, QuantPolicy, QuantSpec, Rule
 from pege_fx.passes.plan import warn_if_nothing
-from pege_fx.plan import Edge, Operation, Plan
+from pege_fx.policy.plan import Edge, Operation, Plan
 from pege_fx.testing import Case, networks
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))

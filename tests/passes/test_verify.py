@@ -10,9 +10,9 @@ from torch.fx import GraphModule
 
 import pege_fx
 from pege_fx import VerifyError, passes
-from pege_fx.fake_quant import FakeQuant, Site
+from pege_fx.modules.fake_quant import FakeQuant, Site
+from pege_fx.numerics.spec import QuantSpec
 from pege_fx.passes import verify
-from pege_fx.spec import QuantSpec
 
 WHOLE = pege_fx.QuantPolicy((pege_fx.Rule(weight="4", input="4", output="8"),))
 

@@ -10,7 +10,7 @@ from torch.fx import GraphModule, symbolic_trace
 
 import pege_fx
 from pege_fx import FakeQuant, InputError
-from pege_fx.kernels import eager_kernels
+from pege_fx.kernels.inductor import eager_kernels
 from pege_fx.testing import Case, GraphCase, assert_graph, graph_modules, isomorphic_up_to, networks, structure
 from pege_fx.testing.structure import sketch
 

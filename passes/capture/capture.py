@@ -1,0 +1,475 @@
+"""Capture, a ladder: (1) symbolic; (2) specialised on example inputs; (3) what can not be traced stays Python.
+
+Rung 3 leaves the smallest such module as it is and captures its children on their own, so that their convolutions are
+quantized all the same. The result is a GraphModule in every case, and every parameter keeps its name.
+"""
+
+import contextlib
+import copy
+import inspect
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves, tree_map
+
+from pege_fx.decompositions.explicit import make_explicit
+from pege_fx.decompositions.recurrent import CELLS, LAYERS
+from pege_fx.errors import InputError, ModelError, PegeWarning, PolicyError, closest
+from pege_fx.modules.batch_norm import only_normalizes
+from pege_fx.modules.fake_quant import FakeQuant
+from pege_fx.modules.mode import PYTHON_FORWARD, TRAINING_MODE, PythonForward, TrainingMode, evaluating, trial
+from pege_fx.passes.capture.branches import MergeError, merge_branches
+from pege_fx.passes.capture.copies import copied
+from pege_fx.passes.capture.places import place_of
+from pege_fx.passes.capture.threads import uncompiled
+from pege_fx.passes.capture.trace import Known, NotTraceableError, PegeTracer, is_steady
+from pege_fx.passes.graph import (
+    attribute_of,
+    has_parameters,
+    hides_weights,
+    join,
+    parent_and_name,
+    remove_dead_nodes,
+    source_of,
+)
+from pege_fx.policy.plan import Capture
+from pege_fx.policy.rules import path_pattern
+
+
+@dataclass
+class Captured:
+    """A model as GraphModules: the root, those grafted into modules that stay Python, and how each was made."""
+
+    root: GraphModule
+    graphs: list[GraphModule] = field(default_factory=list)
+    notes: list[Capture] = field(default_factory=list)
+
+
+def check_model(model: Any) -> None:
+    """Refuse what can not be prepared: no module, prepared before, wrapped for training, not made yet, not finite."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{type(model).__name__} is not an nn.Module: give the model itself.")
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise ModelError(f"the model is wrapped in {type(model).__name__}: prepare model.module first, and wrap the result.")
+    for name, module in model.named_modules():
+        if isinstance(module, FakeQuant):
+            raise ModelError(f"the model is prepared already ({name} is a fake-quant): prepare the float model.")
+    parameters = [*model.named_parameters()]
+    for name, tensor in [*parameters, *model.named_buffers()]:
+        if is_lazy(tensor):
+            raise ModelError(f"{name} has no shape yet (a lazy module): run the model once on example inputs, then prepare.")
+    for name, parameter in parameters:
+        if parameter.is_meta or not parameter.is_floating_point() or math.isfinite(parameter.detach().sum()):
+            continue  # a finite sum has finite terms, and is one pass without a copy
+        if count := int((~torch.isfinite(parameter)).sum()):
+            raise ModelError(
+                f"{name} has {count} of {parameter.numel()} values that are not finite.\n"
+                "  load a good checkpoint, or set them before prepare."
+            )
+
+
+def bind(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Known:
+    """Return ``forward``'s arguments by name; raise ``InputError`` if the example inputs do not fit its signature."""
+    try:
+        return Known.of_call(model.forward, args, kwargs)
+    except TypeError as error:
+        raise InputError(
+            f"the example inputs do not fit {type(model).__name__}.forward{inspect.signature(model.forward)}: {error}.\n"
+            f"  given: {len(args)} positional, keywords {sorted(kwargs) or 'none'}; "
+            "example_inputs is a tuple of positional arguments, example_kwargs a dict."
+        ) from error
+
+
+Call: TypeAlias = tuple[tuple[Any, ...], Mapping[str, Any]]
+
+
+def capture(
+    model: nn.Module,
+    example: Call | None = None,
+    blocks: Iterable[str] = (),
+    refused: Iterable[str] = (),
+    share_parameters: bool = False,
+) -> Captured:
+    """Capture a copy of the model.
+
+    Args:
+        model: left alone.
+        example: positional and keyword arguments of a call.
+        blocks: patterns of module paths; the outermost modules that they name become GraphModules of their own.
+        refused: paths of modules that stay Python, because they are called in more ways than one graph holds.
+        share_parameters: the copy's parameters and buffers are the model's own.
+
+    Raises:
+        ModelError, InputError: if the model can not be copied, or the example does not fit.
+        PolicyError: if a pattern names no module.
+    """
+    if example is not None:
+        bind(model, *example)
+    chosen: set[str] = set()
+    for block in [blocks] if isinstance(blocks, str) else blocks:
+        names = [name for name, _ in model.named_modules() if name]
+        found = {name for name in names if path_pattern(block).fullmatch(name)}
+        if not found:
+            raise PolicyError(f"blocks={block!r} names no module.\n  closest paths: {closest(block, names)}")
+        chosen |= found
+    outermost = {name for name in chosen if not any(name.startswith(f"{other}.") for other in chosen)}
+    root = copied(model, share_parameters)
+    make_explicit(root)
+    return _Ladder(root, example, outermost, set(refused)).climb(root, "")
+
+
+def warn_of(notes: list[Capture], has_examples: bool) -> None:
+    """Warn of everything that was fixed, by module, and of what stays Python."""
+    fixed: dict[str, list[str]] = {}
+    for note in notes:
+        if note.rung == "specialised":
+            fixed.setdefault(note.path, []).append(f"{note.reason} ({note.place})")
+        elif note.rung == "python":
+            hint = "" if has_examples else "\n  example_inputs may allow to trace it."
+            warnings.warn(
+                f"{note.path or 'the model'} stays Python: {note.reason} ({note.place}){hint}", PegeWarning, stacklevel=4
+            )
+    for path, places in fixed.items():
+        given = "example inputs" if has_examples else "defaults of forward"
+        lines = "".join(f"\n  {place}" for place in places)
+        warnings.warn(f"{path or 'the model'}: fixed as in the {given}:{lines}", PegeWarning, stacklevel=4)
+
+
+class _Ladder:
+    def __init__(self, root: nn.Module, example: Call | None, blocks: set[str], refused: set[str]) -> None:
+        self.root, self.example, self.blocks, self.refused = root, example, blocks, refused
+        self._calls: dict[nn.Module, list[Known]] | None = None
+
+    def _known(self, module: nn.Module, prefix: str) -> Known:
+        """What is known of a module's arguments: those of its call in the example, or its defaults."""
+        if self.example is None:
+            return Known.defaults(module.forward)
+        if not prefix:
+            return bind(module, *self.example)
+        if prefix in self.refused:
+            raise NotTraceableError("", place_of(module), "it is called in more ways than one graph holds")
+        if self._calls is None:
+            self._calls = _record_calls(self.root, self.example)
+        calls = self._calls.get(module)
+        if not calls:
+            return Known.defaults(module.forward)
+        for name in () if isinstance(module, (*LAYERS, *CELLS)) else calls[0].values:
+            if len({call.values[name] is None for call in calls}) > 1:
+                raise NotTraceableError("", place_of(module), f"it is called with {name} and without")
+        return calls[0]
+
+    def climb(self, root: nn.Module, prefix: str) -> Captured:
+        opaque = self._blocks_in(root, prefix)
+        try:
+            tracer, graph, branches = self._trace_around(root, prefix, opaque)
+        except NotTraceableError as error:
+            return self._keep_root(root, prefix, error)
+        captured = Captured(_graph_module(root, graph, tracer, prefix))
+        captured.graphs.append(captured.root)
+        for place, what in tracer.specialised.items():
+            captured.notes.append(Capture(prefix, "specialised", place, what))
+        if not tracer.specialised:
+            both = ("", "") if branches is None else (branches.place, "both branches, one for training, one for evaluation")
+            captured.notes.append(Capture(prefix, "symbolic", *both))
+        for path, failure in opaque.items():
+            if failure.is_block:
+                inner = self.climb(captured.root.get_submodule(path), join(prefix, path))
+                captured.root.set_submodule(path, inner.root)
+                captured.graphs += inner.graphs
+                captured.notes += [Capture(join(prefix, path), "block"), *inner.notes]
+                continue
+            rung = "leaf" if failure.keeps_meaning and not has_parameters(root.get_submodule(path)) else "python"
+            captured.notes.append(Capture(join(prefix, path), rung, failure.place, failure.reason))
+            for node in captured.root.graph.find_nodes(op="call_module", target=path):
+                node.meta["stays_python"] = f"stays Python: {failure.reason} ({failure.place})"
+            self._capture_children(captured, captured.root.get_submodule(path), join(prefix, path))
+        return captured
+
+    def _trace_around(
+        self, root: nn.Module, prefix: str, opaque: dict[str, NotTraceableError]
+    ) -> tuple[PegeTracer, Graph, NotTraceableError | None]:
+        """Trace around what can not be traced, which is put into ``opaque``; raise if that is the root itself.
+
+        The last of the results is there if the graph has both branches on the mode: who asked for it.
+        """
+        branches: NotTraceableError | None = None
+        while True:
+            try:
+                return *self._trace(root, opaque, self._known(root, prefix), branches), branches
+            except NotTraceableError as error:
+                if error.keeps_meaning and error.path and not has_parameters(root.get_submodule(error.path)):
+                    opaque[error.path] = error
+                    continue
+                if error.asks_mode:
+                    branches = error
+                    continue
+                while error.path in opaque:  # it is not looked into any more: whoever calls it is to blame
+                    error.path = error.path.rpartition(".")[0]
+                if error.path == "":
+                    raise
+                for path in [path for path in opaque if path.startswith(f"{error.path}.")]:
+                    del opaque[path]
+                opaque[error.path] = error
+                branches = None
+
+    def _blocks_in(self, root: nn.Module, prefix: str) -> dict[str, NotTraceableError]:
+        """The blocks below a module, by path."""
+        found: dict[str, NotTraceableError] = {}
+        for path, _ in root.named_modules() if self.blocks else ():
+            if path and join(prefix, path) in self.blocks:
+                found[path] = NotTraceableError(path, "", "a graph of its own, as asked for", is_block=True)
+        return found
+
+    def _trace(
+        self,
+        root: nn.Module,
+        opaque: Mapping[str, NotTraceableError],
+        known: Known,
+        branches: NotTraceableError | None,
+    ) -> tuple[PegeTracer, Graph]:
+        """Rung 1, then rung 2 if any argument is known; with ``branches`` in both modes, as one graph."""
+
+        def trace(evaluate: bool) -> tuple[PegeTracer, Graph]:
+            def new(mode: bool | None = None) -> PegeTracer:
+                return PegeTracer(live_training=True, opaque=opaque, known=known, evaluate=evaluate, mode=mode)
+
+            if branches is None:
+                return _follow(new, root, known)
+            (tracer, training), (other, evaluation) = (_follow(new, root, known, mode) for mode in (True, False))
+            tracer.specialised |= other.specialised
+            try:
+                return tracer, merge_branches(training, evaluation, root)
+            except MergeError as error:
+                raise NotTraceableError(branches.path, branches.place, f"{branches.reason}: {error}") from error
+
+        try:
+            symbolic = trace(evaluate=False)
+        except NotTraceableError as error:
+            if error.asks_mode:
+                raise
+            return trace(evaluate=True)
+        if known.is_call and any(hides_weights(root, node) for node in symbolic[1].nodes):
+            with contextlib.suppress(NotTraceableError):  # or else it stays one node, and the plan says so
+                return trace(evaluate=True)
+        return symbolic
+
+    def _keep_root(self, root: nn.Module, prefix: str, failure: NotTraceableError) -> Captured:
+        captured = Captured(GraphModule(nn.Module(), Graph()))
+        captured.notes.append(Capture(prefix, "python", failure.place, failure.reason))
+        self._capture_children(captured, root, prefix)
+        captured.root = _python_root(root, prefix)
+        return captured
+
+    def _capture_children(self, captured: Captured, module: nn.Module, prefix: str) -> None:
+        """Replace every child that has something to quantize by a GraphModule of its own."""
+        for name, child in list(module.named_children()):
+            path = join(prefix, name)
+            if isinstance(child, GraphModule) or not any(p.ndim > 1 for p in child.parameters()):
+                continue
+            is_container = type(child).forward is nn.Module.forward or _is_iterated(module, name, child)
+            if is_container or _is_asked_for_more(module, name, child):
+                self._capture_children(captured, child, path)
+                continue
+            if PegeTracer().is_leaf_module(child, path) and any(True for _ in child.children()):
+                continue  # torch's own composite module (attention, a transformer layer): its parts are not called
+            inner = self.climb(child, path)
+            _keep_attributes(child, inner.root)
+            for alias in [alias for alias, part in module._modules.items() if part is child]:
+                setattr(module, alias, inner.root)
+            captured.graphs += inner.graphs
+            captured.notes += inner.notes
+
+
+def _follow(
+    new: Callable[[bool | None], PegeTracer], root: nn.Module, known: Known, mode: bool | None = None
+) -> tuple[PegeTracer, Graph]:
+    """Trace, in one mode if asked; say in which it can not be."""
+    tracer = new(mode)
+    try:
+        graph = tracer.follow(root)
+        if tracer.state.changed and not is_steady(tracer, graph, new(mode)):
+            path, name = tracer.state.changed[0]
+            raise _stateful(root, path, f"each call changes self.{name}")
+        if tracer.state.kept and known.is_call and not _repeats(root, known):
+            path, name = tracer.state.kept[0]
+            raise _stateful(root, path, f"a call reads what the last one left in self.{name}")
+        return tracer, graph
+    except NotTraceableError as error:
+        if mode is not None and not error.asks_mode:
+            error.reason = f"traced for {'training' if mode else 'evaluation'}: {error.reason}"
+        raise
+
+
+def _stateful(root: nn.Module, path: str, what: str) -> NotTraceableError:
+    return NotTraceableError(path, place_of(root.get_submodule(path)), f"{what}, which a graph does not hold")
+
+
+def _repeats(root: nn.Module, known: Known) -> bool:
+    """Tell whether a second call on the example gives what the first does: a cache changes nothing, a state does."""
+    results = []
+    with trial(root.modules()), evaluating(root), torch.random.fork_rng(devices=()):
+        for _ in range(2):
+            args, kwargs = copy.deepcopy(known.call(root.forward))
+            torch.manual_seed(0)
+            try:
+                results.append([leaf for leaf in tree_leaves(root(*args, **kwargs)) if isinstance(leaf, Tensor)])
+            except Exception:
+                return True  # the shapes are recorded later, and that says where and why it fails
+    return all(torch.equal(first.nan_to_num(), second.nan_to_num()) for first, second in zip(*results, strict=True))
+
+
+def _is_asked_for_more(parent: nn.Module, name: str, child: nn.Module) -> bool:
+    """Tell whether a parent's code calls another method of a child than its forward: a graph has none."""
+    methods = re.findall(rf"self\.{name}\.(\w+)\(", source_of(type(parent)))
+    own = set(dir(type(child))) - set(dir(nn.Module))
+    return any(method in own and method not in dict(child.named_children()) for method in methods)
+
+
+def _record_calls(root: nn.Module, example: Call) -> dict[nn.Module, list[Known]]:
+    """Run the model once, and return with what every module below it was called."""
+    calls: dict[nn.Module, list[Known]] = {}
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        with contextlib.suppress(InputError):  # its forward will say so
+            calls.setdefault(module, []).append(bind(module, *map(_as_it_is, (args, kwargs))))
+
+    args, kwargs = example
+    with trial(root.modules()), evaluating(root), contextlib.ExitStack() as hooks:
+        for module in root.modules():
+            hooks.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
+        with contextlib.suppress(Exception):  # the shapes are recorded later, and that says where and why it fails
+            root(*args, **kwargs)
+    return calls
+
+
+def _as_it_is(value: Any) -> Any:
+    """Tensors themselves; a copy of other objects, which later calls may change."""
+
+    def keep(leaf: Any) -> Any:
+        with contextlib.suppress(Exception):
+            return leaf if isinstance(leaf, Tensor) else copy.deepcopy(leaf)
+        return leaf
+
+    return tree_map(keep, value)
+
+
+def _is_iterated(parent: nn.Module, name: str, child: nn.Module) -> bool:
+    """Tell whether a parent's code walks through a Sequential instead of calling it."""
+    if not isinstance(child, nn.Sequential):
+        return False
+    try:
+        source = inspect.getsource(type(parent))
+    except (OSError, TypeError):
+        return True
+    return (
+        re.search(rf"\bin\s+(\w+\()*\s*self\.{name}\b(?!\()|self\.{name}\[|self\.{name}\.(items|values|children)", source)
+        is not None
+    )
+
+
+class Grafted(GraphModule):
+    """A graph inside a module that stays Python, with the plain attributes that its parent's code may read."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GraphModule:
+        copied = super().__deepcopy__(memo)
+        _keep_attributes(self, copied)
+        return copied
+
+
+def _keep_attributes(source: nn.Module, target: GraphModule) -> None:
+    for name in [name for name, value in [*source._parameters.items(), *source._buffers.items()] if value is None]:
+        setattr(target, name, None)  # a layer without a bias
+    for name, value in vars(source).items():
+        if not name.startswith("_") and not hasattr(target, name) and not isinstance(value, (Tensor, nn.Module)):
+            setattr(target, name, value)
+
+
+def _graph_module(root: nn.Module, graph: Graph, tracer: PegeTracer, prefix: str) -> GraphModule:
+    if tracer.mode_is_read():
+        mode = TrainingMode().train(root.training)
+        root.add_module(TRAINING_MODE, mode)  # not before: a Sequential would call it
+    if prefix:
+        gm: GraphModule = Grafted(root, graph, class_name=type(root).__name__)
+    else:  # the passes do not run it, and the runner compiles what they made of it
+        with uncompiled():
+            gm = GraphModule(root, graph, class_name=type(root).__name__)
+    gm.meta["prefix"] = prefix
+    for node in gm.graph.find_nodes(op="call_module"):
+        only_normalizes(attribute_of(gm, node))
+    gm.meta["is_operation"] = PegeTracer().is_leaf_module(root, prefix)
+    remove_dead_nodes(gm)
+    _keep_everything(root, gm)
+    return gm
+
+
+def _keep_everything(root: nn.Module, gm: GraphModule) -> None:
+    """Give the GraphModule what the graph does not use too, so that float checkpoints load key by key."""
+    present = dict(gm.named_modules(remove_duplicate=False))
+    for path, module in root.named_modules(remove_duplicate=False):
+        if path not in present:
+            parent, name = parent_and_name(path)
+            present[parent].add_module(name, module)
+            present |= {join(path, inner): child for inner, child in module.named_modules(remove_duplicate=False)}
+        kept = present[path]
+        if kept is module:
+            continue
+        kept.training = module.training
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if not hasattr(kept, name):
+                kept.register_parameter(name, parameter)
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+            if not hasattr(kept, name):
+                kept.register_buffer(name, buffer, persistent=name in module.state_dict())
+
+
+# --- a root that stays Python --------------------------------------------------------------------------------
+
+
+def stays_python(gm: GraphModule) -> bool:
+    """Tell whether a graph only calls its root's own code."""
+    return bool(gm.graph.find_nodes(op="call_module", target=PYTHON_FORWARD))
+
+
+def _python_root(root: nn.Module, prefix: str) -> GraphModule:
+    """A graph that calls the root's own code: its parameters and children are the graph's, under their own names."""
+    graph = Graph()
+    arguments: dict[str, Node] = {}
+    extra: Any = ()
+    more: Any = {}
+    for name, parameter in inspect.signature(root.forward).parameters.items():
+        default = parameter.default
+        stars = "*" if parameter.kind is parameter.VAR_POSITIONAL else "**" if parameter.kind is parameter.VAR_KEYWORD else ""
+        node = graph.create_node("placeholder", f"{stars}{name}", () if default is parameter.empty else (default,), name=name)
+        if stars == "*":
+            extra = node
+        elif stars == "**":
+            more = node
+        else:
+            arguments[name] = node
+    kinds = (root._modules, root._parameters, root._buffers)
+    parts = {name: part for kind in kinds for name, part in kind.items() if part is not None}  # one may have two names
+    owned = {name: graph.create_node("get_attr", name) for name in parts}
+    result = graph.create_node("call_module", PYTHON_FORWARD, (owned, arguments, extra, more))
+    graph.output(result)
+    holder = nn.Module()
+    holder.training = root.training
+    persistent = set(root.state_dict())
+    for name, part in parts.items():
+        if isinstance(part, nn.Module) or name not in root._buffers:
+            setattr(holder, name, part)
+        else:
+            holder.register_buffer(name, part, persistent=name in persistent)
+    source = "".join(map(source_of, type(root).__mro__))
+    assigned = [name for name in root._buffers if name in parts and re.search(rf"self\.{name}\b[^\n=]*=[^=]", source)]
+    holder.add_module(PYTHON_FORWARD, PythonForward(root, assigned).train(root.training))
+    gm = (Grafted if prefix else GraphModule)(holder, graph, class_name=type(root).__name__)
+    gm.meta["prefix"] = prefix
+    return gm

@@ -1,0 +1,611 @@
+"""Tracing one module: fx's tracer with ``.training`` live, and on request with example values beside the graph."""
+
+import functools
+import inspect
+import math
+import operator
+import re
+import string
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import Graph, Node, Proxy
+from torch.fx.node import map_arg
+from torch.nn.utils.parametrize import is_parametrized
+from torch.utils._pytree import tree_leaves
+
+from pege_fx.decompositions.attention import multi_head_attention_forward
+from pege_fx.decompositions.recurrent import CELLS, LAYERS, given_or_zeros
+from pege_fx.kernels.inductor import TRACING
+from pege_fx.modules.batch_norm import NORM_THEN, BatchNorm
+from pege_fx.modules.mode import TRAINING_MODE, check_argument, check_class, check_keys
+from pege_fx.passes.capture.draws import DRAWING, GENERATORS, DrawsOfConstants, guards
+from pege_fx.passes.capture.places import called_by_checkpoint, described, here, line, where_raised
+from pege_fx.passes.capture.proxies import ContextError, DataDependenceError, ExampleProxy, InPlaceProxy, ProxyTracer
+from pege_fx.passes.capture.state import ModuleState, write_buffer
+from pege_fx.passes.capture.threads import replaced
+from pege_fx.passes.graph import arguments, has_parameters, is_leaf_function, is_matrix, join, plain, reads_size
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of a forward's arguments.
+
+    Attributes:
+        values: by parameter name: the defaults, and those of an example call if there is one.
+        given: names of the parameters that the call gives; without a call those without a default.
+        positional: how many of them by position.
+        is_call: there is a call: ``*args`` and ``**kwargs`` hold what they say and nothing else.
+    """
+
+    values: Mapping[str, Any]
+    given: frozenset[str]
+    positional: int
+    is_call: bool
+
+    @classmethod
+    def of_call(cls, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> "Known":
+        """Of an example call; raises ``TypeError`` if it does not fit."""
+        bound = inspect.signature(forward).bind(*args, **kwargs)
+        given = frozenset(bound.arguments)
+        bound.apply_defaults()
+        return cls(dict(bound.arguments), given, len(args), is_call=True)
+
+    @classmethod
+    def defaults(cls, forward: Callable[..., Any]) -> "Known":
+        """Of a call without its optional arguments."""
+        parameters = inspect.signature(forward).parameters.values()
+        required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        positional = sum(p.kind is not p.KEYWORD_ONLY for p in required)
+        values = {p.name: p.default for p in parameters if p.default is not p.empty}
+        return cls(values, frozenset(p.name for p in required), positional, is_call=False)
+
+    def call(self, forward: Callable[..., Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The positional and keyword arguments of the call."""
+        bound = inspect.BoundArguments(inspect.signature(forward), OrderedDict(self.values))
+        return bound.args, bound.kwargs
+
+
+class ModeError(Exception):
+    """Python asked whether the model trains, to do one thing or another."""
+
+
+class NotTraceableError(Exception):
+    """A module whose ``forward`` can not be followed: which, where, and why."""
+
+    def __init__(self, path: str, place: str, reason: str, cause: Exception | None = None, *, is_block: bool = False) -> None:
+        super().__init__(f"{path}: {reason} ({place})")
+        self.path, self.place, self.reason = path, place, reason
+        self.is_block = is_block
+        self.asks_mode = isinstance(cause, ModeError)
+        self.keeps_meaning = isinstance(cause, (ModeError, ContextError))  # by staying Python, and nothing could be decided
+
+
+def _context() -> tuple[bool, bool, bool]:
+    return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+
+
+class PegeTracer(ProxyTracer):
+    """fx's tracer; with ``live_training``, ``self.training`` is a value of the graph.
+
+    Unpickling a GraphModule makes one without: it traces the generated code, where that value is a module's call.
+
+    Args:
+        live_training: see above.
+        opaque: paths of modules that are not looked into.
+        known: of the arguments of ``forward``. What is None stays None: ``is None`` is no question to a graph.
+        evaluate: compute values beside the graph; then sizes may steer Python, and ``specialised`` says where.
+        mode: what ``if self.training`` takes; None: to ask is an error.
+
+    ``state`` says what ``forward`` left in the modules, once it was followed.
+    """
+
+    def __init__(
+        self,
+        live_training: bool = False,
+        opaque: Mapping[str, Any] | None = None,
+        known: Known | None = None,
+        evaluate: bool = False,
+        mode: bool | None = None,
+    ) -> None:
+        super().__init__(autowrap_modules=(math, *_einops()))
+        self.proxy_buffer_attributes = True  # what is done to a buffer is done by the graph, not while tracing
+        self.live_training = live_training
+        self.mode = mode
+        self._context = _context()
+        self.opaque = opaque or {}
+        self.known = known
+        self.evaluate = evaluate
+        self.specialised: dict[str, str] = {}
+        self.state: ModuleState
+        self.failed: str | None = None
+        self._values: dict[Node, Any] = {}
+        self._unsized: set[Node] = set()  # tensors whose sizes depend on what tensors hold
+        self._static: set[Node] = set()  # made of parameters and buffers alone
+        self._learned: set[Node] = set()  # of parameters
+        self._evaluating = False
+        self._installed: set[nn.Module] = set()
+        self._mode_node: Node | None = None
+
+    def follow(self, root: nn.Module) -> Graph:
+        """Trace, or raise ``NotTraceableError`` with the innermost module that can not be traced.
+
+        What ``forward`` keeps on a module (a cached grid) is not kept: while tracing it is no tensor. A buffer is.
+        """
+        self.state = ModuleState(root, self.opaque)
+        try:
+            graph = self.trace(root)
+            self._keep_buffers(graph)
+            self.state.note()
+            return graph
+        except Exception as error:
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+            raise NotTraceableError(self.failed or "", where_raised(error), reason, error) from error
+        finally:
+            self.state.put_back()
+
+    def _keep_buffers(self, graph: Graph) -> None:
+        """Write what ``forward`` assigned to buffers into them; what is a cache, the graph makes anew in each call."""
+        for path, name, old, new in self.state.assigned_buffers():
+            target = join(path, name)
+            if self.known is not None and self.known.is_call and not self.evaluate:
+                raise DataDependenceError(f"what size {target} is given, the example says")
+            given = self._values.get(new)
+            is_read = self.evaluate or graph.find_nodes(op="get_attr", target=target)
+            if is_read and not (isinstance(given, Tensor) and given.shape != old.shape):
+                write_buffer(graph, target, new)
+            else:
+                self.state.kept.append((path, name))
+
+    def mode_is_read(self) -> bool:
+        """Whether the graph needs the mode; if not, its node goes."""
+        assert self._mode_node is not None
+        if self._mode_node.users:
+            return True
+        self._mode_node.graph.erase_node(self._mode_node)
+        return False
+
+    def trace(self, root: Any, concrete_args: Any = None) -> Graph:
+        """Trace, with the functions that make tensors of a size taking sizes of the graph."""
+        with TRACING, ExitStack() as stack:
+            for namespace, names in self._stand_ins(root):
+                stack.enter_context(replaced(namespace, names))
+            stack.enter_context(DrawsOfConstants(self.refuse_to_draw))
+            graph = super().trace(root, concrete_args)
+        for node in graph.nodes:
+            if (getattr(node.target, "__module__", None) or "torch").partition(".")[0] in ("torch", "_operator"):
+                node.meta.pop("is_wrapped", None)  # fx says so of the last node of a wrapped function that was followed
+        return graph
+
+    def _stand_ins(self, root: Any) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+        """What stands in for functions while tracing: (namespace, by name)."""
+        yield vars(torch), {name: self._factory(getattr(torch, name)) for name in _FACTORIES}
+        yield vars(F), {"grouped_mm": self._factory(F.grouped_mm)}
+        others = guards(self.refuse_to_draw) | {check: _assume(check) for check in _checks()}
+        own = {"isinstance": self._isinstance}
+        kinds = set(map(type, others))
+        for namespace, more in (*((names, {}) for names in GENERATORS), *((names, own) for names in _globals_of(root))):
+            yield namespace, {n: others[v] for n, v in namespace.items() if type(v) in kinds and v in others} | more
+
+    @property
+    def is_following(self) -> bool:
+        """Whether what runs is the code of the model: not another thread's, and no example value beside the graph."""
+        return self.is_called and not self._evaluating
+
+    def refuse_to_draw(self) -> None:
+        if self.live_training and self.is_following:
+            raise ContextError("it draws random numbers, which a graph would hold as constants")
+
+    def _isinstance(self, value: Any, cls: Any) -> bool:
+        """``isinstance`` for the code of the model: a proxy is what it stands for, a tensor where that is not known."""
+        if not isinstance(value, Proxy) or isinstance(value, cls):
+            return isinstance(value, cls)
+        known = self._values.get(value.node, _UNKNOWN)
+        if known is _UNKNOWN and value.node.op == "placeholder" and self.known is not None:
+            known = self.known.values.get(str(value.node.target), _UNKNOWN)
+        if known is _UNKNOWN:
+            return value.node.target is not getattr and isinstance(_SOME_TENSOR, cls)
+        return isinstance(known, cls)
+
+    def _factory(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original, updated=())
+        def make(*args: Any, **kwargs: Any) -> Any:
+            draws = original in DRAWING and self.live_training and self.is_following
+            symbolic = draws or any(isinstance(leaf, Proxy) for leaf in tree_leaves((args, kwargs)))
+            return self.create_proxy("call_function", original, args, kwargs) if symbolic else original(*args, **kwargs)
+
+        return make
+
+    @functools.cached_property
+    def _names(self) -> dict[Tensor, str]:
+        """The paths of parameters and buffers."""
+        return {value: name for name, value in (*self.root.named_parameters(), *self.root.named_buffers())}
+
+    # --- fx's hooks ------------------------------------------------------------------------------------------
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if module_qualified_name in self.opaque:
+            return True
+        if type(m).__module__.startswith("einops.layers.") and not has_parameters(m):
+            return True
+        if isinstance(m, BatchNorm):  # a subclass too, unless it computes something else: torch's forward branches on the mode
+            return type(m).forward is BatchNorm.forward or super().is_leaf_module(m, module_qualified_name)
+        if is_parametrized(m) and not self._evaluating:
+            return False  # its weight is computed, by operations of the graph
+        return super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.is_following:
+            return forward(*args, **kwargs)
+        if not self.live_training:
+            return super().call_module(m, forward, args, kwargs)
+        if isinstance(m, nn.Identity) and args and not isinstance(args[0], Proxy):
+            return args[0]  # None stays None
+        if called_by_checkpoint():
+            raise ContextError("it checkpoints inside forward, which a graph does not hold")
+        self._check_context()  # here, so that the module with the block is to blame and not the one it calls
+        if m not in self._installed and not has_parameters(m):  # made on the way, as ``nn.ReLU()(x)``
+            return forward(*args, **kwargs)  # what it does, not what it is, is in the graph
+        try:
+            if isinstance(m, NORM_THEN_TYPES):
+                y = self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
+                for child in m.children():
+                    y = child(y)
+                return y
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            if self.failed is None:
+                self.failed = self.path_of_module(m)
+            raise
+
+    def _check_context(self) -> None:
+        if self.live_training and _context() != self._context:
+            raise ContextError("it changes the gradient or autocast mode inside forward, which a graph does not hold")
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if not self.is_following:
+            return attr_val
+        if not (self.live_training and isinstance(attr_val, Tensor) and attr_val in self._names):
+            return super().getattr(attr, attr_val, parameter_proxy_cache)
+        name = self._names[attr_val]  # fx looks through all of them
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
+        signature = inspect.signature(root_fn)
+        variadic = {p.name for p in signature.parameters.values() if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+        wrapped = inspect.unwrap(root_fn) is not root_fn  # fx patches the code of the wrapper, which has other parameters
+        if self.known is None or (variadic and not (self.known.is_call or wrapped)):
+            function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+            _keywords_behind_star(self.graph, root_fn)
+            args = [arg if not isinstance(arg, Proxy) or str(arg.node.target)[0] == "*" else self._fix(arg) for arg in args]
+        else:
+            function, args = self._call_of(root_fn, list(signature.parameters.values())[1:], self.known)
+        if not self.live_training:
+            return function, args
+        self._installed = set(self.root.modules())
+        mode = self.create_proxy("call_module", TRAINING_MODE, (), {})
+        self._mode_node = mode.node
+        self._values[mode.node] = bool(self.mode)
+        for module in self._installed:
+            module.__dict__["training"] = mode
+        return function, args
+
+    def _call_of(
+        self, forward: Callable[..., Any], parameters: list[inspect.Parameter], known: Known
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """Make the placeholders, and call ``forward`` the way the example does: what it leaves out is left out."""
+        positional: list[Any] = []
+        keywords: dict[str, Any] = {}
+        proxies = [
+            self.create_proxy("placeholder", _STARS.get(p.kind, "") + p.name, () if p.default is p.empty else (p.default,), {})
+            for p in parameters
+        ]
+        for position, (parameter, proxy) in enumerate(zip(parameters, proxies, strict=True)):
+            name, fixed = parameter.name, self._fix(proxy)
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                positional += fixed
+            elif parameter.kind is parameter.VAR_KEYWORD:
+                keywords |= fixed
+            elif fixed is None and name not in known.given:
+                continue
+            elif parameter.kind is not parameter.KEYWORD_ONLY and position < known.positional:
+                positional.append(fixed)
+            else:
+                keywords[name] = fixed
+        return lambda root: forward(root, *positional, **keywords), [self.root]
+
+    def _fix(self, argument: Proxy) -> Any:
+        """Return what ``forward`` gets for a parameter: mostly a proxy.
+
+        None, a truth value, a whole number or a text is fixed to what it is known to be, because Python may ask for it in ways
+        that no proxy hears of (``is None``, ``isinstance``); a collection of extras becomes one of proxies.
+        """
+        target = str(argument.node.target)
+        name = target.lstrip("*")
+        if self.known is None:
+            return argument
+        if name == "hx" and isinstance(self.root, CELLS):
+            source = self.proxy(next(iter(self.graph.nodes)))
+            given = (argument, source, self.root.hidden_size, isinstance(self.root, nn.LSTMCell))
+            proxy = self.create_proxy("call_function", given_or_zeros, given, {})
+            proxy.node.meta["is_wrapped"] = True  # one node for a tracer of the generated code as well
+            return proxy
+        if name == "hx" and isinstance(self.root, LAYERS):
+            return argument
+        nothing: Any = {} if target.startswith("**") else () if target.startswith("*") else argument
+        value = self.known.values.get(name, nothing)
+        if target == name:
+            return self._fix_value(argument, name, value)
+        keys = tuple(value) if isinstance(value, dict) else tuple(range(len(value)))
+        self._check(check_keys, argument, name, keys)
+        parts = {key: self.create_proxy("call_function", operator.getitem, (argument, key), {}) for key in keys}
+        fixed = {key: self._fix_value(part, f"{name}[{key!r}]", value[key]) for key, part in parts.items()}
+        return fixed if isinstance(value, dict) else tuple(fixed.values())
+
+    def _fix_value(self, argument: Proxy, name: str, value: Any) -> Any:
+        if value is None or isinstance(value, (bool, int, str)):
+            self._check(check_argument, argument, name, value)
+            return value
+        if not isinstance(value, (Proxy, Tensor, float, tuple, list, dict, set)):
+            self._check(check_class, argument, name, type(value).__qualname__)
+        return argument
+
+    def _check(self, function: Callable[..., None], argument: Proxy, name: str, traced: Any) -> None:
+        node = self.create_node("call_function", function, (argument.node, name, traced, described(self.root)), {})
+        node.meta["is_wrapped"] = True  # one node for a tracer of the generated code as well
+
+    def is_size(self, node: Node) -> bool:
+        """Whether a node is a shape, or a number: as the example says, or made of shapes alone."""
+        if self.evaluate:
+            return isinstance(self._values.get(node), (int, float, tuple))
+        if reads_size(node):
+            return True
+        return node.op == "call_function" and all(map(self.is_size, node.all_input_nodes)) and bool(node.all_input_nodes)
+
+    def proxy(self, node: Node) -> Proxy:
+        return ExampleProxy(node, self) if self.evaluate else InPlaceProxy(node, self)
+
+    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Node:
+        self._check_context()
+        node = super().create_node(kind, target, args, kwargs, *rest, **more)
+        if self.live_training and (where := line()):
+            node.meta["stack_trace"] = where
+        if self.evaluate and kind != "output" and target not in (TRAINING_MODE, check_argument, check_class, check_keys):
+            self._values[node] = self._evaluate(node)
+            self._note_origin(node)
+        return node
+
+    def _note_origin(self, node: Node) -> None:
+        """Where the value comes from: constants of the model may steer Python, sizes too, what tensors hold may not."""
+        sources = node.all_input_nodes
+        if any(s in self._unsized for s in sources) or _depends_on_data(node, [self._values.get(s) for s in sources]):
+            self._unsized.add(node)
+        sized = reads_size(node)
+        if node.op == "get_attr" or (sources and all(source in self._static for source in sources)):
+            self._static.add(node)
+        if isinstance(self._values[node], nn.Parameter) or (not sized and any(s in self._learned for s in sources)):
+            self._learned.add(node)
+        is_constant = node in self._static and node not in self._learned
+        is_number = isinstance(self._values[node], (bool, int, float, complex))
+        of_tensor = any(isinstance(self._values.get(source), Tensor) for source in sources)
+        if is_number and of_tensor and not (sized or is_constant):
+            self._values[node] = _UNKNOWN
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
+        if getattr(target, "__module__", "") == "einops.einops" and target.__name__ == "einsum":
+            return torch.einsum(_letters(args[-1]), *args[:-1])  # a product, with operands to quantize
+        if self.live_training and target is F.multi_head_attention_forward:
+            written_out = multi_head_attention_forward(*args, **kwargs)
+            if written_out is not NotImplemented:
+                return written_out
+        if kind == "call_method" and target in _VIEWS and self.live_training:
+            view = self._view(args[0], target)
+            if view is not NotImplemented:
+                return view
+        proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
+        node = proxy.node
+        if self.evaluate and is_leaf_function(node) and any(is_matrix(self._values.get(n)) for n in node.all_input_nodes):
+            self.graph.erase_node(node)
+            return target(*args, **kwargs)  # with values beside the graph it can be followed
+        return proxy
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, Proxy):  # mostly; fx asks for everything else first
+            return a.node
+        kind: Any = type(a)
+        if kind in _PLAIN:
+            return a
+        if issubclass(kind, dict) and is_dataclass(a):  # a result by name, as transformers' ModelOutput
+            present = {f.name: getattr(a, f.name) for f in fields(a) if getattr(a, f.name) is not None}
+            return self.create_node("call_function", kind, (), {k: self.create_arg(v) for k, v in present.items()})
+        if kind is OrderedDict:
+            return self.create_node("call_function", OrderedDict, (self.create_arg(dict(a)),), {})
+        return super().create_arg(a)
+
+    def to_bool(self, obj: Proxy) -> bool:
+        if obj.node is self._mode_node:
+            if self.mode is None:
+                raise ModeError("it does one thing in training and another in evaluation")
+            return self.mode
+        if self.evaluate:
+            return bool(self.fixed(obj, "if"))
+        return bool(super().to_bool(obj))
+
+    def iter(self, obj: Proxy) -> Iterator[Any]:
+        if isinstance(value := self._values.get(obj.node), dict):
+            self.fixed(obj, "a loop", sized=True)
+            return iter(list(value))
+        try:
+            return super().iter(obj)
+        except Exception:
+            if not self.evaluate:
+                raise
+        return iter(self._items(obj, range(len(self.fixed(obj, "a loop", sized=True)))))
+
+    def _items(self, obj: Proxy, keys: Iterable[Any]) -> list[Any]:
+        return [self.create_proxy("call_function", operator.getitem, (obj, key), {}) for key in keys]
+
+    def _view(self, obj: Proxy, view: str) -> Any:
+        """The keys, values or items of a dictionary, as the example has them."""
+        if not isinstance(value := self._values.get(obj.node), dict):
+            return NotImplemented if self.evaluate else self.fixed(obj, f"{view}()", sized=True)
+        self.fixed(obj, f"{view}()", sized=True)
+        keys = list(value)
+        if view == "keys":
+            return keys
+        items = self._items(obj, keys)
+        return items if view == "values" else list(zip(keys, items, strict=True))
+
+    # --- example values --------------------------------------------------------------------------------------
+
+    def fixed(self, proxy: Proxy, use: str, *, sized: bool = False) -> Any:
+        """Return what Python asks for, and note where: a size, a number made of sizes; never the value of a tensor.
+
+        What is made of buffers alone is a constant of the model, and nothing to note.
+        """
+        value = self._values.get(proxy.node, _UNKNOWN)
+        if proxy.node in self._static and proxy.node not in self._learned:
+            return value
+        if value is _UNKNOWN or proxy.node in self._unsized or (isinstance(value, Tensor) and not sized):
+            raise DataDependenceError(f"{use} asks for the value of {proxy.node}, which depends on data")
+        shown = f"{len(value)} items" if sized else repr(value)
+        self.specialised[here()] = f"{use} of {proxy.node} is {shown}"
+        return value
+
+    def _evaluate(self, node: Node) -> Any:
+        assert self.known is not None
+        if node.op == "placeholder":
+            return self.known.values.get(str(node.target).lstrip("*"), _UNKNOWN)
+        inputs = [self._values.get(source, _UNKNOWN) for source in node.all_input_nodes]
+        if any(value is _UNKNOWN for value in inputs):
+            return _UNKNOWN
+        args, kwargs = (plain(map_arg(part, self._values.__getitem__)) for part in arguments(node))
+        before, self._evaluating = self._evaluating, True
+        try:
+            with torch.no_grad():
+                return _run(self.root, node, args, kwargs)
+        finally:
+            self._evaluating = before
+
+
+def is_steady(tracer: PegeTracer, graph: Graph, again: PegeTracer) -> bool:
+    """Tell whether ``forward``, from the attributes that it left, does and leaves the same: a flag or a counter tells."""
+    with tracer.state.left():
+        try:
+            return str(again.follow(tracer.state.root)) == str(graph) and not again.state.changed
+        except NotTraceableError:
+            return False
+
+
+_UNKNOWN = object()
+_PLAIN = {type(None), bool, int, float, str}
+_VIEWS = ("keys", "values", "items")  # of a dictionary
+_SOME_TENSOR = torch.empty(0)
+NORM_THEN_TYPES = tuple(NORM_THEN.values())
+_STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+_SELECTING: set[Any] = {
+    "nonzero", "masked_select", "unique", "unique_consecutive", "argwhere", "tolist", torch.nonzero, torch.masked_select,
+    torch.unique, torch.unique_consecutive, torch.argwhere, torch.bincount, "bincount", torch.repeat_interleave,
+    "repeat_interleave",
+}  # fmt: skip
+_FACTORIES = (
+    "arange",
+    "zeros",
+    "ones",
+    "full",
+    "empty",
+    "eye",
+    "linspace",
+    "tensor",
+    "finfo",
+    "iinfo",
+    *(f.__name__ for f in DRAWING),
+)
+
+
+def _globals_of(root: Any) -> list[dict[str, Any]]:
+    """The globals of every ``forward`` that may run, but torch's."""
+    if not isinstance(root, nn.Module):
+        return []
+    found: dict[int, dict[str, Any]] = {}
+    for cls in {type(module) for module in root.modules()}:
+        names = getattr(inspect.unwrap(cls.forward), "__globals__", None)
+        if names is not None and not str(names.get("__name__")).startswith(("torch.", "pege_fx.")):
+            found[id(names)] = names
+    return list(found.values())
+
+
+def _depends_on_data(node: Node, sources: list[Any]) -> bool:
+    """Whether the size of a node's result depends on what its inputs hold: a selection."""
+    if node.target in (torch.where, "where"):
+        return len(sources) == 1
+    if node.target is operator.getitem:
+        return any(isinstance(source, Tensor) and source.dtype in (torch.bool, torch.uint8) for source in sources[1:])
+    return node.target in _SELECTING
+
+
+def _einops() -> tuple[Any, ...]:
+    """einops, if the model uses it: its functions take tensors and nothing else, and stay whole in the graph."""
+    return (sys.modules["einops"],) if "einops" in sys.modules else ()
+
+
+def _checks() -> tuple[Any, ...]:
+    """The function with which transformers checks what tensors hold or how large they are, if the model uses it."""
+    module = sys.modules.get("transformers.utils.import_utils")
+    return tuple(filter(None, [getattr(module, "torch_compilable_check", None)]))
+
+
+def _assume(check: Callable[..., Any]) -> Callable[..., Any]:
+    """A check that holds for what a graph computes, as it would be for a compiler."""
+
+    def assume(cond: Any, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(cond, Proxy):
+            check(cond, *args, **kwargs)
+
+    return assume
+
+
+def _letters(pattern: str) -> str:
+    """The pattern of ``einops.einsum`` as torch's: "batch i, i o -> batch o" is "ab,bc->ac"."""
+    names = dict.fromkeys(re.findall(r"[^\W\d]\w*", pattern))
+    letter = dict(zip(names, string.ascii_letters, strict=False))
+    return re.sub(r"[^\W\d]\w*", lambda name: letter[name[0]], pattern).replace(" ", "")
+
+
+def _run(root: nn.Module, node: Node, args: Any, kwargs: Any) -> Any:
+    if node.op == "call_function":
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    value: Any = operator.attrgetter(str(node.target))(root)
+    if node.op == "get_attr":
+        return value.clone() if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) else value  # may be changed
+    modes = [(module, module.training) for module in value.modules()]
+    try:
+        for module, _ in modes:
+            module.__dict__["training"] = False  # example values must not move running statistics
+        call: Any = value.normalize if isinstance(value, NORM_THEN_TYPES) else value
+        return call(*args, **kwargs)
+    finally:
+        for module, training in modes:
+            module.__dict__["training"] = training
+
+
+def _keywords_behind_star(graph: Graph, forward: Any) -> None:
+    """Put keyword-only parameters behind ``*args``, where they belong; fx puts them before it, and takes positions for them."""
+    nodes = {str(node.target): node for node in graph.find_nodes(op="placeholder")}
+    star = next((node for name, node in nodes.items() if name.startswith("*") and not name.startswith("**")), None)
+    if star is None:
+        return
+    parameters = inspect.signature(forward).parameters.values()
+    for parameter in reversed([p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name in nodes]):
+        star.append(nodes[parameter.name])

@@ -1,0 +1,1 @@
+"""Private helpers without a layer of their own: whole files, tables in a terminal, several processes."""

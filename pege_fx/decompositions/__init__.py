@@ -1,0 +1,1 @@
+"""torch's composite layers (attention, transformer layers, recurrent layers) written out in operations that have edges."""

@@ -1,0 +1,1 @@
+"""Places where a converted model runs; the reference engine computes in integers."""

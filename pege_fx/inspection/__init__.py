@@ -1,0 +1,1 @@
+"""What people read: summaries, differences, drawings, reports, sizes, sensitivity."""

@@ -1,0 +1,460 @@
+"""The module behind every fake-quant node: a forward method, an estimator, and the schedule it shares with others."""
+
+import weakref
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils.checkpoint import checkpoint
+
+from pege_fx._utils.processes import is_shared
+from pege_fx.errors import ModelError
+from pege_fx.kernels.inductor import is_traced
+from pege_fx.modules.batch_norm import Fold
+from pege_fx.modules.quantizers import Decoding, ForwardMethod, Statistics
+from pege_fx.numerics import functional
+from pege_fx.numerics.spec import ESTIMATORS, METHODS, Channels, Kind, QuantSpec
+from pege_fx.policy.plan import Plan
+
+
+class ScheduleState(nn.Module):
+    """Where a group of sites stands: 0-d tensors on the model's device, updated in place by the scheduler.
+
+    ``rate`` p; ``weight_lambda`` and ``activation_lambda`` λ (absolute units), float32; ``refresh_key`` (int32, from the
+    refresh count). ``is_complete`` knows p = 1 without asking the device, if ``set_rate`` wrote it last.
+    They start fully quantized with λ = 0 and are not part of a ``state_dict``: the scheduler's is.
+
+    ``loss_scale`` is the factor of a ``GradScaler`` that the scheduler follows, if it follows one (``is_scaled``).
+
+    They are kept as bits, since ``half()`` rounds whatever is floating point, and float16 has no 1e-8.
+    """
+
+    rate_bits: Tensor
+    weight_lambda_bits: Tensor
+    activation_lambda_bits: Tensor
+    loss_scale_bits: Tensor
+    refresh_key: Tensor
+
+    def __init__(self, group: str) -> None:
+        super().__init__()
+        self.group = group
+        self.rank = 0  # which part of a global batch this process sees; no buffer, or DDP would make it the first one's
+        self.is_scaled = False
+        for name, value in (("rate", 1.0), ("weight_lambda", 0.0), ("activation_lambda", 0.0), ("loss_scale", 1.0)):
+            self.register_buffer(f"{name}_bits", torch.tensor(value).view(torch.int32), persistent=False)
+        self._complete_version = _version_of(self.rate_bits)
+        key = torch.tensor(functional.refresh_key(0), dtype=torch.int32)
+        self.register_buffer("refresh_key", key, persistent=False)
+
+    @property
+    def rate(self) -> Tensor:
+        return self.rate_bits.view(torch.float32)
+
+    def set_rate(self, rate: float) -> None:
+        self.rate.fill_(rate)
+        self._complete_version = _version_of(self.rate_bits) if rate == 1 else None
+
+    @property
+    def is_complete(self) -> bool:
+        return self._complete_version is not None and self._complete_version == _version_of(self.rate_bits)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_complete_version": None}  # a copy's tensors count their versions anew
+
+    @property
+    def weight_lambda(self) -> Tensor:
+        return self.weight_lambda_bits.view(torch.float32)
+
+    @property
+    def activation_lambda(self) -> Tensor:
+        return self.activation_lambda_bits.view(torch.float32)
+
+    @property
+    def loss_scale(self) -> Tensor:
+        return self.loss_scale_bits.view(torch.float32)
+
+    def extra_repr(self) -> str:
+        return f"group={self.group!r}"
+
+
+def _version_of(tensor: Tensor) -> int | None:
+    """How often a tensor was written, or None where nobody counts."""
+    return None if tensor.is_inference() else tensor._version
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """Which edge a fake-quant stands on, and which rule put it there.
+
+    ``inputs``: for one scale shared by several inputs of an operation, the nodes that these read.
+    """
+
+    name: str
+    kind: Kind
+    spec: QuantSpec
+    rule: str
+    group: str = "default"
+    inputs: tuple[str, ...] = ()
+
+
+# The autograd nodes of each site's last training forward (one for each of its inputs), for discretization_loss: they hold
+# x_c and y. Weak, so that nothing lives longer than training needs.
+_LAST_FORWARD: "weakref.WeakKeyDictionary[FakeQuant, list[weakref.ref[Any]]]" = weakref.WeakKeyDictionary()
+
+
+class _Deployed(NamedTuple):
+    """What a weight is in evaluation, and what it was made from: aliases, so that no address is used again, with versions."""
+
+    decisions: tuple[Any, ...]
+    sources: list[tuple[Tensor, int]]
+    value: Tensor
+
+    def is_of(self, decisions: tuple[Any, ...], sources: list[tuple[Tensor, int]]) -> bool:
+        return decisions == self.decisions and all(
+            now == before and a.data_ptr() == b.data_ptr() and a.dtype == b.dtype
+            for (a, now), (b, before) in zip(sources, self.sources, strict=True)
+        )
+
+
+_DEPLOYED: "weakref.WeakKeyDictionary[FakeQuant, _Deployed]" = weakref.WeakKeyDictionary()
+
+
+class FakeQuant(nn.Module):
+    """Fake quantization of one edge.
+
+    Args:
+        site: name, kind and resolved spec.
+        schedule: shared by all sites of a schedule group.
+        seed: of the run; with the site's name it keys the masks.
+        weight: the weight it will see (activations: None); gives shape, device and the method's first state.
+        channels: where the weight keeps its output channels.
+        fold: the BatchNorm folded into the weight.
+
+    In training, elements are replaced at the schedule's rate. In evaluation all are (p = 1), and a weight comes out
+    with its BatchNorm folded in: the values that ``convert`` deploys, bit for bit.
+
+    One scale for several inputs of an operation is one fake-quant, called once for each: ``fq(x, 0, y)``, then ``fq(y, 1)``.
+    The first call sees them all, so that the grid is set from all of them together; each input has masks of its own.
+
+    >>> import pege_fx
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    >>> gm = pege_fx.prepare(model, "W4A4", torch.randn(2, 4))
+    >>> pege_fx.fake_quants(gm)["0.weight_fq"].site.kind
+    'weight'
+    """
+
+    site_key: Tensor
+    calibrated: Tensor
+    is_calibrated = False
+    observing = False
+    statistics: Statistics | None = None
+    recompute = False  # y is not kept for backward, but made again there
+    plan: Plan | None = None  # of the whole model; fx keeps modules through copies and pickles, and little else
+
+    def __init__(
+        self,
+        site: Site,
+        schedule: ScheduleState,
+        *,
+        seed: int,
+        weight: Tensor | None = None,
+        channels: Channels | None = None,
+        fold: Fold | None = None,
+    ) -> None:
+        super().__init__()
+        spec = site.spec
+        self.site, self.schedule, self.fold = site, schedule, fold
+        self.estimator = ESTIMATORS[str(spec.estimator)]
+        shape = None if weight is None else tuple(weight.shape)
+        by_channel = channels if spec.granularity == "channel" else None
+        self.method: ForwardMethod = METHODS[str(spec.method)](spec, site.kind, shape, by_channel)
+        self.register_buffer(
+            "site_key", torch.tensor(functional.site_key(seed, site.name), dtype=torch.int32), persistent=False
+        )
+        if self.estimator.strength != "lambda":
+            self.register_buffer("strength", torch.tensor(float(self.estimator.strength)))
+        self.register_buffer("calibrated", torch.tensor(False))
+        self.register_load_state_dict_pre_hook(_follow_loaded_state)  # type: ignore[no-untyped-call]
+
+    def initialize(self, statistics: Statistics) -> None:
+        """Set the grid from data, by the forward method's own rule."""
+        with torch.no_grad():
+            self.method.initialize(statistics)
+            self.calibrated.fill_(True)
+        self.is_calibrated = True
+
+    def initialize_from(self, *inputs: Tensor) -> None:
+        """Set the grid from a weight, or from the first activation of each input. Meta tensors hold nothing and set nothing.
+
+        Raises:
+            ModelError: while the model is being compiled, if a weight is not finite, or for an input of whole numbers.
+        """
+        if is_traced():
+            raise ModelError(
+                f"{self.site.name} is not calibrated, and data may not set a grid while the model is being compiled.\n"
+                "  give prepare example_inputs, or call pege_fx.calibrate(gm, batches) before torch.compile."
+            )
+        if any(x.is_meta for x in inputs):
+            return
+        statistics = self._statistics(*inputs)
+        if self.site.kind == "weight" and not statistics.all_finite:
+            raise ModelError(
+                f"{self.site.name.removesuffix('_fq')} has values that are not finite.\n"
+                "  load a good checkpoint, or set them before the first forward."
+            )
+        if self.site.kind == "activation" and is_shared():
+            statistics = statistics.of_all()
+        self.initialize(statistics)
+
+    def observe(self, *inputs: Tensor) -> None:
+        """Add a batch to the statistics that ``finish_observing`` initialises from."""
+        if any(x.is_meta for x in inputs):
+            return
+        with torch.no_grad():
+            seen = self._statistics(*inputs)
+            self.statistics = seen.reduced() if self.statistics is None else self.statistics + seen
+
+    def _statistics(self, x: Tensor, *others: Tensor) -> Statistics:
+        for value in (x, *others):
+            if not value.is_floating_point():
+                raise ModelError(
+                    f"{self.site.name} got a {value.dtype} tensor, and quantizes floating-point ones.\n"
+                    "  give prepare example_inputs, which tell where whole numbers are; or leave that operation out by a rule."
+                )
+        return sum(map(Statistics.of, others), start=Statistics.of(self.enter(x), self.method.channels))
+
+    def share_observations(self) -> None:
+        """Add what other processes observed; all of them take part, those too that saw nothing."""
+        if self.site.kind == "activation" and is_shared():
+            nothing = Statistics.of(torch.empty(0, device=self.site_key.device))
+            seen = (self.statistics or nothing).of_all()
+            self.statistics = seen if bool(seen.count > 0) else None
+
+    def finish_observing(self) -> None:
+        """Initialise from what was observed since, if anything was."""
+        self.observing = False
+        if self.statistics is not None:
+            self.initialize(self.statistics)
+        self.statistics = None
+
+    def forward(self, x: Any, number: int = 0, *others: Tensor) -> Any:
+        """Return ``x`` fake-quantized.
+
+        Args:
+            x: of any shape, or a packed sequence.
+            number: which of several inputs on one scale it is.
+            others: with the first of them, the rest: what the grid is to fit, too.
+        """
+        if isinstance(x, PackedSequence):
+            return x._replace(data=self(x.data))
+        if number == 0:
+            self._see(x, *others)
+        if self.observing:
+            return self.leave(x, self.enter(x))
+        if not self.training and not torch.is_grad_enabled():
+            return self._deployed_once(x) if self.site.kind == "weight" else self.deployed(x)
+        if self.fold is not None and self.fold.live and self.method.channels is not None and self.method.is_plain:
+            # A grid of step -s over w is the grid of step s over -w: one pass over the weight instead of three.
+            return self._discretize(x, sign=self.fold.broadcast(self.fold.sign(), x))
+        result = self.leave(x, self.method.restore(self._discretize(self.enter(x), number, others))).to(x.dtype)
+        if self.training:
+            return result
+        # The gradient of ``result`` with the value of ``deployed``: they differ by rounding, so the sum is exact.
+        return result + (self.deployed(x) - result).detach()
+
+    def _see(self, *inputs: Tensor) -> None:
+        """Look at what comes, where the grid is to be set by it."""
+        if self.observing and self.site.kind == "activation":
+            self.observe(*inputs)
+        elif not self.is_calibrated:
+            self.initialize_from(*inputs)
+
+    def _discretize(self, x: Tensor, number: int = 0, others: tuple[Tensor, ...] = (), sign: Tensor | None = None) -> Tensor:
+        if self.training and number == 0:
+            self.method.observe(torch.cat([value.flatten() for value in (x, *others)]) if others else x)
+        continuous = self.method.transform(x)
+        scale, zero_point = self.method.step()
+        # Compiled code and captured graphs outlive p = 1, and do not ask. Eager mode saves itself the hash.
+        masked = self.training and (_is_recorded(x) or not self.schedule.is_complete)
+        recompute, quantized = self.recompute and self.training, functional.fake_quantize
+        if recompute and torch.compiler.is_compiling():  # this is how a compiler is told, and it tells the operations behind
+            quantized = partial(checkpoint, functional.fake_quantize, use_reentrant=False, preserve_rng_state=False)
+            recompute = False
+        replaced = quantized(
+            continuous,
+            scale if sign is None else scale * sign,
+            self.site.spec,
+            zero_point=zero_point,
+            rate=self.schedule.rate if masked else None,
+            key=self._key_of(x, number) if masked else None,
+            strength=self._strength(),
+            scale_gradient=self.method.scale_gradient(x),
+            recompute=recompute,
+        )
+        if self.training and not torch.compiler.is_compiling() and replaced.grad_fn is not None:
+            before = _LAST_FORWARD.get(self, []) if number else []
+            _LAST_FORWARD[self] = [*before, weakref.ref(replaced.grad_fn)]
+        return replaced
+
+    def codes(self, x: Tensor) -> Tensor:
+        """Return the integer codes of ``x`` (as floating point), as evaluation and ``convert`` use them."""
+        if self.site.kind == "activation":
+            encoding = self.method.encoding()
+            interval = None if encoding.lower is None or encoding.width is None else (encoding.lower, encoding.width)
+            return functional.codes_of(x, encoding.scale, self.site.spec.bounds, encoding.zero_point, interval)
+        scale, zero_point = self.method.step()
+        return functional.codes_of(self.method.transform(self.enter(x)), scale, self.site.spec.bounds, zero_point)
+
+    def decoding(self) -> Decoding:
+        """What the codes stand for, with the BatchNorm folded in."""
+        scale, zero_point = self.method.decoding()
+        if self.fold is not None and not self.fold.live and self.method.channels is not None:
+            assert self.method.shape is not None
+            factor = self.fold.factor().abs()
+            scale = scale * self.fold.channels.broadcast(factor, self.method.shape)
+        return Decoding(scale, zero_point)
+
+    def span(self, x: Tensor) -> Tensor:
+        """The width of the grid in units of what comes out in training; broadcasts to ``x``."""
+        q_min, q_max = self.site.spec.bounds
+        width = self.decoding().scale.detach().abs() * (q_max - q_min)
+        if self.fold is not None and self.fold.live and self.method.channels is None:
+            width = width / self.fold.broadcast(self.fold.factor().abs(), x)  # the grid is that of k * w
+        return width
+
+    def deployed(self, x: Tensor) -> Tensor:
+        """Return what a converted model computes for ``x``: the value of its code."""
+        scale, zero_point = self.decoding()
+        codes = self.codes(x).to(functional.compute_dtype(x))
+        value = codes if zero_point is None else codes - zero_point
+        return (value * scale.to(value.dtype)).to(x.dtype)
+
+    def _deployed_once(self, x: Tensor) -> Tensor:
+        """``deployed(x)``, computed anew when something that it depends on has changed since."""
+        if _is_recorded(x) or type(x) not in (Tensor, nn.Parameter) or x.is_meta:
+            return self.deployed(x)
+        norm = () if self.fold is None else (self.fold.bn.weight, self.fold.bn.running_var)
+        tensors = (x, *norm, *self.method.parameters(), *self.method.buffers())
+        try:
+            sources = [(t.detach(), t._version) for t in tensors if t is not None]
+            decisions = (self.site, self.method, self.fold is not None and self.fold.live, len(sources))
+            known = _DEPLOYED.get(self)
+            if known is None or not known.is_of(decisions, sources):
+                with torch.inference_mode(mode=False), torch.no_grad():
+                    known = _DEPLOYED[self] = _Deployed(decisions, sources, self.deployed(x))
+        except RuntimeError:  # tensors of inference mode have no version, those under vmap no memory of their own
+            return self.deployed(x)
+        return known.value
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; what was kept for evaluation goes."""
+        _DEPLOYED.pop(self, None)
+        return super().train(mode)
+
+    # A folded weight is quantized with the sign of its BatchNorm's factor k, so that scale * |k| is positive: with one
+    # scale per channel that is the grid of the folded weight k * w itself, and +-1 changes no bit. With one scale per
+    # tensor the grid is that of k * w, and training divides by k again.
+
+    def enter(self, x: Tensor) -> Tensor:
+        """What the forward method sees of ``x``: a folded weight with the sign of k (or times k)."""
+        if self.fold is None:
+            return x
+        factor = self.fold.sign() if self.method.channels is not None else self.fold.factor()
+        return x * self.fold.broadcast(factor, x).to(x.dtype)
+
+    def leave(self, x: Tensor, y: Tensor) -> Tensor:
+        """Undo ``enter`` while the BatchNorm is live; else complete the fold to k * w."""
+        if self.fold is None:
+            return y
+        factor = self.fold.sign() if self.method.channels is not None else self.fold.factor()
+        if self.fold.live:
+            return y / self.fold.broadcast(factor, x).to(y.dtype)
+        return y * self.fold.broadcast(self.fold.factor() / factor, x).to(y.dtype)
+
+    def _strength(self) -> Tensor:
+        if self.estimator.strength != "lambda":
+            strength: Tensor = self.get_buffer("strength")
+            return strength
+        if self.schedule.is_scaled and not self.estimator.is_relative:
+            return self.lambda_ * self.schedule.loss_scale
+        return self.lambda_
+
+    @property
+    def lambda_(self) -> Tensor:
+        """The schedule's λ for this kind of edge, 0-d."""
+        return self.schedule.weight_lambda if self.site.kind == "weight" else self.schedule.activation_lambda
+
+    @property
+    def key(self) -> Tensor:
+        """The key of the masks at the present refresh count, 0-d int32."""
+        return self.site_key ^ self.schedule.refresh_key
+
+    def _key_of(self, x: Tensor, number: int) -> Tensor:
+        """The key for a tensor: each input of several has its own.
+
+        On a further rank, an activation's elements are numbered on from those of the ranks before.
+        """
+        key = self.key ^ functional.as_int32(functional.mix32(functional.mix32(number))) if number else self.key
+        if self.site.kind == "weight" or self.schedule.rank == 0:
+            return key
+        first = functional.as_int32(self.schedule.rank * x.numel())
+        return torch.stack([key, torch.full_like(key, first)])
+
+    def last_forward(self) -> tuple[Tensor, Tensor] | None:
+        """x_c and y of the last training forward, while autograd still keeps them; else None. Several inputs come flat."""
+        nodes = [node for reference in _LAST_FORWARD.get(self, []) if (node := reference()) is not None]
+        try:
+            seen = [functional.continuous_and_replaced(node) for node in nodes]
+        except RuntimeError:  # backward has freed them
+            return None
+        if len(seen) < 2:
+            return seen[0] if seen else None
+        x, y = (torch.cat([value.flatten() for value in values]) for values in zip(*seen, strict=True))
+        return x, y
+
+    def extra_repr(self) -> str:
+        spec = self.site.spec
+        sign = "signed" if spec.signed else "unsigned"
+        words = [f"{spec.bits} bits", sign, f"per {spec.granularity}", str(spec.method), str(spec.estimator)]
+        if self.site.inputs:
+            words.append(f"one scale for {', '.join(self.site.inputs)}")
+        if self.recompute:
+            words.append("made again in backward")
+        if self.site.group != "default":
+            words.append(f"schedule {self.site.group!r}")
+        return ", ".join(words)
+
+
+def _is_recorded(x: Tensor) -> bool:
+    """Tell whether what runs now is compiled, or captured as a CUDA graph: it runs again without this Python."""
+    return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _follow_loaded_state(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Calibration is part of the state: a state without it, whole or in part, has the next forward initialise anew.
+
+    (torch shows a module the keys below its own prefix alone, so the site can not tell whether its weight is among them.)
+    """
+    assert isinstance(module, FakeQuant)
+    loaded = state.get(f"{prefix}calibrated")
+    module.is_calibrated = bool(loaded) if isinstance(loaded, Tensor) else False
+    if not module.is_calibrated:
+        module.calibrated.fill_(False)
+
+
+def fake_quants(module: nn.Module) -> dict[str, FakeQuant]:
+    """Return every fake-quant of a module by its path, each once.
+
+    Args:
+        module: any module; one that was not prepared has none.
+
+    >>> import pege_fx
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    >>> gm = pege_fx.prepare(model, "W4A4", torch.randn(2, 4))
+    >>> list(pege_fx.fake_quants(gm))
+    ['0.weight_fq', '2.weight_fq', 'input_1_fq', '_1_fq']
+    """
+    return {name: child for name, child in module.named_modules() if isinstance(child, FakeQuant)}

@@ -1,0 +1,1 @@
+"""Files: checkpoints of training, deployed models, and the safe containers that both use."""

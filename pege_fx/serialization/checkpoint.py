@@ -1,0 +1,389 @@
+"""Checkpoints: everything that a run needs to go on as if nothing had happened, in one safe and self-describing file."""
+
+import os
+import platform
+import random
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from pege_fx._utils.files import path_of
+from pege_fx._utils.processes import gathered, laid_out_as, on_first_rank, rank_and_size, whole
+from pege_fx.api import prepare
+from pege_fx.errors import CheckpointError, ModelError, PegeError, PolicyError, closest
+from pege_fx.modules.fake_quant import fake_quants
+from pege_fx.policy.plan import Plan
+from pege_fx.policy.rules import QuantPolicy
+from pege_fx.serialization import container
+from pege_fx.training.scheduler import PEGEScheduler, plan_of
+
+KIND = "pege_fx checkpoint"
+FORMAT = 1
+_PARTS: dict[str, type | tuple[type, ...]] = {
+    "graph": dict,
+    "sites": dict,
+    "masks": dict,
+    "model": dict,
+    "versions": dict,
+    "scheduler": (dict, NoneType),
+    "optimizer": (dict, NoneType),
+    "random": list,
+    "extra": object,
+}
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint says of itself.
+
+    Attributes:
+        model: class of the float model.
+        fingerprint: of the prepared graph, see ``Plan.fingerprint``.
+        policy: under which it was prepared.
+        sites: number format of every fake-quant, by path.
+        versions: of Python, torch and pege_fx.
+        scheduler: state of the scheduler, with position and refresh count; None if there was none.
+        extra: what the user gave.
+    """
+
+    model: str
+    fingerprint: str
+    policy: QuantPolicy
+    sites: Mapping[str, str]
+    versions: Mapping[str, str]
+    scheduler: Mapping[str, Any] | None
+    extra: Any
+
+
+def save(
+    gm: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    scheduler: PEGEScheduler | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    extra: Any = None,
+) -> None:
+    """Write a checkpoint: a safetensors file with a JSON header, replaced at once or not at all.
+
+    In it: weights and buffers, policy, graph fingerprint, versions, the masks' keys and counters, the states of scheduler
+    and optimizer, and of the random number generators (torch, CUDA, Python, NumPy). The checkpoint that it replaces stays
+    as ``<path>.previous``. With ``torch.distributed``, every rank calls it; the first one writes, sharded tensors whole.
+
+    Args:
+        gm: a prepared model, or one wrapped in ``DistributedDataParallel`` or compiled.
+        extra: anything more, of tensors, numbers, text, None, and dicts, lists and tuples of them: the epoch, the states of
+            a learning-rate schedule and of generators.
+
+    Raises:
+        ModelError: if ``gm`` was not prepared.
+        CheckpointError: if the disk refuses, or something in ``extra`` can not be written.
+
+    >>> import tempfile
+    >>> gm = prepare(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), "W4A4", (torch.randn(3, 4),))
+    >>> path = f"{tempfile.mkdtemp()}/state.safetensors"
+    >>> save(gm, path, extra={"epoch": 3})
+    >>> checkpoint_info(path).extra
+    {'epoch': 3}
+    """
+    gm = prepared_part(gm)
+    plan = plan_of(gm)
+    sites = fake_quants(gm)
+    states = {"model": gm.state_dict(), "optimizer": None if optimizer is None else _described(gm, optimizer)}
+    tree = {
+        "format": FORMAT,
+        "versions": versions(),
+        "graph": {"model": plan.model, "fingerprint": plan.fingerprint, "policy": plan.policy.to_dict()},
+        "sites": {name: repr(site.site.spec) for name, site in sites.items()},
+        "masks": {name: int(site.site_key) for name, site in sites.items()},
+        "scheduler": None if scheduler is None else scheduler.state_dict(),
+        "random": gathered(_random_state()),
+        "extra": extra,
+    }
+    tree |= whole(states)  # on every rank, for sharded tensors are put together
+    on_first_rank(lambda: container.write(tree, path, KIND))
+
+
+def load(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    *,
+    scheduler: PEGEScheduler | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    **prepare_options: Any,
+) -> GraphModule:
+    """Read a checkpoint into a prepared model and return it; a float model is prepared first, under the stored policy.
+
+    With a scheduler or an optimizer, a run goes on: they and the random number generators continue where they were. With
+    ``torch.distributed``, every rank calls it. All is checked before anything is changed. No code in the file is executed.
+
+    Args:
+        path: of the checkpoint.
+        model: a prepared one, which is changed in place; or a float one, which is left alone.
+        scheduler: goes on where it was saved.
+        optimizer: goes on where it was saved.
+        prepare_options: for a float model: ``example_inputs``, ``batch_norm`` and so on, as they were given to ``prepare``.
+
+    Raises:
+        CheckpointError: if the file is missing, truncated, corrupt or foreign, or belongs to another model, policy,
+            schedule or optimizer.
+
+    >>> import tempfile
+    >>> import pege_fx
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    >>> gm = pege_fx.prepare(model, "W4A4", torch.randn(2, 4))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     pege_fx.save(gm, f"{folder}/state.safetensors")
+    ...     again = load(f"{folder}/state.safetensors", model, example_inputs=(torch.randn(2, 4),))
+    >>> x = torch.randn(2, 4)
+    >>> torch.equal(again.eval()(x), gm.eval()(x))
+    True
+    """
+    tree = container.read(path, KIND)
+    info = _info(tree, path)
+    try:
+        gm = _prepared_in(model) or prepare(model, info.policy, **prepare_options)
+    except PolicyError as error:
+        raise CheckpointError(
+            f"{path} is of another model ({info.model}): its policy does not fit this one.\n{error}"
+        ) from error
+    try:
+        _take_over(path, tree, info, gm, scheduler, optimizer)
+    except PegeError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is not what save wrote: {type(error).__name__}: {error}") from error
+    return gm
+
+
+def _take_over(
+    path: Any,
+    tree: dict[str, Any],
+    info: CheckpointInfo,
+    gm: GraphModule,
+    scheduler: PEGEScheduler | None,
+    optimizer: torch.optim.Optimizer | None,
+) -> None:
+    _check_sites(path, info, gm)
+    _check_tensors(path, tree["model"], gm.state_dict())
+    if optimizer is not None:
+        _check_optimizer(path, tree["optimizer"], _described(gm, optimizer))
+    if scheduler is not None:
+        if info.scheduler is None:
+            raise CheckpointError(f"{path} was saved without a scheduler: load it without, or give save the scheduler.")
+        scheduler.load_state_dict(info.scheduler)
+    here = gm.state_dict()
+    gm.load_state_dict({name: laid_out_as(value, here[name]) for name, value in tree["model"].items()})
+    for name, site in fake_quants(gm).items():
+        site.site_key.fill_(tree["masks"][name])
+    if optimizer is not None:
+        optimizer.load_state_dict(_optimizer_state(tree["optimizer"], optimizer))
+    if scheduler is not None or optimizer is not None:
+        _set_random_state(tree["random"])
+
+
+def checkpoint_info(path: str | os.PathLike[str]) -> CheckpointInfo:
+    """Return what a checkpoint says of itself.
+
+    Args:
+        path: of the checkpoint.
+
+    Raises:
+        CheckpointError: if it is missing, truncated, corrupt or foreign.
+
+    >>> import tempfile
+    >>> import pege_fx
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    >>> gm = pege_fx.prepare(model, "W4A4", torch.randn(2, 4))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     pege_fx.save(gm, f"{folder}/state.safetensors", extra={"epoch": 3})
+    ...     checkpoint_info(f"{folder}/state.safetensors").extra
+    {'epoch': 3}
+    """
+    return _info(container.read(path, KIND), path)
+
+
+def prepared_part(model: nn.Module) -> GraphModule:
+    """The prepared graph inside whatever wraps it (DDP, a compiled module, an average)."""
+    if (gm := _prepared_in(model)) is not None:
+        return gm
+    raise ModelError(f"{type(model).__name__} was not prepared: give what pege_fx.prepare returned, before convert.")
+
+
+def _prepared_in(model: nn.Module) -> GraphModule | None:
+    for module in model.modules():
+        if isinstance(module, GraphModule) and (fake_quants(module) or _is_all_float(module.meta.get("plan"))):
+            return module
+    return None
+
+
+def _is_all_float(plan: Plan | None) -> bool:
+    """Whether a policy left everything in float, as one of 32 bits does."""
+    return plan is not None and not any(plan.quantized)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    try:
+        mine = metadata.version("pege_fx")
+    except metadata.PackageNotFoundError:  # a checkout that is not installed
+        mine = "unknown"
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "pege_fx": mine}
+
+
+def _info(tree: Any, path: str | os.PathLike[str]) -> CheckpointInfo:
+    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+        found = tree.get("format") if isinstance(tree, dict) else None
+        raise CheckpointError(f"{path} has format {found!r}, this version reads {FORMAT}: upgrade pege_fx.")
+    wrong = [name for name, kind in _PARTS.items() if name not in tree or not isinstance(tree[name], kind)]
+    if wrong or tree["sites"].keys() != tree["masks"].keys():
+        raise CheckpointError(f"{path} is not complete: {', '.join(wrong) or 'a mask'} missing, or of another kind.")
+    try:
+        model, fingerprint, policy = (tree["graph"][name] for name in ("model", "fingerprint", "policy"))
+    except KeyError as error:
+        raise CheckpointError(f"{path} is not complete: its graph has no {error}.") from error
+    return CheckpointInfo(
+        model,
+        fingerprint,
+        QuantPolicy.from_dict(policy),
+        tree["sites"],
+        tree["versions"],
+        tree["scheduler"],
+        tree["extra"],
+    )
+
+
+# --- does it belong here -----------------------------------------------------------------------------------------
+
+
+def _check_sites(path: Any, info: CheckpointInfo, gm: GraphModule) -> None:
+    plan = plan_of(gm)
+    here = {name: repr(site.site.spec) for name, site in fake_quants(gm).items()}
+    if here == info.sites and plan.fingerprint == info.fingerprint:
+        return
+    lines = [f"{path} belongs to another graph or policy: {info.model}, not this {plan.model}."]
+    for name in [*info.sites, *here]:
+        there, now = info.sites.get(name, "not there"), here.get(name, "not there")
+        if there != now:
+            lines.append(f"  {name}: {there} in the file, {now} here.")
+            break
+    fix = "prepare the same model under checkpoint_info(path).policy, with the same example inputs and batch_norm."
+    raise CheckpointError("\n".join([*lines, f"  {fix}"]))
+
+
+def _check_tensors(path: Any, there: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> None:
+    if odd := sorted(set(there) ^ set(here)):
+        where = "the file" if odd[0] in there else "this model"
+        raise CheckpointError(
+            f"{path} holds other tensors than this model: {odd[0]} is in {where} only; closest: "
+            f"{closest(odd[0], here if odd[0] in there else there, 1)}.\n  prepare with the same batch_norm mode."
+        )
+    for name, value in here.items():
+        if value.shape != there[name].shape:
+            raise CheckpointError(f"{path}: {name} has shape {tuple(there[name].shape)} there and {tuple(value.shape)} here.")
+        kinds = there[name].dtype, value.dtype
+        if kinds[0] != kinds[1] and not all(kind.is_floating_point for kind in kinds):
+            raise CheckpointError(f"{path}: {name} is {kinds[0]} there and {kinds[1]} here.")
+
+
+def _described(gm: GraphModule, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The state, with the optimizer's class and the parameters of each group by name; those of something else have none."""
+    known = {id(parameter): name for name, parameter in gm.named_parameters()}
+    names = [[known.get(id(parameter), "") for parameter in group["params"]] for group in optimizer.param_groups]
+    return {"class": type(optimizer).__name__, "names": names} | optimizer.state_dict()
+
+
+def _check_optimizer(path: Any, there: Mapping[str, Any] | None, here: Mapping[str, Any]) -> None:
+    if there is None:
+        raise CheckpointError(f"{path} was saved without an optimizer: load it without, or give save the optimizer.")
+    if there.get("class") != here["class"]:
+        raise CheckpointError(
+            f"{path} holds the state of {there.get('class')}, not of {here['class']}: make the same optimizer."
+        )
+    if there.get("names") != here["names"]:
+        sizes, mine = ([len(group) for group in state.get("names", ())] for state in (there, here))
+        raise CheckpointError(
+            f"{path} holds an optimizer of other parameters: groups of {sizes} there, of {mine} here.\n"
+            "  make the optimizer with the same groups, in the same order."
+        )
+
+
+# --- tensors of this run, on however many ranks --------------------------------------------------------------------
+
+
+def _optimizer_state(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    laid_out = {
+        index: {
+            name: laid_out_as(value, parameters[index])
+            if isinstance(value, Tensor) and value.shape == parameters[index].shape
+            else value
+            for name, value in entries.items()
+        }
+        for index, entries in state["state"].items()
+    }
+    return {"state": laid_out, "param_groups": state["param_groups"]}
+
+
+# --- random numbers ------------------------------------------------------------------------------------------------
+
+
+def _random_state() -> dict[str, Any]:
+    state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    if (numpy := sys.modules.get("numpy")) is not None:
+        name, keys, *rest = numpy.random.get_state()
+        state["numpy"] = (name, torch.from_numpy(keys.astype("int64")), *rest)
+    return state
+
+
+def _set_random_state(states: list[dict[str, Any]]) -> None:
+    rank, _ = rank_and_size()
+    if rank >= len(states):  # a run that goes on with more ranks than it had: the new ones keep their own
+        return
+    state = states[rank]
+    random.setstate(state["python"])
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    if "numpy" in state and (numpy := sys.modules.get("numpy")) is not None:
+        name, keys, *rest = state["numpy"]
+        numpy.random.set_state((name, keys.numpy().astype("uint32"), *rest))
+
+
+def newest(path: str | os.PathLike[str]) -> Path | None:
+    """Return the newest checkpoint that reads well: ``path``, or the one before it; None if there is neither.
+
+    Args:
+        path: as given to ``save``.
+
+    Raises:
+        CheckpointError: if ``path`` is none, or there are files, but none reads well.
+
+    >>> print(newest("no such file"))
+    None
+    """
+    found = [file for file in _generations(path_of(path, CheckpointError)) if os.path.exists(file)]
+    first: CheckpointError | None = None
+    for file in found:
+        try:
+            checkpoint_info(file)
+        except CheckpointError as error:
+            first = first or error
+        else:
+            return file
+    if first is not None:
+        raise first
+    return None
+
+
+def _generations(path: Path) -> Iterable[Path]:
+    return path, container.previous_of(path)

@@ -1,0 +1,162 @@
+"""A tree of tensors and plain data in one file: safetensors with a JSON header. Reading executes nothing.
+
+The tree (dicts, lists, tuples, numbers, text, None and tensors, nested as you like) is JSON in the file's metadata; each
+tensor in it is a reference by name. A SHA-256 over both says whether what is read is what was written.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pege_fx._utils.files import path_of, path_to_read
+from pege_fx.errors import CheckpointError
+
+PREVIOUS = ".previous"
+
+
+def previous_of(path: Path) -> Path:
+    """Where ``write`` leaves the file that it replaces."""
+    return path.with_name(path.name + PREVIOUS)
+
+
+def write(tree: Any, path: str | os.PathLike[str], kind: str) -> None:
+    """Write a tree; whatever happens, ``path`` holds the old content or the new, and the old one stays beside it.
+
+    The file is written under another name, flushed to the disk and renamed; the one before is ``<path>.previous``.
+
+    Raises:
+        CheckpointError: if the tree holds something else than tensors and plain data, or the disk refuses.
+    """
+    path = path_of(path, CheckpointError)
+    tensors: dict[str, Tensor] = {}
+    text = json.dumps(_encode(tree, "", tensors, {}))
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, temporary, {"kind": kind, "tree": text, "sha256": _digest(text, tensors)})
+        _flush(temporary)
+        if path.exists():
+            _keep(path, previous_of(path))
+        temporary.replace(path)
+        _flush(path.parent)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise CheckpointError(f"can not write {path}: {error}.\n  what was there before is untouched.") from error
+
+
+def read(path: str | os.PathLike[str], kind: str) -> Any:
+    """Return the tree that ``write`` wrote; its tensors are on the CPU.
+
+    Raises:
+        CheckpointError: if there is no such file, or it is truncated, corrupt, or something else.
+    """
+    path = path_to_read(path, CheckpointError)
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = file.metadata() or {}
+            if found.get("kind") != kind:
+                raise CheckpointError(f"{path} is a safetensors file, but not a {kind}.{_hint(path)}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if found["sha256"] != _digest(found["tree"], tensors):
+            raise CheckpointError(f"{path} is corrupt: its content is not what was written.{_hint(path)}")
+        return _decode(json.loads(found["tree"]), tensors)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist.{_hint(path)}") from error
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is truncated, or not a {kind}: {error}.{_hint(path)}") from error
+
+
+def _hint(path: Path) -> str:
+    before = previous_of(path)
+    return f"\n  the one before it is {before}." if os.path.exists(before) else ""  # which raises for no path
+
+
+def _keep(path: Path, before: Path) -> None:
+    """A second name for the old file, so that there is no moment without one."""
+    link = path.with_name(path.name + ".link")
+    link.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # a file system without hard links keeps none
+        os.link(path, link)
+        link.replace(before)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name, value in sorted(tensors.items()):
+        digest.update(f"\n{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+# --- trees -------------------------------------------------------------------------------------------------------
+# JSON has no tuple, no keys but text, and no tensor: {"tuple": [...]}, {"dict": [[key, value], ...]}, {"tensor": name}.
+
+
+def _encode(value: Any, name: str, tensors: dict[str, Tensor], known: dict[Any, str]) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Tensor):
+        return {"tensor": _name_of(value, name, tensors, known)}
+    if isinstance(value, Mapping):
+        for key in value:
+            if not (key is None or isinstance(key, (bool, int, float, str))):
+                raise CheckpointError(f"{name or 'the tree'} has the key {key!r}: keys are text or numbers.")
+        pairs = value.items()
+        return {"dict": [[key, _encode(child, f"{name}.{key}".lstrip("."), tensors, known)] for key, child in pairs]}
+    if isinstance(value, (list, tuple)):
+        children = [_encode(child, f"{name}.{i}".lstrip("."), tensors, known) for i, child in enumerate(value)]
+        return children if isinstance(value, list) else {"tuple": children}
+    raise CheckpointError(
+        f"{name or 'the tree'} is a {type(value).__name__}: a checkpoint holds tensors, numbers, text, None, and lists, "
+        "tuples and dicts of them."
+    )
+
+
+def _name_of(value: Tensor, name: str, tensors: dict[str, Tensor], known: dict[Any, str]) -> str:
+    """Add a tensor to the file; one that is there already, as a tied weight is, keeps its first name."""
+    where = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride()) if value.numel() else name
+    if where not in known:
+        plain = value.detach().to("cpu").contiguous()
+        # safetensors refuses tensors that share memory, and a view would bring all of its base along.
+        whole = plain.untyped_storage().nbytes() == plain.numel() * plain.element_size()
+        tensors[name] = plain if whole else plain.clone()
+        known[where] = name
+    return known[where]
+
+
+def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_decode(child, tensors) for child in value]
+    if not isinstance(value, dict):
+        return value
+    ((what, content),) = value.items()
+    if what == "tensor":
+        return tensors[content].clone()  # what is read maps the file, and may be shared
+    if what == "tuple":
+        return tuple(_decode(child, tensors) for child in content)
+    if what == "dict":
+        return dict(_pairs(content, tensors))
+    raise ValueError(f"{what!r} is no part of a tree")
+
+
+def _pairs(content: Any, tensors: Mapping[str, Tensor]) -> Iterator[tuple[Any, Any]]:
+    for key, child in content:
+        yield key, _decode(child, tensors)

@@ -1,0 +1,121 @@
+"""The functions and methods that a stored graph may name: those that compute on tensors, and nothing else.
+
+A file names what its graph calls. Only names of this list are looked up, so that no file can reach a function that loads,
+writes or runs anything.
+"""
+
+import math
+import operator
+import sys
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pege_fx.decompositions import attention
+from pege_fx.decompositions.recurrent import recurrent
+from pege_fx.modules.mode import check_argument, check_class, check_keys, written
+from pege_fx.numerics.functional import dequantize, quantize
+from pege_fx.numerics.packing import unpack
+
+_NEW_TENSORS = ("arange", "empty", "eye", "full", "linspace", "ones", "tensor", "zeros")
+_PLAIN_FUNCTIONAL = (
+    "hardsigmoid",
+    "hardswish",
+    "relu_",
+    "elu_",
+    "leaky_relu_",
+    "hardtanh_",
+    "sigmoid",
+    "tanh",
+    "upsample",
+    "grouped_mm",
+)
+_NEW_METHODS = {
+    "new_empty",
+    "new_full",
+    "new_ones",
+    "new_tensor",
+    "new_zeros",
+    "unflatten",
+}  # not overridable, say torch's lists
+_NOT_ARITHMETIC = {"attrgetter", "call", "itemgetter", "methodcaller"}
+_TORCHVISION = {  # functions that torchvision keeps whole in a trace
+    "torchvision.ops.stochastic_depth": ("stochastic_depth",),
+    "torchvision.models.swin_transformer": ("_get_relative_position_bias", "_patch_merging_pad", "shifted_window_attention"),
+}
+_LEAVING_TORCH = {"numpy", "tolist", "share_memory_", "backward", "register_hook", "storage", "untyped_storage", "data_ptr"}
+READABLE = {"shape", "dtype", "device", "ndim", "T", "mT", "H", "mH", "real", "imag", "is_cuda", "layout", "data"}
+READABLE |= {"values", "indices"}  # of what max, sort and topk return
+
+
+def read_attribute(value: Any, name: str) -> Any:
+    """``getattr`` for the attributes that a graph reads of a tensor, or of an operation's named results."""
+    if name not in READABLE:
+        raise AttributeError(f"{name!r} is not an attribute that a stored graph may read")
+    return getattr(value, name)
+
+
+@cache
+def functions() -> dict[str, Callable[..., Any]]:
+    """Return every function of the vocabulary by its name."""
+    overridable = {id(function) for found in torch.overrides.get_overridable_functions().values() for function in found}
+    named: dict[str, Callable[..., Any]] = {}
+    for prefix, namespace, also in (
+        ("torch", torch, (*_NEW_TENSORS, "_assert")),
+        ("torch.nn.functional", F, _PLAIN_FUNCTIONAL),
+        ("torch.linalg", torch.linalg, ()),
+        ("torch.special", torch.special, ()),
+        ("torch.fft", torch.fft, ()),
+    ):
+        for name in dir(namespace):
+            value = getattr(namespace, name)
+            if callable(value) and (name in also or (id(value) in overridable and not name.startswith("_"))):
+                named[f"{prefix}.{name}"] = value
+    for module in (operator, math):
+        for name in set(dir(module)) - _NOT_ARITHMETIC:
+            if callable(getattr(module, name)) and not name.startswith("_"):
+                named[f"{module.__name__}.{name}"] = getattr(module, name)
+    from_attention = (attention.attention_mask, attention.padding_mask, attention.check_batched)
+    checks = (check_argument, check_class, check_keys)
+    for own in (quantize, dequantize, unpack, written, recurrent, *checks, *from_attention):
+        named[f"{own.__module__}.{own.__name__}"] = own
+    named["builtins.getattr"] = getattr
+    for path, names in _TORCHVISION.items():
+        named |= {f"{path}.{name}": function for name in names if (function := _loaded(path, name)) is not None}
+    return named
+
+
+def _loaded(module: str, name: str) -> Callable[..., Any] | None:
+    """A function of an optional package, if the package is there."""
+    try:
+        __import__(module)
+    except ImportError:
+        return None
+    found: Callable[..., Any] | None = getattr(sys.modules[module], name, None)
+    return found
+
+
+@cache
+def _names() -> dict[int, str]:
+    return {id(function): name for name, function in reversed(functions().items())}
+
+
+def name_of(function: Any) -> str | None:
+    """Return the name of a function of the vocabulary, or None.
+
+    >>> name_of(torch.nn.functional.relu), name_of(print)
+    ('torch.nn.functional.relu', None)
+    """
+    return _names().get(id(function))
+
+
+@cache
+def methods() -> frozenset[str]:
+    """Return the names of the tensor methods of the vocabulary."""
+    arithmetic = {f"__{name.strip('_')}__" for name in operator.__all__}
+    named = {function.__name__ for function in torch.overrides.get_overridable_functions()[Tensor]}
+    return frozenset(name for name in named if not name.startswith("_") or name in arithmetic) - _LEAVING_TORCH | _NEW_METHODS

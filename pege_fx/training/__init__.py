@@ -1,0 +1,1 @@
+"""What people hold while they train: the scheduler and its curves, calibration, telemetry, guards, sharding."""

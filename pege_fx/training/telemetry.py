@@ -1,0 +1,288 @@
+"""Where training stands, site by site: p, λ, discretization error, share of clipped values, scale; to memory and to writers.
+
+Everything is added up on the device. Once per interval it comes to the host, all sites in one tensor.
+"""
+
+import csv
+import math
+import os
+from collections.abc import Iterable
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from pege_fx._utils.files import path_of, path_to_read
+from pege_fx.errors import OutputError, ScheduleError
+from pege_fx.modules.fake_quant import FakeQuant, fake_quants
+from pege_fx.modules.quantizers import ForwardMethod
+from pege_fx.numerics.functional import compute_dtype
+from pege_fx.training.scheduler import plan_of
+
+Row: TypeAlias = dict[str, Any]
+
+COLUMNS = ("step", "site", "p", "weight_lambda", "activation_lambda", "error", "clipped", "scale")
+_FIGURES = COLUMNS[2:]
+_SEEN = ("squared error", "squares", "clipped", "elements")
+
+
+class Writer(Protocol):
+    """Where rows go; ``close`` is called once, at the end."""
+
+    def write(self, rows: list[Row]) -> None:
+        """Take the rows of one interval: one for each site."""
+
+    def close(self) -> None:
+        """Finish."""
+
+
+class Telemetry:
+    """Looks at every site of a prepared model in every ``every``-th training step, the first included.
+
+    A row is a dict: ``step``, ``site`` (path of the fake-quant), ``p``, ``weight_lambda``, ``activation_lambda``, ``error``
+    (squared norm of x - x_q over that of x, with x_q fully quantized), ``clipped`` (share of values outside the
+    grid) and ``scale`` (mean over channels). ``history`` keeps all rows; ``pege_fx.report`` shows them.
+
+    Between the looks a site costs one comparison. Make it before ``torch.compile``: the compiled model then has two
+    variants, with and without a look.
+
+    Args:
+        gm: a prepared model.
+        every: interval in training steps.
+        writers: ``CSVWriter``, ``TensorBoardWriter``, or anything with ``write(rows)`` and ``close()``.
+
+    >>> import pege_fx
+    >>> gm = pege_fx.prepare(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), "W4A4", torch.randn(2, 4))
+    >>> with Telemetry(gm, every=2) as telemetry:
+    ...     for step in range(3):
+    ...         loss = gm(torch.randn(2, 4)).sum()  # backward and the optimizer's step as ever
+    ...         telemetry.step()
+    >>> [row["step"] for row in telemetry.history if row["site"] == "0.weight_fq"]
+    [0, 2]
+    """
+
+    def __init__(self, gm: GraphModule, every: int = 100, writers: Iterable[Writer] = ()) -> None:
+        plan_of(gm)
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ScheduleError(f"every={every!r}: give the interval as a positive whole number of training steps.")
+        self.every, self.writers = every, tuple(writers)
+        self.history: list[Row] = []
+        self.steps = 0
+        self.looking = True
+        self._sites = fake_quants(gm)
+        self._seen: dict[str, Tensor] = {}
+        self._hooks = [site.register_forward_hook(self._look(name)) for name, site in self._sites.items()]
+
+    def _look(self, name: str) -> Any:
+        def look(fq: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
+            if not self.looking or not fq.training:
+                return
+            assert isinstance(fq, FakeQuant)
+            with torch.no_grad():
+                figures = _figures(fq, inputs[0].detach())
+                before = self._seen.get(name)
+                self._seen[name] = figures if before is None else before + figures
+
+        return look
+
+    def step(self) -> None:
+        """Count one training step; call it after each."""
+        if self.looking:
+            self._collect()
+        self.steps += 1
+        self.looking = self.steps % self.every == 0
+
+    def _collect(self) -> None:
+        names = list(self._seen)
+        if not names:
+            return
+        with torch.no_grad():
+            figures = torch.stack([_on_device(self._sites[name], self._seen[name]) for name in names])
+        self._seen = {}
+        rows = [
+            {"step": self.steps, "site": name} | dict(zip(_FIGURES, values, strict=True))
+            for name, values in zip(names, figures.tolist(), strict=True)  # the one transfer
+        ]
+        self.history += rows
+        for writer in self.writers:
+            writer.write(rows)
+
+    def close(self) -> None:
+        """Take the hooks away and close the writers."""
+        for hook in self._hooks:
+            hook.remove()
+        for writer in self.writers:
+            writer.close()
+        self._hooks, self.writers = [], ()
+
+    def __enter__(self) -> "Telemetry":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _figures(fq: FakeQuant, x: Tensor) -> Tensor:
+    """What adds up over the forwards of a step, as ``_SEEN`` names it, float32 on the device."""
+    entered = fq.enter(x)
+    wide = entered.to(compute_dtype(entered))
+    difference = wide - fq.method.restore(_quantized(fq.method, entered)).to(wide.dtype)
+    outside = _outside(fq, entered)
+    elements = torch.full_like(wide.sum(), float(x.numel()))
+    return torch.stack([difference.square().sum(), wide.square().sum(), outside.sum().to(wide.dtype), elements]).float()
+
+
+def _quantized(method: ForwardMethod, x: Tensor) -> Tensor:
+    scale, zero_point = method.step()
+    shift = 0.0 if zero_point is None else zero_point
+    codes = torch.round(method.transform(x) / scale + shift).clamp(method.q_min, method.q_max)
+    return (codes - shift) * scale
+
+
+def _outside(fq: FakeQuant, x: Tensor) -> Tensor:
+    """Where values lie beyond the grid, before any clip of the method's own."""
+    method = fq.method
+    scale, zero_point = method.step()
+    if type(method).transform is ForwardMethod.transform:
+        position = x / scale
+    elif type(method).encoding is ForwardMethod.encoding or (fq.site.kind == "weight" and _restores(method, x)):
+        position = method.transform(x) / scale
+    else:
+        encoding = method.encoding()
+        inside = x if encoding.lower is None or encoding.width is None else (x - encoding.lower) / encoding.width
+        position = inside / encoding.scale
+    codes = position if zero_point is None else position + zero_point
+    return (codes < method.q_min - 0.5) | (codes > method.q_max + 0.5)
+
+
+def _restores(method: ForwardMethod, x: Tensor) -> bool:
+    """A weight's method that maps back without an interval: its input is bent, and where the grid ends no clip says."""
+    return type(method).restore is not ForwardMethod.restore and method.encoding().lower is None
+
+
+def _on_device(fq: FakeQuant, seen: Tensor) -> Tensor:
+    """A row's figures, in the order of the columns."""
+    error, squares, clipped, elements = seen
+    schedule = fq.schedule
+    scale, _ = fq.method.decoding()
+    parts = [
+        schedule.rate,
+        schedule.weight_lambda,
+        schedule.activation_lambda,
+        error / squares.clamp(min=torch.finfo(seen.dtype).tiny),
+        clipped / elements.clamp(min=1),
+        scale.mean(),
+    ]
+    return torch.stack([part.to(seen) for part in parts])
+
+
+# --- writers -------------------------------------------------------------------------------------------------------
+
+
+class CSVWriter:
+    """Writes rows to a CSV file with the columns of ``Telemetry``, and flushes after each interval.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        OutputError: if it can not be written.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     writer = CSVWriter(f"{folder}/run.csv")  # for Telemetry(gm, writers=[writer])
+    ...     writer.close()
+    ...     read_history(f"{folder}/run.csv")
+    []
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        try:
+            self._file = open(path_of(path, OutputError), "w", newline="", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            raise OutputError(f"can not write {os.fspath(path)}: {error.strerror}.") from error
+        self._writer = csv.DictWriter(self._file, COLUMNS)
+        self._writer.writeheader()
+
+    def write(self, rows: list[Row]) -> None:
+        """Append rows."""
+        self._writer.writerows(rows)
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_history(path: str | os.PathLike[str]) -> list[Row]:
+    """Return the rows that a ``CSVWriter`` has written.
+
+    Args:
+        path: of the CSV file.
+
+    Raises:
+        OutputError: if the file can not be read, or holds something else.
+
+    >>> import tempfile
+    >>> import pege_fx
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    >>> gm = pege_fx.prepare(model, "W4A4", torch.randn(2, 4))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = f"{folder}/run.csv"
+    ...     with pege_fx.Telemetry(gm, every=1, writers=[CSVWriter(path)]) as telemetry:
+    ...         loss = gm(torch.randn(2, 4)).sum()
+    ...         telemetry.step()
+    ...     read_history(path)[0]["site"]
+    '0.weight_fq'
+    """
+    try:
+        with path_to_read(path, OutputError).open(newline="", encoding="utf-8") as file:
+            found = csv.DictReader(file)
+            if tuple(found.fieldnames or ()) != COLUMNS:
+                raise OutputError(f"{os.fspath(path)} is no telemetry: its columns are not {', '.join(COLUMNS)}.")
+            return [
+                {"step": int(row["step"]), "site": row["site"]} | {name: float(row[name]) for name in _FIGURES} for row in found
+            ]
+    except OSError as error:
+        raise OutputError(f"can not read {os.fspath(path)}: {error.strerror}.") from error
+    except (ValueError, TypeError) as error:
+        raise OutputError(f"{os.fspath(path)} is no telemetry: {error}.") from error
+
+
+class TensorBoardWriter:
+    """Writes scalars ``error/<site>``, ``clipped/<site>``, ``scale/<site>`` and the schedule's ``p`` and λ for TensorBoard.
+
+    Args:
+        folder: that TensorBoard reads.
+
+    Raises:
+        OutputError: if tensorboard is not installed, or the folder can not be made.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     writer = TensorBoardWriter(folder)  # for Telemetry(gm, writers=[writer])
+    ...     writer.close()
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise OutputError("TensorBoardWriter needs tensorboard: pip install 'pege_fx[tensorboard]'.") from error
+        try:
+            self._writer = SummaryWriter(str(path_of(folder, OutputError)))
+        except OSError as error:
+            raise OutputError(f"can not write to the folder {os.fspath(folder)}: {error.strerror}.") from error
+
+    def write(self, rows: list[Row]) -> None:
+        """Add scalars; what is not finite is left out."""
+        for row in rows:
+            for name in _FIGURES:
+                if math.isfinite(row[name]):
+                    self._writer.add_scalar(f"{name}/{row['site']}", row[name], row["step"])
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close the event file."""
+        self._writer.close()

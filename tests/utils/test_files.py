@@ -1,0 +1,143 @@
+"""Every public function that takes a path refuses what is none, before anything is written, and says what to give."""
+
+import inspect
+import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+import pege_fx
+from pege_fx.__main__ import main
+from pege_fx._utils.files import atomic_write
+from pege_fx.errors import PegeError
+
+X = torch.randn(2, 4)
+NO_PATHS = ["a\0b.html", Path("a\0b.svg"), "\ud800", 3, None, b"bytes", [1], nn.Linear(2, 2)]
+
+
+@cache
+def prepared() -> GraphModule:
+    return pege_fx.prepare(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), "W4A4", X)
+
+
+@cache
+def deployed() -> GraphModule:
+    return pege_fx.convert(prepared())
+
+
+TAKES_A_PATH: dict[str, Callable[[Any], object]] = {
+    "save": lambda path: pege_fx.save(prepared(), path),
+    "load": lambda path: pege_fx.load(path, prepared()),
+    "checkpoint_info": pege_fx.checkpoint_info,
+    "newest": pege_fx.newest,
+    "save_deployed": lambda path: pege_fx.save_deployed(deployed(), path),
+    "load_deployed": pege_fx.load_deployed,
+    "export_onnx": lambda path: pege_fx.export_onnx(deployed(), path, X),
+    "verify_export": lambda path: pege_fx.verify_export(deployed(), path, [X]),
+    "to_toml": pege_fx.QuantPolicy.parse("W4A4").to_toml,
+    "from_toml": pege_fx.QuantPolicy.from_toml,
+    "draw": lambda path: pege_fx.draw(prepared(), path),
+    "Diff.draw": lambda path: pege_fx.diff(prepared(), deployed()).draw(path),
+    "report": lambda path: pege_fx.report(prepared(), path),
+    "history of report": lambda path: pege_fx.report(prepared(), "never written.html", history=path),
+    "CSVWriter": pege_fx.CSVWriter,
+    "read_history": pege_fx.read_history,
+    "TensorBoardWriter": pege_fx.TensorBoardWriter,
+}
+NONE_IS_AN_ANSWER = {"to_toml", "history of report"}
+
+
+@pytest.mark.parametrize("name", TAKES_A_PATH)
+@pytest.mark.parametrize("path", NO_PATHS, ids=lambda path: ascii(path)[:12])
+def test_what_is_no_path_is_refused(name: str, path: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number would be a file descriptor to Python's open; one with a NUL was a bare ValueError."""
+    if path is None and name in NONE_IS_AN_ANSWER:
+        return
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PegeError, match=r"is no path .*: give text|the history can not be read .*: give rows"):
+        TAKES_A_PATH[name](path)
+    assert not list(tmp_path.iterdir())
+
+
+READS = ["load", "checkpoint_info", "newest", "load_deployed", "verify_export", "from_toml", "read_history"]
+
+
+@pytest.mark.parametrize("name", [*READS, "history of report"])
+def test_a_pipe_is_no_file_to_read(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(PegeError, match=r"pipe is a folder, a pipe or a device: give a file\."):
+        TAKES_A_PATH[name](tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_a_file_has_the_mode_of_one_that_is_opened(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        (tmp_path / "plain").write_text("")
+        for text in ("new", "again"):
+            with atomic_write(tmp_path / "whole") as temporary:
+                temporary.write_text(text)
+    finally:
+        assert os.umask(before) == umask
+    assert (tmp_path / "whole").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert (tmp_path / "whole").read_text() == "again"
+
+
+def test_what_fails_leaves_the_file_before_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "whole").write_text("before")
+
+    def fail(temporary: Path) -> None:
+        temporary.write_text("half")
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), atomic_write(tmp_path / "whole") as temporary:
+        fail(temporary)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("whole", "before")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [("pipe", "it is a device, not a file"), ("folder", "it is a folder"), ("no/file", "No such file or directory")],
+)
+def test_what_can_not_be_replaced_by_a_file_is_said(kind: str, said: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    refused = pytest.raises(pege_fx.OutputError, match=f"can not write .*{kind}: {said}; nothing was left there")
+    with refused, atomic_write(tmp_path / kind, pege_fx.OutputError):
+        pytest.fail("there is no file to write")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["folder", "pipe"]
+
+
+def test_every_public_function_that_takes_a_path_is_tried() -> None:
+    """By the annotations of the arguments of what pege_fx has in public."""
+    found = set()
+    for name in pege_fx.__all__:
+        value = getattr(pege_fx, name)
+        if isinstance(value, type):
+            found |= {each for each, method in vars(value).items() if each[0] != "_" and _takes_a_path(getattr(value, each))}
+        if _takes_a_path(value):
+            found.add(name)
+    assert found == {name.rpartition(" ")[2].rpartition(".")[2] for name in TAKES_A_PATH}
+
+
+def _takes_a_path(value: Any) -> bool:
+    if not callable(value) or (isinstance(value, type) and issubclass(value, BaseException)):
+        return False
+    return any("Path" in str(each.annotation) for each in inspect.signature(value).parameters.values())
+
+
+def test_a_folder_of_tensorboard_that_can_not_be_made_is_said(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(pege_fx.OutputError, match=r"can not write to the folder .*taken: File exists"):
+        pege_fx.TensorBoardWriter(tmp_path / "taken")
+
+
+def test_export_of_no_name_is_refused_by_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", "", "--input", "1x4"]) == 1
+    assert "is a folder" in capsys.readouterr().err
