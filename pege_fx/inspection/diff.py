@@ -1,125 +1,22 @@
 """What a pass did: two graphs aligned node by node; added, removed and replaced nodes, and changed attributes."""
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.fx import GraphModule, Node
-from torch.fx.node import map_arg
+import networkx as nx
+from torch.fx import GraphModule
 
-from pege_fx.errors import ModelError
+from pege_fx.errors import ModelError, closest
+from pege_fx.inspection.changes import KINDS, Change, Kind, NodeView, Snapshot, snapshot
+from pege_fx.inspection.diff_picture import draw_region
 from pege_fx.inspection.size import graphs_of
-from pege_fx.passes.graph import arguments, attribute, function_name, module_of
 from pege_fx.passes.pipeline import Pass, name_of
+from pege_fx.policy.rules import path_pattern
 
-Kind: TypeAlias = Literal["added", "removed", "replaced", "changed"]
-
-KINDS: tuple[Kind, ...] = ("added", "removed", "replaced", "changed")
-SIGNS: Mapping[Kind, str] = {"added": "+", "removed": "-", "replaced": "~", "changed": "*"}
 _SHOWN = 40
-_PLAIN = (str, int, float, torch.dtype)
-_NOT_COMPARED = {"stack_trace", "seq_nr"}
-
-
-@dataclass(frozen=True)
-class NodeView:
-    """What a comparison sees of a node.
-
-    Attributes:
-        name: its name, behind the path of its graph and "/" where that is inside a module that stays Python.
-        op: fx's kind of node.
-        target: what it calls or reads, as text.
-        inputs: names of the nodes it reads, each once.
-        arguments: its arguments as text, with ``$0`` for the first of ``inputs``.
-        facts: the module behind it, or the tensor; and what passes noted in ``meta`` as plain values.
-    """
-
-    name: str
-    op: str
-    target: str
-    inputs: tuple[str, ...]
-    arguments: str
-    facts: Mapping[str, str]
-
-    def __str__(self) -> str:
-        called = re.sub(r"\$(\d+)", lambda found: self.inputs[int(found[1])], self.arguments)
-        module = f": {self.facts['module']}" if "module" in self.facts else ""
-        tensor = f": {self.facts['tensor']}" if "tensor" in self.facts else ""
-        return f"{self.name} = {self.target}{called if self.op.startswith('call') else ''}{module}{tensor}"
-
-
-Snapshot: TypeAlias = Mapping[str, NodeView]
-
-
-class _Slot:
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def __repr__(self) -> str:
-        return f"${self.number}"
-
-
-def snapshot(gm: GraphModule, prefix: str = "") -> dict[str, NodeView]:
-    """Record one graph, without those inside it, as it is now; later changes do not reach the record."""
-    return {view.name: view for view in (_view(gm, node, prefix) for node in gm.graph.nodes)}
-
-
-def _view(gm: GraphModule, node: Node, prefix: str) -> NodeView:
-    place = f"{prefix}/" if prefix else ""
-    slots = {source: _Slot(number) for number, source in enumerate(node.all_input_nodes)}
-    args, kwargs = map_arg(arguments(node), lambda source: cast(Any, slots[source]))
-    words = [*map(repr, args), *(f"{name}={value!r}" for name, value in kwargs.items())]
-    inputs = tuple(f"{place}{source.name}" for source in slots)
-    target = function_name(node) if node.op == "call_function" else str(node.target)
-    return NodeView(f"{place}{node.name}", node.op, target, inputs, f"({', '.join(words)})", _facts(gm, node))
-
-
-def _facts(gm: GraphModule, node: Node) -> dict[str, str]:
-    facts = {
-        key: str(value)
-        for key, value in node.meta.items()
-        if key not in _NOT_COMPARED and (isinstance(value, _PLAIN) or (isinstance(value, tuple) and _is_shape(value)))
-    }
-    module, value = module_of(gm, node, nn.Module), attribute(gm, node)
-    if module is not None:
-        facts["module"] = f"{type(module).__name__}({module.extra_repr()})"
-    if isinstance(value, Tensor):
-        facts["tensor"] = f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-    return facts
-
-
-def _is_shape(value: tuple[Any, ...]) -> bool:
-    return all(isinstance(size, int) for size in value)
-
-
-@dataclass(frozen=True)
-class Change:
-    """One difference: a node that is on one side alone, or what is different about it.
-
-    Attributes:
-        kind: "added", "removed", "replaced" (another operation in the same place) or "changed".
-        before, after: the node on each side; None where it is not there.
-        details: what changed, or between which nodes an added one stands.
-    """
-
-    kind: Kind
-    before: NodeView | None
-    after: NodeView | None
-    details: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        if self.kind == "replaced":
-            return f"~ {self.before}\n  -> {self.after}"
-        if self.kind == "changed":
-            assert self.after is not None
-            return f"* {self.after.name}: {'; '.join(self.details)}"
-        about = f"  ({'; '.join(self.details)})" if self.details else ""
-        return f"{SIGNS[self.kind]} {self.after or self.before}{about}"
 
 
 @dataclass(frozen=True)
@@ -171,10 +68,48 @@ class Diff:
         }
 
     def draw(self, path: str | Path, match: str | None = None, *, context: int = 1) -> None:
-        """Write a picture of what changed and its neighbours; see ``pege_fx.diff_picture.draw_diff``."""
-        from pege_fx.inspection.diff_picture import draw_diff
+        """Write a picture of what changed and its neighbours as SVG, PNG or PDF.
 
-        draw_diff(self, path, match, context=context)
+        Args:
+            path: its ending says the format.
+            match: only changed nodes whose names match, a glob or ``re:`` and a regular expression.
+            context: how many edges to go from a changed node.
+
+        Raises:
+            OutputError: for another ending, or where nothing can be written.
+            ModelError: if nothing matches, or the region is too large to be read.
+        """
+        draw_region(changed_region(self, match, context), path)
+
+
+def changed_region(found: Diff, match: str | None = None, context: int = 1) -> "nx.DiGraph[str]":
+    """Return the changed nodes and what is ``context`` edges from them.
+
+    Nodes have ``kind`` ("added", "removed", "replaced", "changed" or "same") and ``label``; a removed node is called
+    "-" and its name, as another of that name may be there now. ``match`` selects changed nodes by name.
+    """
+    graph: nx.DiGraph[str] = nx.DiGraph()
+    kinds = {change.after.name: change.kind for change in found.changes if change.after}
+    for view in found.after.values():
+        graph.add_node(view.name, kind=kinds.get(view.name, "same"), label=view.name)
+        graph.add_edges_from((source, view.name) for source in view.inputs)
+    present = {before: after for after, before in found.matched.items()}
+    gone = {change.before.name: change.before for change in found.of_kind("removed") if change.before}
+    for view in gone.values():
+        graph.add_node(f"-{view.name}", kind="removed", label=view.name)
+    for view in found.before.values():
+        for source in view.inputs:
+            if view.name in gone or source in gone:
+                ends = (f"-{name}" if name in gone else present[name] for name in (source, view.name))
+                graph.add_edge(*ends)
+    pattern = path_pattern(match or "*")
+    chosen = {name for name, kind in graph.nodes(data="kind") if kind != "same" and pattern.fullmatch(name.lstrip("-"))}
+    if match is not None and not chosen:
+        names = [name.lstrip("-") for name, kind in graph.nodes(data="kind") if kind != "same"]
+        raise ModelError(f"match={match!r} selects none of {len(names)} changed nodes; closest: {closest(match, names)}.")
+    both = graph.to_undirected(as_view=True)
+    near = set(nx.multi_source_dijkstra_path_length(both, chosen, cutoff=context)) if chosen else set(graph)
+    return nx.DiGraph(graph.subgraph(near))
 
 
 def _shortened(lines: list[str]) -> list[str]:
@@ -307,6 +242,7 @@ def diff(before: GraphModule, after: GraphModule) -> Diff:
 
     >>> import copy
     >>> import torch
+    >>> from torch import nn
     >>> gm = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
     >>> changed = copy.deepcopy(gm)
     >>> changed.add_module("1", nn.Tanh())
@@ -336,6 +272,8 @@ class PassTrace:
         names: of the passes that ran.
         states: the graph before the first, and behind each.
 
+    >>> import torch
+    >>> from torch import nn
     >>> from pege_fx.passes import normalize, run
     >>> trace = PassTrace()
     >>> run(torch.fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2))), trace.watching([normalize]))

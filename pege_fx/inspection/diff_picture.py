@@ -6,9 +6,8 @@ from typing import Any
 import networkx as nx
 
 from pege_fx._utils.files import atomic_write, path_of
-from pege_fx.errors import ModelError, OutputError, closest
-from pege_fx.inspection.diff import SIGNS, Diff
-from pege_fx.policy.rules import path_pattern
+from pege_fx.errors import ModelError, OutputError
+from pege_fx.inspection.changes import SIGNS
 
 COLOURS = {"added": "#b7e4c7", "removed": "#f5b5b5", "replaced": "#ffd8a8", "changed": "#bcd7f5", "same": "#eeeeee"}
 _ENDINGS = (".svg", ".png", ".pdf")
@@ -17,52 +16,20 @@ _COLUMNS = 6
 _HALF = 0.2  # of a box, in rows
 
 
-def changed_region(found: Diff, match: str | None = None, context: int = 1) -> "nx.DiGraph[str]":
-    """Return the changed nodes and what is ``context`` edges from them.
-
-    Nodes have ``kind`` ("added", "removed", "replaced", "changed" or "same") and ``label``; a removed node is called
-    "-" and its name, as another of that name may be there now. ``match`` selects changed nodes by name.
-    """
-    graph: nx.DiGraph[str] = nx.DiGraph()
-    kinds = {change.after.name: change.kind for change in found.changes if change.after}
-    for view in found.after.values():
-        graph.add_node(view.name, kind=kinds.get(view.name, "same"), label=view.name)
-        graph.add_edges_from((source, view.name) for source in view.inputs)
-    present = {before: after for after, before in found.matched.items()}
-    gone = {change.before.name: change.before for change in found.of_kind("removed") if change.before}
-    for view in gone.values():
-        graph.add_node(f"-{view.name}", kind="removed", label=view.name)
-    for view in found.before.values():
-        for source in view.inputs:
-            if view.name in gone or source in gone:
-                ends = (f"-{name}" if name in gone else present[name] for name in (source, view.name))
-                graph.add_edge(*ends)
-    pattern = path_pattern(match or "*")
-    chosen = {name for name, kind in graph.nodes(data="kind") if kind != "same" and pattern.fullmatch(name.lstrip("-"))}
-    if match is not None and not chosen:
-        names = [name.lstrip("-") for name, kind in graph.nodes(data="kind") if kind != "same"]
-        raise ModelError(f"match={match!r} selects none of {len(names)} changed nodes; closest: {closest(match, names)}.")
-    both = graph.to_undirected(as_view=True)
-    near = set(nx.multi_source_dijkstra_path_length(both, chosen, cutoff=context)) if chosen else set(graph)
-    return nx.DiGraph(graph.subgraph(near))
-
-
-def draw_diff(found: Diff, path: str | Path, match: str | None = None, *, context: int = 1) -> None:
-    """Write the changed region as SVG, PNG or PDF.
+def draw_region(region: "nx.DiGraph[str]", path: str | Path) -> None:
+    """Write a changed region (``pege_fx.inspection.diff.changed_region``) as SVG, PNG or PDF.
 
     Args:
+        region: nodes with ``kind`` and ``label``.
         path: its ending says the format.
-        match: only changed nodes whose names match, a glob or ``re:`` and a regular expression.
-        context: how many edges to go from a changed node.
 
     Raises:
         OutputError: for another ending, or where nothing can be written.
-        ModelError: if nothing matches, or the region is too large to be read.
+        ModelError: if the region is too large to be read.
     """
     path = path_of(path, OutputError)
     if path.suffix not in _ENDINGS:
         raise OutputError(f"{path}: the ending {path.suffix!r} says no format; known: {', '.join(_ENDINGS)}.")
-    region = changed_region(found, match, context)
     if len(region) > _MOST:
         raise ModelError(f"{len(region)} nodes are too many for one picture: give match=, as in 'layer1_0_*'.")
     try:

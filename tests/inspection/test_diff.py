@@ -12,7 +12,8 @@ from torch.fx import GraphModule
 
 import pege_fx
 from pege_fx import ModelError, OutputError, diff
-from pege_fx.inspection.diff_picture import _places, changed_region
+from pege_fx.inspection.diff import changed_region
+from pege_fx.inspection.diff_picture import _places
 from pege_fx.testing import Case, networks
 
 

@@ -28,7 +28,9 @@ import pege_fx
 from pege_fx.serialization import container as today
 assert plan_of is pege_fx.plan_of and container is today, container
 texts = [str(warning.message) for warning in caught if warning.category is DeprecationWarning]
-assert texts == ["pege_fx.scheduler is pege_fx.training.scheduler now.", "pege_fx.container is pege_fx.serialization.container now."], texts
+scheduler, moved = texts
+assert scheduler == "pege_fx.scheduler is pege_fx.training.scheduler now."
+assert moved == "pege_fx.container is pege_fx.serialization.container now."
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 
