@@ -8,7 +8,7 @@ WORKERS ?= 2
 # One thread a worker: two cores shared by two workers go faster than four threads that fight.
 TEST := OMP_NUM_THREADS=1 PYTHONWARNINGS=default
 
-.PHONY: demo test test-oldest lint format docs bench coverage test-coverage fuzz mutants long-run clean
+.PHONY: demo test test-oldest test-kernels test-isa lint format docs bench coverage test-coverage fuzz mutants long-run clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py --output runs/quickstart
@@ -18,6 +18,14 @@ test: $(VENV)/.installed
 
 test-oldest: $(OLDEST)/.installed
 	$(TEST) $(OLDEST)/bin/python -m pytest -n $(WORKERS) $(ARGS)
+
+# Where products round in other ways, as on another processor: a test that compares bits of two ways to compute fails.
+test-kernels: $(VENV)/.installed
+	$(TEST) $(BIN)/python -m pytest -n $(WORKERS) -p tests.other_kernels $(ARGS)
+
+# What compares bits, on several instruction sets, with one and two threads, on both versions of torch. Hours; ARGS="tests/passes" for less.
+test-isa: $(VENV)/.installed $(OLDEST)/.installed
+	.ci/instruction_sets $(BIN)/python $(OLDEST)/bin/python -- -n $(WORKERS) $(ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .

@@ -289,7 +289,8 @@ def test_a_weight_that_is_transposed_on_the_way_is_a_weight(name: str) -> None:
     assert not [*deployed.parameters()]
     assert pege_fx.size_report(gm) == pege_fx.size_report(deployed)
     PEGEScheduler(gm.train(), 1, ZERO, ZERO, ZERO)
-    assert_same_function(model, gm, (x,), tolerance=0)
+    # matmul makes one product of a batch of them where the other operand has a gradient, as what was quantized has
+    assert_same_function(model, gm, (x.requires_grad_(),), tolerance=0)
 
 
 @pytest.mark.parametrize("turned", [True, False])
