@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from pege_fx.errors import InputError, OtherCallError
 from pege_fx.modules.mode import PYTHON_FORWARD, evaluating, trial
+from pege_fx.passes.capture.examples import fresh
 from pege_fx.passes.graph import arguments, first_argument, is_unknown_code, join, module_of, owner, plain, rank_of
 
 
@@ -99,16 +100,16 @@ def record_shapes(gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, A
             graph.__dict__["forward"] = recorder.call
         with trial(gm.modules()), evaluating(gm):
             if recorders:
-                _try_in_training(gm, args, kwargs, recorders)
+                _try_in_training(gm, *fresh((args, kwargs)), recorders)
             gm.eval()
-            _Recorder(gm).call(*args, **kwargs)
+            given, named = fresh((args, kwargs))
+            _Recorder(gm).call(*given, **named)
     except OtherGraphCallError:
         raise
     except OtherCallError as error:
         raise OtherGraphCallError(error.__notes__[0].removeprefix("in ")) from error
     except Exception as error:
-        given = [*args, *kwargs.values()]
-        shapes = [tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in given]
+        shapes = [tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for v in (*args, *kwargs.values())]
         where = getattr(error, "__notes__", ["before any of its modules ran"])[0]
         reason = str(error).split("\n\nWhile executing ")[0]
         raise InputError(

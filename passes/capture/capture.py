@@ -5,7 +5,6 @@ quantized all the same. The result is a GraphModule in every case, and every par
 """
 
 import contextlib
-import copy
 import inspect
 import math
 import re
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from pege_fx.decompositions.explicit import make_explicit
 from pege_fx.decompositions.recurrent import CELLS, LAYERS
@@ -28,6 +27,7 @@ from pege_fx.modules.fake_quant import FakeQuant
 from pege_fx.modules.mode import PYTHON_FORWARD, TRAINING_MODE, PythonForward, TrainingMode, evaluating, trial
 from pege_fx.passes.capture.branches import MergeError, merge_branches
 from pege_fx.passes.capture.copies import copied
+from pege_fx.passes.capture.examples import fresh
 from pege_fx.passes.capture.places import place_of
 from pege_fx.passes.capture.threads import uncompiled
 from pege_fx.passes.capture.trace import Known, NotTraceableError, PegeTracer, is_steady
@@ -317,7 +317,7 @@ def _repeats(root: nn.Module, known: Known) -> bool:
     results = []
     with trial(root.modules()), evaluating(root), torch.random.fork_rng(devices=()):
         for _ in range(2):
-            args, kwargs = copy.deepcopy(known.call(root.forward))
+            args, kwargs = fresh(known.call(root.forward))
             torch.manual_seed(0)
             try:
                 results.append([leaf for leaf in tree_leaves(root(*args, **kwargs)) if isinstance(leaf, Tensor)])
@@ -339,26 +339,15 @@ def _record_calls(root: nn.Module, example: Call) -> dict[nn.Module, list[Known]
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with contextlib.suppress(InputError):  # its forward will say so
-            calls.setdefault(module, []).append(bind(module, *map(_as_it_is, (args, kwargs))))
+            calls.setdefault(module, []).append(bind(module, *fresh((args, kwargs), tensors=False)))
 
-    args, kwargs = example
+    args, kwargs = fresh(example)
     with trial(root.modules()), evaluating(root), contextlib.ExitStack() as hooks:
         for module in root.modules():
             hooks.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
         with contextlib.suppress(Exception):  # the shapes are recorded later, and that says where and why it fails
             root(*args, **kwargs)
     return calls
-
-
-def _as_it_is(value: Any) -> Any:
-    """Tensors themselves; a copy of other objects, which later calls may change."""
-
-    def keep(leaf: Any) -> Any:
-        with contextlib.suppress(Exception):
-            return leaf if isinstance(leaf, Tensor) else copy.deepcopy(leaf)
-        return leaf
-
-    return tree_map(keep, value)
 
 
 def _is_iterated(parent: nn.Module, name: str, child: nn.Module) -> bool:

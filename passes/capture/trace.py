@@ -10,7 +10,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from pege_fx.kernels.inductor import TRACING
 from pege_fx.modules.batch_norm import NORM_THEN, BatchNorm
 from pege_fx.modules.mode import TRAINING_MODE, check_argument, check_class, check_keys
 from pege_fx.passes.capture.draws import DRAWING, GENERATORS, DrawsOfConstants, guards
+from pege_fx.passes.capture.examples import fresh
 from pege_fx.passes.capture.places import called_by_checkpoint, described, here, line, where_raised
 from pege_fx.passes.capture.proxies import ContextError, DataDependenceError, ExampleProxy, InPlaceProxy, ProxyTracer
 from pege_fx.passes.capture.state import ModuleState, write_buffer
@@ -66,6 +67,10 @@ class Known:
         positional = sum(p.kind is not p.KEYWORD_ONLY for p in required)
         values = {p.name: p.default for p in parameters if p.default is not p.empty}
         return cls(values, frozenset(p.name for p in required), positional, is_call=False)
+
+    def fresh(self, *, tensors: bool) -> "Known":
+        """The same call with objects of its own, which following ``forward`` may fill; with copies of tensors if asked."""
+        return replace(self, values=fresh(dict(self.values), tensors=tensors))
 
     def call(self, forward: Callable[..., Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The positional and keyword arguments of the call."""
@@ -121,7 +126,7 @@ class PegeTracer(ProxyTracer):
         self.mode = mode
         self._context = _context()
         self.opaque = opaque or {}
-        self.known = known
+        self.known = None if known is None else known.fresh(tensors=evaluate)  # each attempt has a call of its own
         self.evaluate = evaluate
         self.specialised: dict[str, str] = {}
         self.state: ModuleState
