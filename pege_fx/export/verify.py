@@ -29,7 +29,8 @@ class StepCheck:
     """One quantization step: how many codes were computed from the model's own codes, how many differ, and by how much.
 
     ``excess`` is the largest distance, in steps, between the exact value and the range that rounds to the code that
-    ONNX Runtime gave; nearly 0 for a tie. ``undefined`` codes are those of NaN, for which none is right.
+    ONNX Runtime gave: nearly 0 for a tie, infinite where it gave NaN. ``undefined`` codes are those of NaN, for which none
+    is right; the file has to choose as the model does.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Run:
         equal_top1: samples whose largest output (along dimension 1) is the same, of ``samples``.
         first: the first quantized node whose codes part, "" if none does; of an optimized run, looked for where outputs part.
         parted: share of codes that differ there.
+        not_finite: outputs that are NaN or infinite on one side and not the same on the other.
     """
 
     steps: float = 0.0
@@ -55,6 +57,7 @@ class Run:
     samples: int = 0
     first: str = ""
     parted: float = 0.0
+    not_finite: int = 0
 
     @property
     def top1(self) -> float:
@@ -89,9 +92,13 @@ class ExportReport:
 
     @property
     def verdict(self) -> Literal["exact", "ties", "different"]:
-        """ "exact": every code is equal. "ties": those that differ lie on a border, within float rounding. Else "different"."""
-        worst = max((check.excess for check in self.checks.values()), default=0.0)
-        if worst > TIE or max(self.output_steps, self.optimizer_steps) > self.tolerance:
+        """ "exact": every code is equal. "ties": those that differ lie on a border, within float rounding. Else "different".
+
+        NaN and infinity are equal to themselves and to nothing else.
+        """
+        if self._worst_step() or self.plain.not_finite or self.optimized.not_finite:
+            return "different"
+        if max(self.output_steps, self.optimizer_steps) > self.tolerance:
             return "different"
         return "ties" if self.plain.first or self.optimized.first else "exact"
 
@@ -114,6 +121,7 @@ class ExportReport:
             lines.append(
                 f"ONNX Runtime, optimizations {name}: largest difference {run.steps:.2g} steps, top-1 equal {run.top1:.2%}"
                 + (f", parts first at {run.first} ({run.parted:.1e} of its codes)" if run.first else "")
+                + (f", {run.not_finite:,} outputs are NaN or infinite on one side alone" if run.not_finite else "")
             )
         meaning = {
             "exact": "exact: every code is the model's.",
@@ -123,10 +131,16 @@ class ExportReport:
         return "\n".join([*lines, meaning[self.verdict]])
 
     def _worst(self) -> str:
+        if step := self._worst_step():
+            return step
+        if self.output_steps > self.tolerance or self.plain.not_finite:
+            return "the output"
+        return "what the optimizer made of the file"
+
+    def _worst_step(self) -> str:
+        """The step whose codes are furthest from what they may be, "" if all are as near as rounding allows."""
         worst = max(self.checks.values(), key=lambda check: check.excess, default=None)
-        if worst is not None and worst.excess > TIE:
-            return worst.name
-        return "the output" if self.output_steps > self.tolerance else "what the optimizer made of the file"
+        return worst.name if worst is not None and worst.excess > TIE else ""
 
 
 def verify(deployed: GraphModule, path: Path, batches: Iterable[Any]) -> ExportReport:
@@ -225,11 +239,18 @@ def _difference(a: Array, b: Array) -> Array:
     """How far apart values are; two NaN, or the same infinity, not at all, NaN and a number infinitely far."""
     same = (a == b) | (np.isnan(a) & np.isnan(b))
     with np.errstate(invalid="ignore"):
-        return np.where(same, 0.0, np.nan_to_num(np.abs(a - b), nan=np.inf))
+        return np.where(same, 0.0, _or_infinite(np.abs(a - b)))
+
+
+def _not_finite(a: Array, b: Array) -> int:
+    """How many values are NaN or infinite on one side, and something else on the other."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    return int((~np.isfinite(a) | ~np.isfinite(b))[_difference(a, b) != 0].sum())
 
 
 def _add_outputs(run: Run, computed: list[Array], expected: list[Tensor], unit: float) -> None:
     run.steps = max(run.steps, _largest(computed, expected, unit))
+    run.not_finite += sum(_not_finite(a, b.numpy()) for a, b in zip(computed, expected, strict=True))
     if expected and expected[0].ndim > 1:
         same = computed[0].argmax(1) == expected[0].argmax(1).numpy()
         run.equal_top1 += int(same.sum())
@@ -245,20 +266,24 @@ def _find_first(run: Run, names: list[str], computed: list[Array], reference: Re
 
 
 def _code_difference(computed: Array, expected: Tensor, scale: float) -> Array:
-    difference: Array = np.rint((computed.astype(np.float64) - expected.double().numpy()) / scale)
-    return difference
+    """How many codes apart values are; NaN, which is no code, is infinitely far from all."""
+    return _or_infinite(np.rint((computed.astype(np.float64) - expected.double().numpy()) / scale))
+
+
+def _or_infinite(distance: Array) -> Array:
+    """A distance of NaN is as large as can be: comparisons with it, and ``max``, would pass over it."""
+    return np.where(np.isnan(distance), np.inf, distance)
 
 
 def _check_step(check: StepCheck, computed: Array, reference: Reference, scale: float) -> None:
     """Compare codes computed from the model's own; a code that differs has to be as near as float rounding allows."""
     difference = _code_difference(computed, reference.values[check.name], scale)
-    undefined = np.isnan(reference.positions[check.name].numpy())
-    differs = (difference != 0) & ~undefined
-    check.undefined += int(undefined.sum())
+    differs = difference != 0
+    check.undefined += int(reference.positions[check.name].isnan().sum())
     check.count += difference.size
     check.differing += int(differs.sum())
     if not differs.any():
         return
     given = reference.codes[check.name].numpy()[differs] + difference[differs]
     position = reference.positions[check.name].numpy()[differs]
-    check.excess = max(check.excess, float((np.abs(given - position) - 0.5).max()))
+    check.excess = max(check.excess, float(_or_infinite(np.abs(given - position) - 0.5).max()))

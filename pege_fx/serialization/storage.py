@@ -28,6 +28,7 @@ from pege_fx.inspection.size import stored_codes
 from pege_fx.modules.fake_quant import fake_quants
 from pege_fx.numerics.packing import pack, unpack
 from pege_fx.passes.graph import arguments, register_buffer, set_parameter, where
+from pege_fx.serialization.records import as_call, is_named_result
 from pege_fx.serialization.vocabulary import READABLE, functions, methods, name_of, read_attribute
 
 FORMAT, VERSION, CHECKSUM = "pege_fx", 2, "sha256"
@@ -36,7 +37,8 @@ FORMAT, VERSION, CHECKSUM = "pege_fx", 2, "sha256"
 def save_deployed(deployed: GraphModule, path: str | os.PathLike[str]) -> int:
     """Write a converted model to one file, weights packed to their bits; return the file's size in bytes.
 
-    Needs no class of the model to be read again. The file is whole or not there.
+    Needs no class of the model to be read again: a dataclass that ``forward`` returns comes back as a ``Record``, a named
+    tuple as one of the same names. The file is whole or not there.
 
     Args:
         deployed: from ``convert``.
@@ -97,7 +99,8 @@ def load_deployed(path: str | os.PathLike[str]) -> GraphModule:
         gm = GraphModule(nn.Module(), Graph(), class_name=str(header["name"]))
         for name in header["parameters"]:
             set_parameter(gm, name, nn.Parameter(tensors[name]))
-        for name in (name for name in tensors if name not in header["parameters"]):
+        parameters = set(header["parameters"])
+        for name in (name for name in tensors if name not in parameters):
             register_buffer(gm, name, tensors[name])
         gm.graph = _decode_graph(header["nodes"], set(tensors))
         gm.graph.lint()
@@ -168,7 +171,10 @@ def _encode_node(node: Node) -> list[Any]:
             f"{node.name} calls the module {node.target}, which is code of its own{where(node)}: it can not be stored.\n"
             f"  {node.meta.get('stays_python', 'make it a function of tensors that torch.fx can trace')}"
         )
-    target = name_of(node.target) if node.op == "call_function" else str(node.target)
+    called: Any = node.target
+    if node.op == "call_function" and is_named_result(called):
+        called, args, kwargs = *as_call(called, args, kwargs), {}
+    target = name_of(called) if node.op == "call_function" else str(called)
     if target is None or (node.op == "call_method" and target not in methods()):
         raise ExportError(
             f"{node.name} calls {getattr(node.target, '__qualname__', node.target)}{where(node)}: only torch's own "

@@ -7,6 +7,7 @@ writes or runs anything.
 import math
 import operator
 import sys
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -20,6 +21,7 @@ from pege_fx.decompositions.recurrent import recurrent
 from pege_fx.modules.mode import check_argument, check_class, check_keys, written
 from pege_fx.numerics.functional import dequantize, quantize
 from pege_fx.numerics.packing import unpack
+from pege_fx.serialization.records import named_tuple, record
 
 _NEW_TENSORS = ("arange", "empty", "eye", "full", "linspace", "ones", "tensor", "zeros")
 _PLAIN_FUNCTIONAL = (
@@ -46,6 +48,15 @@ _NOT_ARITHMETIC = {"attrgetter", "call", "itemgetter", "methodcaller"}
 _TORCHVISION = {  # functions that torchvision keeps whole in a trace
     "torchvision.ops.stochastic_depth": ("stochastic_depth",),
     "torchvision.models.swin_transformer": ("_get_relative_position_bias", "_patch_merging_pad", "shifted_window_attention"),
+}
+_OWN: dict[str, tuple[Callable[..., Any], ...]] = {  # names in files outlive the modules that they once were
+    "pege_fx.functional": (quantize, dequantize),
+    "pege_fx.packing": (unpack,),
+    "pege_fx.mode": (written, check_argument, check_class, check_keys),
+    "pege_fx.attention": (attention.attention_mask, attention.padding_mask, attention.check_batched),
+    "pege_fx.recurrent": (recurrent,),
+    "pege_fx.results": (record, named_tuple),
+    "collections": (OrderedDict,),
 }
 _LEAVING_TORCH = {"numpy", "tolist", "share_memory_", "backward", "register_hook", "storage", "untyped_storage", "data_ptr"}
 READABLE = {"shape", "dtype", "device", "ndim", "T", "mT", "H", "mH", "real", "imag", "is_cuda", "layout", "data"}
@@ -79,10 +90,8 @@ def functions() -> dict[str, Callable[..., Any]]:
         for name in set(dir(module)) - _NOT_ARITHMETIC:
             if callable(getattr(module, name)) and not name.startswith("_"):
                 named[f"{module.__name__}.{name}"] = getattr(module, name)
-    from_attention = (attention.attention_mask, attention.padding_mask, attention.check_batched)
-    checks = (check_argument, check_class, check_keys)
-    for own in (quantize, dequantize, unpack, written, recurrent, *checks, *from_attention):
-        named[f"{own.__module__}.{own.__name__}"] = own
+    for prefix, own in _OWN.items():
+        named |= {f"{prefix}.{function.__name__}": function for function in own}
     named["builtins.getattr"] = getattr
     for path, names in _TORCHVISION.items():
         named |= {f"{path}.{name}": function for name in names if (function := _loaded(path, name)) is not None}

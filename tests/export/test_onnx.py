@@ -562,6 +562,71 @@ def test_nan_is_no_tie(tmp_path: Path) -> None:
     assert "NaN where they are quantized: no code is right for them" in str(report)
 
 
+class Rooted(nn.Module):
+    """Two results, each behind a function of its own, so that a file can be given another one."""
+
+    def __init__(self, last: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head, self.last = nn.Linear(6, 6), nn.Linear(6, 4), last
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = torch.relu(self.body(x))
+        z = self.head(y)
+        return (z, torch.sigmoid(z)) if self.last else (z, y)
+
+
+@pytest.mark.parametrize("style", ["qdq", "qcdq", "qonnx"])
+@pytest.mark.parametrize(
+    ("changed", "into"), [("Relu", "Sqrt"), ("Relu", "Reciprocal"), ("Sigmoid", "Sqrt"), ("Sigmoid", "Log")]
+)
+def test_nan_and_infinity_of_a_file_are_different(style: Any, changed: str, into: str, tmp_path: Path) -> None:
+    """In codes, and in an output that is not the first; whatever else is right."""
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+    if into == "Reciprocal":
+        x[0] = 0.0
+    model = pege_fx.convert(pege_fx.prepare(Rooted(changed == "Sigmoid").eval(), "W4A4", (x,)))
+    pege_fx.export_onnx(model, tmp_path / "model.onnx", (x,), style=style)
+    assert pege_fx.verify_export(model, tmp_path / "model.onnx", [x]).verdict == "exact"
+    proto = onnx.load(tmp_path / "model.onnx")
+    next(node for node in proto.graph.node if node.op_type == changed).op_type = into
+    onnx.save(proto, tmp_path / "wrong.onnx")
+    report = pege_fx.verify_export(model, tmp_path / "wrong.onnx", [x])
+    assert report.verdict == "different"
+    assert str(report).splitlines()[-1].startswith("different: ")
+
+
+class Masked(nn.Module):
+    """Gives -infinity where a mask says so, and NaN for a row of which nothing is left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.fc(x).masked_fill(x > 0, -torch.inf)
+        return y, y.softmax(-1)
+
+
+def test_nan_and_infinity_of_the_model_are_the_models(tmp_path: Path) -> None:
+    """The same ones in the same places are equal, and hide no other difference."""
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    x[0] = 1.0
+    model = pege_fx.convert(pege_fx.prepare(Masked().eval(), "W4A4", (x,)))
+    assert model(x)[1].isnan().any()
+    pege_fx.export_onnx(model, tmp_path / "model.onnx", (x,))
+    assert pege_fx.verify_export(model, tmp_path / "model.onnx", [x]).verdict == "exact"
+    proto = onnx.load(tmp_path / "model.onnx")
+    fill = next(tensor for tensor in proto.graph.initializer if onnx.numpy_helper.to_array(tensor).ravel()[:1] == [-torch.inf])
+    for value in (torch.inf, -1e4):
+        fill.CopyFrom(onnx.numpy_helper.from_array(torch.tensor(value).numpy().reshape(tuple(fill.dims)), fill.name))
+        onnx.save(proto, tmp_path / "wrong.onnx")
+        report = pege_fx.verify_export(model, tmp_path / "wrong.onnx", [x])
+        assert report.verdict == "different"
+        assert report.plain.not_finite > 0
+
+
 def test_a_tie_is_called_a_tie(tmp_path: Path) -> None:
     """Sums that float32 rounds apart in another order, halfway between two codes."""
     torch.manual_seed(0)

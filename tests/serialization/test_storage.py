@@ -1,10 +1,13 @@
 """Stored graphs: the same answers, to the byte as large as said, nothing run of a file, broken ones named."""
 
+import dataclasses
 import json
 import subprocess
 import sys
+from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -15,11 +18,13 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import pege_fx
 from pege_fx import CheckpointError, ExportError, PegeError, PegeWarning, QuantPolicy, testing
 from pege_fx.numerics.packing import unpack
 from pege_fx.passes import inline_modules, pack_weights, run, unpack_weights
+from pege_fx.serialization import storage
 from pege_fx.serialization.storage import _encode, checksum
 from pege_fx.serialization.vocabulary import functions
 
@@ -208,6 +213,100 @@ def test_named_results_are_stored_and_what_can_not_be_read_back_is_refused(tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+class Parts(NamedTuple):
+    """A result by place and by name."""
+
+    logits: Tensor
+    hidden: Any = None
+
+
+@dataclasses.dataclass
+class Output:
+    """A result by name."""
+
+    logits: Tensor
+    loss: Tensor | None = None
+
+
+@dataclasses.dataclass
+class Doubled:
+    """A result that computes when it is made."""
+
+    logits: Tensor
+
+    def __post_init__(self) -> None:
+        self.logits = self.logits * 2
+
+
+class Giving(nn.Module):
+    """Gives its result in the form that it is asked for."""
+
+    def __init__(self, form: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.fc, self.form = nn.Linear(4, 3), form
+
+    def forward(self, x: Tensor) -> Any:
+        return self.form(self.fc(x))
+
+
+def filled(y: Tensor) -> Any:
+    result: OrderedDict[str, Tensor] = OrderedDict()
+    result["out"] = y
+    result["aux"] = y + 1
+    return result
+
+
+FORMS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
+    "ordered dict": (lambda y: OrderedDict(aux=y + 1, out=y), lambda r: r["out"]),
+    "ordered dict, filled": (filled, lambda r: r["out"]),
+    "nested": (lambda y: {"all": OrderedDict(left=[y, None], right=(y + 1,))}, lambda r: r["all"]["left"][0]),
+    "named tuple": (lambda y: Parts(y), lambda r: r.logits),
+    "named tuple by place": (lambda y: Parts(y, (y + 1,)), lambda r: r[0]),
+    "dataclass": (lambda y: Output(y), lambda r: r.logits),
+    "dataclasses in a list": (lambda y: [Output(y, y + 1), Parts(y)], lambda r: r[0].logits),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_results_by_name_are_stored(form: str, tmp_path: Path) -> None:
+    make, read = FORMS[form]
+    x = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+    model = pege_fx.convert(pege_fx.prepare(Giving(make), "W4A4", (x,)).eval())
+    pege_fx.save_deployed(model, tmp_path / "first")
+    loaded = pege_fx.load_deployed(tmp_path / "first")
+    pege_fx.save_deployed(loaded, tmp_path / "again")
+    for stored in (loaded, pege_fx.load_deployed(tmp_path / "again")):
+        assert torch.equal(read(stored(x)), read(model(x)))
+        assert len(tree_leaves(stored(x))) >= len(tree_leaves(model(x))) - 1  # what is no class of torch's is one leaf
+    if form.startswith("ordered"):
+        assert isinstance(loaded(x), OrderedDict)
+        assert list(loaded(x)) == list(model(x))
+    if form == "dataclass":
+        assert loaded(x).loss is None
+        with pytest.raises(AttributeError, match="there is no part 'other': logits, loss"):
+            _ = loaded(x).other
+
+
+def test_an_output_of_transformers_is_stored(tmp_path: Path) -> None:
+    outputs = pytest.importorskip("transformers.modeling_outputs")
+    x = torch.randn(2, 4)
+    made = Giving(lambda y: outputs.BaseModelOutput(last_hidden_state=y))
+    model = pege_fx.convert(pege_fx.prepare(made, "W4A4", (x,)).eval())
+    pege_fx.save_deployed(model, tmp_path / "model")
+    found, expected = pege_fx.load_deployed(tmp_path / "model")(x), model(x)
+    assert list(found) == list(expected)
+    assert found.attentions is expected.attentions is None
+    for same in (found.last_hidden_state, found["last_hidden_state"], found[0]):
+        assert torch.equal(same, expected[0])
+
+
+def test_a_result_that_computes_when_it_is_made_is_not_stored(tmp_path: Path) -> None:
+    x = torch.randn(2, 4)
+    model = pege_fx.convert(pege_fx.prepare(Giving(Doubled), "W4A4", (x,)).eval())
+    with pytest.raises(ExportError, match=r"calls Doubled.*only torch's own"):
+        pege_fx.save_deployed(model, tmp_path / "model")
+
+
 def test_a_prepared_model_is_not_stored(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"give the result of pege_fx\.convert"):
         pege_fx.save_deployed(pege_fx.prepare(nn.Linear(2, 2), "W4A4"), tmp_path / "model")
@@ -334,6 +433,32 @@ def test_a_tensor_can_not_bring_code_in_its_name(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no name of a tensor"):
         pege_fx.load_deployed(tmp_path / "model")(x)
     assert not trace.exists()
+
+
+def test_reading_takes_time_in_proportion(written: Path, tmp_path: Path) -> None:
+    """Every tensor was looked up in a list of all parameters."""
+
+    class Counted(str):
+        compared = 0
+
+        def __eq__(self, other: object) -> bool:
+            Counted.compared += 1
+            return str.__eq__(self, other)
+
+        __hash__ = str.__hash__
+
+    count = 300
+    names = [Counted(f"p{i}") for i in range(count)]
+    header, _ = storage._read(written)
+    with pytest.MonkeyPatch.context() as patch:
+        read = header | {
+            "parameters": names,
+            "packed": {},
+            "nodes": [row for row in header["nodes"] if row[1] == "placeholder"],
+        }
+        patch.setattr(storage, "_read", lambda path: (read, {str(name): torch.zeros(0) for name in names}))
+        pege_fx.load_deployed(written)
+    assert Counted.compared <= 4 * count
 
 
 def test_a_newer_version_is_said(written: Path) -> None:
