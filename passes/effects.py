@@ -3,42 +3,21 @@
 Later passes may then share, move or prove things of a node's value without asking what happened to its memory meanwhile.
 """
 
-import operator
 from collections import defaultdict
-from typing import Any
 
-import torch
-from torch import nn
 from torch.fx import GraphModule, Node
 
 from pege_fx.modules.mode import TRAINING_MODE, written
 from pege_fx.passes.graph import (
     after,
-    attribute_name,
-    attribute_of,
     call_function,
     changes_its_input,
     first_argument,
     is_assignment,
-    is_unknown_code,
     reads_size,
     remove_dead_nodes,
 )
-
-# Functions and methods whose result may be, or look into, the memory of their first argument.
-_VIEWING: set[Any] = {
-    operator.getitem, torch.reshape, torch.flatten, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, torch.chunk,
-    torch.split, torch.tensor_split, torch.unbind, torch.narrow, torch.select, torch.movedim, torch.swapaxes, torch.dropout,
-    torch.unflatten, torch.diagonal, torch.real, torch.imag, torch.view_as_real, torch.view_as_complex, torch.detach,
-    torch.broadcast_to, torch.ravel, torch.atleast_1d, torch.atleast_2d, torch.atleast_3d,
-    nn.functional.dropout, nn.functional.dropout1d, nn.functional.dropout2d, nn.functional.dropout3d,
-    "view", "view_as", "reshape", "reshape_as", "flatten", "permute", "transpose", "squeeze", "unsqueeze", "chunk", "split",
-    "tensor_split", "unbind", "narrow", "select", "movedim", "swapaxes", "unflatten", "expand", "expand_as", "diagonal", "t",
-    "contiguous", "to", "type", "type_as", "float", "half", "bfloat16", "double", "cpu", "cuda", "detach", "broadcast_to",
-    "ravel", "unfold", "as_strided", "requires_grad_", "__getitem__",
-}  # fmt: skip
-_VIEWING_ATTRIBUTES = {"T", "mT", "H", "mH", "data", "real", "imag"}
-_VIEWING_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+from pege_fx.passes.op_traits import traits_of
 
 
 def name_writes(gm: GraphModule) -> None:
@@ -83,10 +62,9 @@ class _Memory:
 
     def add(self, node: Node) -> None:
         self._join(node, _may_share(self.gm, node))
-        if is_unknown_code(self.gm, node):
-            for source in node.meta.get("writes", ()):
-                self._write(source, node)
-        elif changes_its_input(self.gm, node) and isinstance(changed := first_argument(node), Node):
+        for source in _writes(self.gm, node):
+            self._write(source, node)
+        if changes_its_input(self.gm, node) and isinstance(changed := first_argument(node), Node):
             self._write(changed, node)
             self._join(node, [changed])
             if not is_assignment(node):
@@ -116,10 +94,22 @@ class _Memory:
 
 
 def _may_share(gm: GraphModule, node: Node) -> list[Node]:
-    """The inputs whose memory the result may lie in."""
-    if is_unknown_code(gm, node):
-        return [source for source in node.all_input_nodes if source.target != TRAINING_MODE]
-    if node.op == "call_module":
-        return node.all_input_nodes if isinstance(attribute_of(gm, node), _VIEWING_MODULES) else []
-    viewing = node.target in _VIEWING or attribute_name(node) in _VIEWING_ATTRIBUTES
-    return node.all_input_nodes[:1] if viewing else []
+    """The inputs whose memory the result may lie in: by the table, and as it did on the example inputs."""
+    if reads_size(node):
+        return []
+    sources = _values_of(node)
+    view = traits_of(gm, node).view
+    seen = node.meta.get("shares", [])
+    return seen if view is False else [*sources[:1], *seen] if view else sources
+
+
+def _writes(gm: GraphModule, node: Node) -> list[Node]:
+    """The inputs to which code that no table knows may write: those that it changed on the example inputs, or else all."""
+    if node.op == "output" or not traits_of(gm, node).writes:
+        return []
+    return list(node.meta.get("writes", _values_of(node)))
+
+
+def _values_of(node: Node) -> list[Node]:
+    """The inputs of a node that may hold tensors."""
+    return [source for source in node.all_input_nodes if source.target != TRAINING_MODE and not reads_size(source)]

@@ -20,9 +20,11 @@ from torch.fx.node import map_arg
 
 from pege_fx.decompositions.recurrent import recurrent
 from pege_fx.modules.batch_norm import BiasFold, BiasFoldBehind, Fold, WeightFold
+from pege_fx.modules.calls import beside_forward
 from pege_fx.modules.mode import PythonForward, TrainingMode
 from pege_fx.numerics.recompute import REMAKING
 from pege_fx.numerics.spec import Channels
+from pege_fx.passes.op_traits import may_write
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -92,6 +94,7 @@ FUNCTIONS: dict[Any, Operator] = {
     F.scaled_dot_product_attention: ATTENTION,
 }
 FUNCTIONS |= {remaking: FUNCTIONS[function] for function, remaking in REMAKING.items() if function in FUNCTIONS}
+_EINSUMS = {function for function, found in FUNCTIONS.items() if found is EINSUM}
 METHODS: dict[str, Operator] = {
     "matmul": MATMUL,
     "__matmul__": MATMUL,
@@ -152,6 +155,8 @@ def aliases_of(name: str) -> frozenset[str]:
 def operator_of(node: Node) -> Operator | None:
     """Return the table's entry for a node, or None if none of its edges can be quantized."""
     if node.op == "call_function":
+        if node.target in _EINSUMS and isinstance(equation := first_argument(node), str) and "," not in equation:
+            return None  # of one tensor: a transpose, a diagonal, a sum; it may be a view
         return _recurrent(node) if node.target is recurrent else FUNCTIONS.get(node.target)
     if node.op == "call_method":
         return METHODS.get(str(node.target))
@@ -694,6 +699,8 @@ def make_out_of_place(gm: GraphModule, node: Node) -> None:
         module.inplace = False  # type: ignore[assignment]
     elif node.kwargs.get("inplace"):
         node.update_kwarg("inplace", False)
+    elif node.op == "call_function" and _given(node, "inplace"):
+        node.update_arg(_positions(node.target)["inplace"], False)
 
 
 # --- what backward makes again --------------------------------------------------------------------------------
@@ -813,7 +820,22 @@ def changes_its_input(root: nn.Module, node: Node) -> bool:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     ends_in_place = name.endswith("_") and not name.endswith("__")
     by_operator = node.target in _IN_PLACE_OPERATORS or is_assignment(node)
-    return ends_in_place or by_operator or bool(node.kwargs.get("inplace")) or node.kwargs.get("out") is not None
+    return ends_in_place or by_operator or bool(_given(node, "inplace")) or node.kwargs.get("out") is not None
+
+
+def _given(node: Node, name: str) -> Any:
+    """What a function's call passes for a parameter, by position or by keyword; None if nothing."""
+    position = _positions(node.target).get(name, len(node.args)) if node.op == "call_function" else len(node.args)
+    return node.args[position] if position < len(node.args) else node.kwargs.get(name)
+
+
+@functools.cache
+def _positions(function: Any) -> dict[str, int]:
+    """Where the parameters of a function stand; none of one without a signature."""
+    try:
+        return {name: position for position, name in enumerate(inspect.signature(function).parameters)}
+    except (TypeError, ValueError):
+        return {}
 
 
 _PLACE_OF_MEAN: dict[Any, int] = {F.batch_norm: 1, F.instance_norm: 1, torch.batch_norm: 3, torch.instance_norm: 3}
@@ -846,7 +868,7 @@ def remove_dead_nodes(gm: GraphModule, pure: Collection[Node] = ()) -> None:
     for node in reversed(gm.graph.nodes):  # as Graph.eliminate_dead_code, which lints, too
         if node.users or node.op in ("placeholder", "output") or node.is_impure() or changes_its_input(gm, node):
             continue
-        if node in pure or not (is_unknown_code(gm, node) or keeps_statistics(gm, node)):
+        if node in pure or not (is_unknown_code(gm, node) or keeps_statistics(gm, node) or may_write(gm, node)):
             gm.graph.erase_node(node)
 
 
@@ -858,15 +880,10 @@ def has_parameters(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Tell whether a module's call does more than its forward."""
-    return any(vars(module).get(name) for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"))
-
-
 def is_torch_module(module: nn.Module) -> bool:
     """Tell whether a module is one of torch's own layers, without children or hooks."""
-    hooked = any(vars(module).get(name) for name in ("_forward_hooks", "_forward_pre_hooks"))
-    return type(module).__module__.startswith("torch.nn.modules.") and not hooked and not list(module.children())
+    own = type(module).__module__.startswith("torch.nn.modules.")
+    return own and not beside_forward(module) and not list(module.children())
 
 
 def replace_by_constant(gm: GraphModule, node: Node, value: bool | int | float) -> None:

@@ -9,13 +9,13 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from pege_fx.decompositions.recurrent import recurrent
+from pege_fx.modules.calls import has_hooks
 from pege_fx.passes.graph import (
     arguments,
     become,
     call_function,
     calls,
     get_attr,
-    has_hooks,
     join,
     operator_of,
     owner,

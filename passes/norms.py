@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from pege_fx.modules.batch_norm import FOLDED, BatchNorm, FunctionalBatchNorm
+from pege_fx.modules.calls import has_hooks
 from pege_fx.modules.mode import TrainingMode
 from pege_fx.numerics.spec import Channels
 from pege_fx.passes.graph import (
@@ -19,7 +20,6 @@ from pege_fx.passes.graph import (
     channels_of,
     first_argument,
     function_name,
-    has_hooks,
     input_channels_of,
     join,
     module_of,

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from pege_fx.errors import InputError, OtherCallError
+from pege_fx.modules.fake_quant import version_of
 from pege_fx.modules.mode import PYTHON_FORWARD, evaluating, trial
 from pege_fx.passes.capture.examples import fresh
-from pege_fx.passes.graph import arguments, first_argument, is_unknown_code, join, module_of, owner, plain, rank_of
+from pege_fx.passes.graph import arguments, first_argument, join, module_of, owner, plain, rank_of
+from pege_fx.passes.op_traits import traits_of
 
 
 class OtherGraphCallError(Exception):
@@ -26,7 +28,7 @@ class _Recorder(Interpreter):
 
     def run_node(self, n: Node) -> Any:
         assert isinstance(self.module, GraphModule)
-        before = _versions(n, self.env) if is_unknown_code(self.module, n) else {}
+        before = _versions(n, self.env) if traits_of(self.module, n).writes else None
         try:
             result = _note(n, super().run_node(n))
         except Exception as error:
@@ -35,9 +37,19 @@ class _Recorder(Interpreter):
                 inner = str(n.target) if n.op == "call_module" and n.target != PYTHON_FORWARD else owner(n)
                 error.add_note(f"in {join(self.module.meta.get('prefix', ''), inner) or 'the model itself'}")
             raise
-        if before:
-            n.meta["writes"] = [source for source, versions in _versions(n, self.env).items() if versions != before[source]]
+        self._note_effects(n, before, result)
         return result
+
+    def _note_effects(self, node: Node, before: dict[Node, list[int | None]] | None, result: Any) -> None:
+        """Note to which inputs a node that may write did so, and in whose memory its result lies: in any of its calls."""
+        if before is not None:
+            now = _versions(node, self.env)
+            changed = {source for source, versions in now.items() if versions != before[source] or None in versions}
+            node.meta["writes"] = [*dict.fromkeys([*node.meta.get("writes", ()), *filter(changed.__contains__, now)])]
+        if made := _memory(result):
+            shares = [source for source in node.all_input_nodes if made & _memory(self.env[source])]
+            if shares:
+                node.meta["shares"] = [*dict.fromkeys([*node.meta.get("shares", ()), *shares])]
 
     def fetch_args_kwargs_from_env(self, n: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return plain(super().fetch_args_kwargs_from_env(n))  # type: ignore[no-any-return]
@@ -66,9 +78,14 @@ def _parameters(placeholders: Iterable[Node]) -> Iterator[inspect.Parameter]:
             yield inspect.Parameter(name, kind, default=default)
 
 
-def _versions(node: Node, values: Mapping[Node, Any]) -> dict[Node, list[int]]:
-    """How often autograd counted a write to the tensors that come into a node, by source."""
-    return {source: [tensor._version for tensor in _tensors(values[source])] for source in node.all_input_nodes}
+def _versions(node: Node, values: Mapping[Node, Any]) -> dict[Node, list[int | None]]:
+    """How often autograd counted a write to the tensors that come into a node, by source; None where it does not count."""
+    return {source: [version_of(tensor) for tensor in _tensors(values[source])] for source in node.all_input_nodes}
+
+
+def _memory(value: Any) -> set[int]:
+    """The addresses of the memory in which tensors lie; none of a sparse one."""
+    return {tensor.untyped_storage().data_ptr() for tensor in _tensors(value) if tensor.layout is torch.strided} - {0}
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -99,7 +116,7 @@ def record_shapes(gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, A
         for graph, recorder in recorders.items():
             graph.__dict__["forward"] = recorder.call
         with trial(gm.modules()), evaluating(gm):
-            if recorders:
+            if recorders or any(traits_of(gm, node).writes for node in gm.graph.nodes):
                 _try_in_training(gm, *fresh((args, kwargs)), recorders)
             gm.eval()
             given, named = fresh((args, kwargs))

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
@@ -17,30 +16,16 @@ from pege_fx.passes.graph import (
     changes_its_input,
     first_argument,
     is_unknown_code,
-    operator_of,
     reads_size,
     tensor_of,
 )
+from pege_fx.passes.op_traits import traits_of
 
 RANDOM = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.RReLU)
-_MAY_RETURN_INPUT = (*RANDOM, nn.Identity, nn.Flatten, nn.Unflatten, nn.Sequential)
-_MAKING: set[Any] = {
-    operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.sub, torch.mul, torch.cat, torch.concat,
-    torch.stack, torch.relu, torch.sigmoid, torch.tanh, torch.softmax, torch.mean, torch.sum,
-    torch.rand_like, torch.randn_like, torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like,
-    F.relu, F.relu6, F.gelu, F.silu, F.hardswish, F.sigmoid, F.tanh, F.softmax, F.layer_norm, F.group_norm, F.batch_norm,
-    F.max_pool2d, F.avg_pool2d,
-}  # fmt: skip
-_MAKING |= {"new_empty", "new_zeros", "new_ones", "new_full", "clone", "add", "sub", "mul", "relu", "sigmoid", "softmax"}
-_VIEWING: set[Any] = {"view", "reshape", "flatten", torch.flatten, torch.reshape, operator.getitem}
 
 
 def _makes_anew(root: nn.Module, node: Node) -> bool:
-    if changes_its_input(root, node):
-        return False
-    if node.op == "call_module":
-        return not isinstance(root.get_submodule(str(node.target)), _MAY_RETURN_INPUT)
-    return operator_of(node) is not None or node.target in _MAKING
+    return traits_of(root, node).view is False and not changes_its_input(root, node) and "shares" not in node.meta
 
 
 def makers(root: nn.Module, value: Any) -> Iterator[tuple[Node, bool]]:
@@ -48,9 +33,15 @@ def makers(root: nn.Module, value: Any) -> Iterator[tuple[Node, bool]]:
     while isinstance(value, Node):
         anew = _makes_anew(root, value)
         yield value, anew
-        if anew or not (value.op == "call_module" or changes_its_input(root, value) or value.target in _VIEWING):
+        if anew or not (value.op == "call_module" or changes_its_input(root, value) or _may_view(root, value)):
             return
         value = first_argument(value)
+
+
+def _may_view(root: nn.Module, node: Node) -> bool:
+    """Whether a node is known to return its first input or a part of it, and to change nothing."""
+    traits = traits_of(root, node)
+    return traits.view is not False and not traits.writes
 
 
 def is_seen_elsewhere(root: nn.Module, node: Node) -> bool:

@@ -45,7 +45,7 @@ class ScheduleState(nn.Module):
         self.is_scaled = False
         for name, value in (("rate", 1.0), ("weight_lambda", 0.0), ("activation_lambda", 0.0), ("loss_scale", 1.0)):
             self.register_buffer(f"{name}_bits", torch.tensor(value).view(torch.int32), persistent=False)
-        self._complete_version = _version_of(self.rate_bits)
+        self._complete_version = version_of(self.rate_bits)
         key = torch.tensor(functional.refresh_key(0), dtype=torch.int32)
         self.register_buffer("refresh_key", key, persistent=False)
 
@@ -55,11 +55,11 @@ class ScheduleState(nn.Module):
 
     def set_rate(self, rate: float) -> None:
         self.rate.fill_(rate)
-        self._complete_version = _version_of(self.rate_bits) if rate == 1 else None
+        self._complete_version = version_of(self.rate_bits) if rate == 1 else None
 
     @property
     def is_complete(self) -> bool:
-        return self._complete_version is not None and self._complete_version == _version_of(self.rate_bits)
+        return self._complete_version is not None and self._complete_version == version_of(self.rate_bits)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_complete_version": None}  # a copy's tensors count their versions anew
@@ -80,7 +80,7 @@ class ScheduleState(nn.Module):
         return f"group={self.group!r}"
 
 
-def _version_of(tensor: Tensor) -> int | None:
+def version_of(tensor: Tensor) -> int | None:
     """How often a tensor was written, or None where nobody counts."""
     return None if tensor.is_inference() else tensor._version
 

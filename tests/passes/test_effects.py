@@ -248,3 +248,67 @@ def test_signs_are_read_of_the_value_at_that_place() -> None:
         "relu_fq": False,
         "relu_written_fq": True,
     }
+
+
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "t": torch.t,
+    "swapdims": lambda x: torch.swapdims(x, 0, 1),
+    "adjoint": lambda x: x.adjoint(),
+    "moveaxis": lambda x: torch.moveaxis(x, 0, 1),
+    "hsplit": lambda x: torch.hsplit(x, 2)[0],
+    "vsplit": lambda x: torch.vsplit(x, 2)[1],
+    "einsum": lambda x: torch.einsum("ij->ji", x),
+    "positive": lambda x: torch.positive(x),
+    "broadcast": lambda x: torch.broadcast_tensors(x, x)[1],
+    "atleast": lambda x: torch.atleast_3d(x),
+    "alias": lambda x: torch.ops.aten.alias(x),
+    "asarray": lambda x: torch.asarray(x),
+    "dropout of nothing": lambda x: torch.nn.functional.feature_alpha_dropout(x, 0.5, False),
+    "identity": nn.Identity(),
+    "wrapped": lambda x: fill_corner(x),
+}
+
+
+class WritesAView(nn.Module):
+    """Reads a value, writes to it through a view, and reads it again."""
+
+    def __init__(self, view: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.view = nn.Linear(4, 4), nn.Linear(4, 4), view
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x * 1.0
+        first: Tensor = self.a(h)
+        VIEWS[self.view](h).mul_(3.0)
+        return first + self.b(h)
+
+
+@pytest.mark.parametrize("examples", [True, False])
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_write_through_any_view_is_seen(view: str, examples: bool) -> None:
+    model, x = WritesAView(view).eval(), torch.randn(4, 4)
+    with torch.no_grad(), pege_fx.kernels.eager_kernels():
+        expected = model(x)
+        gm = pege_fx.prepare(model, "W8A8", (x,) if examples else None)
+        pege_fx.calibrate(gm, [x])
+        for site in fake_quants(gm).values():
+            site.schedule.rate.fill_(0.0)
+        torch.testing.assert_close(gm.train()(x), expected)
+
+
+def test_a_write_by_position_of_inplace_is_a_write() -> None:
+    class Positional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = x * 1.0
+            first: Tensor = self.a(h)
+            torch.nn.functional.relu(h, True)
+            return first + self.b(h)
+
+    model, x = Positional(), torch.randn(4, 4)
+    gm = pege_fx.prepare(model, pege_fx.QuantPolicy((pege_fx.Rule(weight=None, input=None),)), (x,))
+    torch.testing.assert_close(gm(x), model(x))
