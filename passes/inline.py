@@ -10,7 +10,7 @@ from torch.fx.proxy import TraceError
 
 from pege_fx.modules.batch_norm import BatchNorm
 from pege_fx.modules.mode import TrainingMode
-from pege_fx.passes.capture.threads import LocalTracer
+from pege_fx.passes.capture.patching import LocalTracer
 from pege_fx.passes.graph import (
     arguments,
     calls,

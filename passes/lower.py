@@ -10,8 +10,8 @@ from torch.fx import GraphModule, Node
 
 from pege_fx.modules.batch_norm import BiasFold, Folded, WeightFold
 from pege_fx.modules.fake_quant import FakeQuant
+from pege_fx.modules.methods import Decoding
 from pege_fx.modules.mode import PythonForward
-from pege_fx.modules.quantizers import Decoding
 from pege_fx.numerics.functional import dequantize, quantize
 from pege_fx.numerics.packing import integer_bias, pack, unpack
 from pege_fx.passes.graph import (

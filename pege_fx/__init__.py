@@ -42,13 +42,13 @@ from pege_fx.inspection.sensitivity import Sensitivity, sensitivity
 from pege_fx.inspection.size import SizeReport, size_report
 from pege_fx.inspection.summary import Explanation, Summary, summary
 from pege_fx.modules.fake_quant import FakeQuant, fake_quants
-from pege_fx.modules.quantizers import ForwardMethod, Statistics
+from pege_fx.modules.methods import ForwardMethod, Statistics
 from pege_fx.numerics import functional
 from pege_fx.numerics.functional import Estimator
 from pege_fx.numerics.spec import QuantSpec
 from pege_fx.policy.rules import QuantPolicy, Rule
 from pege_fx.serialization.checkpoint import CheckpointInfo, checkpoint_info, load, newest, save
-from pege_fx.serialization.storage import load_deployed, save_deployed
+from pege_fx.serialization.deployed import load_deployed, save_deployed
 from pege_fx.training import curves
 from pege_fx.training.calibration import calibrate, discretization_loss, parameter_groups
 from pege_fx.training.curves import (
@@ -62,10 +62,10 @@ from pege_fx.training.curves import (
     RampReplacement,
     Step,
 )
-from pege_fx.training.distributed import shard
 from pege_fx.training.ewgs import update_ewgs
 from pege_fx.training.guard import Finding, Guard
 from pege_fx.training.scheduler import GroupCurves, PEGEScheduler, plan_of
+from pege_fx.training.sharding import shard
 from pege_fx.training.telemetry import CSVWriter, Telemetry, TensorBoardWriter, read_history
 
 moved.install()

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 import pege_fx
 from pege_fx.kernels.inductor import eager_kernels
-from pege_fx.passes.capture.threads import uncompiled
+from pege_fx.passes.capture.patching import uncompiled
 
 ROOT = Path(__file__).parents[1]
 DATA = torch.randn(8, 4, 1, 6, 6, generator=torch.Generator().manual_seed(5))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import pege_fx
-from pege_fx.serialization import container
+from pege_fx.serialization import tensor_tree
 from pege_fx.serialization.checkpoint import KIND
 
 pytest.importorskip("torchvision")
@@ -62,7 +62,7 @@ def go(folder: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
 
 
 def state(path: Path) -> dict[str, Any]:
-    tree: dict[str, Any] = container.read(path / "state.safetensors", KIND)
+    tree: dict[str, Any] = tensor_tree.read(path / "state.safetensors", KIND)
     return tree
 
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.fx import Node, Proxy
 from torch.fx.proxy import Attribute
 
-from pege_fx.passes.capture.draws import RAND
-from pege_fx.passes.capture.threads import LocalTracer
+from pege_fx.passes.capture.patching import LocalTracer
+from pege_fx.passes.capture.rng_guard import RAND
 
 
 class DataDependenceError(Exception):

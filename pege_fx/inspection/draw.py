@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 from pege_fx._utils.files import atomic_write, path_of
 from pege_fx.errors import ExportError
 from pege_fx.inspection.dataflow import to_networkx
-from pege_fx.inspection.outline import collapse, collapse_to_fit, edge_label, outline, rest, shape_label, title
+from pege_fx.inspection.display_graph import collapse, collapse_to_fit, edge_label, outline, rest, shape_label, title
 
 ENDINGS = (".svg", ".png", ".dot")
 COLOURS = {2: "#b40426", 3: "#dd5f4b", 4: "#f4987a", 5: "#edd1c2", 6: "#c9d7f0", 7: "#9abbff", 8: "#6788ee"}

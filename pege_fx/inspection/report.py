@@ -17,8 +17,8 @@ from torch.fx import GraphModule
 from pege_fx._utils.files import atomic_write, path_of, path_to_read
 from pege_fx.errors import ExportError, InputError
 from pege_fx.inspection.dataflow import to_networkx
+from pege_fx.inspection.display_graph import edge_label, outline, rest, shape_label, title
 from pege_fx.inspection.draw import COLOURS, FLOAT, PLAIN, PYTHON, colour_of, ink
-from pege_fx.inspection.outline import edge_label, outline, rest, shape_label, title
 from pege_fx.inspection.size import size_report
 from pege_fx.inspection.tables import totals
 from pege_fx.modules.fake_quant import FakeQuant, fake_quants

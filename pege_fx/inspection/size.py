@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 
 from pege_fx.modules.batch_norm import FOLDED, BatchNorm, BiasFold, BiasFoldBehind, WeightFold
 from pege_fx.modules.fake_quant import FakeQuant
-from pege_fx.modules.quantizers import Encoding
+from pege_fx.modules.methods import Encoding
 from pege_fx.numerics.functional import dequantize, quantize
 from pege_fx.numerics.packing import unpack
 from pege_fx.passes.graph import arguments, first_argument, join, module_of, tensor_of

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pege_fx.kernels.layouts import layout_of
+from pege_fx.kernels.tensor_layout import layout_of
 
 DTYPES = (torch.float32, torch.bfloat16)
 _ESTIMATORS = {"ste": 0, "ewgs": 1, "pege": 2}

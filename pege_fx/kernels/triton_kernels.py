@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pege_fx.errors import PegeWarning
-from pege_fx.kernels.layouts import Layout, layout_of
+from pege_fx.kernels.tensor_layout import Layout, layout_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGEST_TILE = 2048

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.checkpoint import checkpoint
 
-from pege_fx._utils.processes import is_shared
+from pege_fx._utils.collectives import is_shared
 from pege_fx.errors import ModelError
 from pege_fx.kernels.inductor import is_traced
 from pege_fx.modules.batch_norm import Fold
-from pege_fx.modules.quantizers import Decoding, ForwardMethod, Statistics
+from pege_fx.modules.methods import Decoding, ForwardMethod, Statistics
 from pege_fx.numerics import functional
 from pege_fx.numerics.spec import ESTIMATORS, METHODS, Channels, Kind, QuantSpec
 from pege_fx.policy.plan import Plan

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from pege_fx._utils.collectives import gathered, laid_out_as, on_first_rank, rank_and_size, whole
 from pege_fx._utils.files import path_of
-from pege_fx._utils.processes import gathered, laid_out_as, on_first_rank, rank_and_size, whole
 from pege_fx.api import prepare
 from pege_fx.errors import CheckpointError, ModelError, PegeError, PolicyError, closest
 from pege_fx.modules.fake_quant import fake_quants
 from pege_fx.policy.plan import Plan
 from pege_fx.policy.rules import QuantPolicy
-from pege_fx.serialization import container
+from pege_fx.serialization import tensor_tree
 from pege_fx.training.scheduler import PEGEScheduler, plan_of
 
 KIND = "pege_fx checkpoint"
@@ -108,7 +108,7 @@ def save(
         "extra": extra,
     }
     tree |= whole(states)  # on every rank, for sharded tensors are put together
-    on_first_rank(lambda: container.write(tree, path, KIND))
+    on_first_rank(lambda: tensor_tree.write(tree, path, KIND))
 
 
 def load(
@@ -146,7 +146,7 @@ def load(
     >>> torch.equal(again.eval()(x), gm.eval()(x))
     True
     """
-    tree = container.read(path, KIND)
+    tree = tensor_tree.read(path, KIND)
     info = _info(tree, path)
     try:
         gm = _prepared_in(model) or prepare(model, info.policy, **prepare_options)
@@ -207,7 +207,7 @@ def checkpoint_info(path: str | os.PathLike[str]) -> CheckpointInfo:
     ...     checkpoint_info(f"{folder}/state.safetensors").extra
     {'epoch': 3}
     """
-    return _info(container.read(path, KIND), path)
+    return _info(tensor_tree.read(path, KIND), path)
 
 
 def prepared_part(model: nn.Module) -> GraphModule:
@@ -386,4 +386,4 @@ def newest(path: str | os.PathLike[str]) -> Path | None:
 
 
 def _generations(path: Path) -> Iterable[Path]:
-    return path, container.previous_of(path)
+    return path, tensor_tree.previous_of(path)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch.fx import GraphModule
 
-from pege_fx._utils.processes import rank_and_size
+from pege_fx._utils.collectives import rank_and_size
 from pege_fx.errors import CheckpointError, ModelError, ScheduleError, closest
 from pege_fx.modules.fake_quant import FakeQuant, ScheduleState, fake_quants
 from pege_fx.numerics.functional import refresh_key

@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 from pege_fx._utils.files import path_of, path_to_read
 from pege_fx.errors import OutputError, ScheduleError
 from pege_fx.modules.fake_quant import FakeQuant, fake_quants
-from pege_fx.modules.quantizers import ForwardMethod
+from pege_fx.modules.methods import ForwardMethod
 from pege_fx.numerics.functional import compute_dtype
 from pege_fx.training.scheduler import plan_of
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import pege_fx
 from pege_fx.decompositions.attention import ExplicitAttention
-from pege_fx.decompositions.explicit import make_explicit
+from pege_fx.decompositions.decompose import make_explicit
 
 L, N = 5, 3
 

@@ -192,7 +192,7 @@ def test_every_module_has_an_answer(look: Callable[..., pege_fx.Summary]) -> Non
     assert seen["stem.2"].reason.startswith("not quantized itself")
     stays, *inside = str(seen["gate"]).splitlines()[1:]
     assert stays.startswith("  stays Python: ")
-    assert "test_inspection.py" in stays
+    assert "test_summary.py" in stays
     assert inside[0].startswith("  gate.conv: conv2d")
     assert seen["gate.norm"].reason.startswith("runs inside gate, which stays Python: ")
     with pytest.raises(ModelError, match=r"no operation, module or node is called 'gate.cnv'; closest: gate.conv"):

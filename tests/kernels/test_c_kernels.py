@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pege_fx import QuantSpec, c_kernels, functional, kernels
+from pege_fx import QuantSpec, functional, kernels
+from pege_fx.kernels import c_kernels
 
 COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C compiler here")
@@ -71,7 +72,8 @@ def test_they_are_compiled_once(anew: Path) -> None:
 @needs_compiler
 def test_processes_that_need_them_at_the_same_time(anew: Path) -> None:
     code = """import torch
-from pege_fx import QuantSpec, c_kernels, functional
+from pege_fx import QuantSpec, functional
+from pege_fx.kernels import c_kernels
 assert c_kernels.library() is not None
 print(functional.fake_quantize(torch.tensor([0.4, 0.6]), torch.tensor(1.0), QuantSpec(bits=2)).tolist())"""
     running = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]

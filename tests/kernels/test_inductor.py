@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pege_fx import PegeWarning, QuantSpec, functional, kernels
+from pege_fx import PegeWarning, QuantSpec, functional
+from pege_fx.kernels import inductor
 
 KEY = torch.tensor(99, dtype=torch.int32)
 
@@ -45,7 +46,7 @@ def test_kernels_equal_plain_operations(layout: str, masked: bool) -> None:
         scale = torch.rand(32, 1, 1, 1) + 0.1
     rate = torch.tensor(0.5) if masked else None
     compiled = run(x, scale, rate)
-    with kernels.eager_kernels():
+    with inductor.eager_kernels():
         plain = run(x, scale, rate)
     assert torch.equal(compiled[0], plain[0])
     assert torch.equal(compiled[1], plain[1])
@@ -66,7 +67,7 @@ def test_a_kernel_is_compiled_while_nothing_is_traced(monkeypatch: pytest.Monkey
 
     def compiled(function: Any, **_: Any) -> Any:
         def run(*args: Any) -> Any:
-            other = threading.Thread(target=lambda: free.append(kernels.TRACING.acquire(blocking=False)))
+            other = threading.Thread(target=lambda: free.append(inductor.TRACING.acquire(blocking=False)))
             other.start()
             other.join()
             return function(*args)
@@ -74,11 +75,11 @@ def test_a_kernel_is_compiled_while_nothing_is_traced(monkeypatch: pytest.Monkey
         return run
 
     monkeypatch.setattr(torch, "compile", compiled)
-    double = kernels.LocalKernel(lambda x: 2 * x)
+    double = inductor.LocalKernel(lambda x: 2 * x)
     assert double(1) == 2
     assert free == [False]
     other = threading.Thread(target=double, args=(2,))
-    with kernels.TRACING:
+    with inductor.TRACING:
         other.start()
         other.join(0.2)
         assert other.is_alive()
@@ -90,7 +91,7 @@ def test_a_forked_process_may_compile_whatever_a_thread_did_meanwhile() -> None:
     holding = threading.Event()
 
     def hold() -> None:
-        with kernels.TRACING:
+        with inductor.TRACING:
             holding.set()
             time.sleep(0.2)
 
@@ -99,44 +100,44 @@ def test_a_forked_process_may_compile_whatever_a_thread_did_meanwhile() -> None:
     holding.wait()
     child = os.fork()
     if child == 0:
-        os._exit(0 if kernels.TRACING.acquire(timeout=5) else 1)
+        os._exit(0 if inductor.TRACING.acquire(timeout=5) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     thread.join()
 
 
 def test_small_tensors_and_other_kinds_are_not_compiled() -> None:
     with torch.no_grad():
-        assert kernels.worth_compiling(torch.zeros(kernels.SMALLEST))
-        assert not kernels.worth_compiling(torch.zeros(kernels.SMALLEST - 1))
-        assert not kernels.worth_compiling(torch.zeros(kernels.SMALLEST, device="meta"))
-        with kernels.eager_kernels():
-            assert not kernels.worth_compiling(torch.zeros(kernels.SMALLEST))
-    assert not kernels.worth_compiling(torch.zeros(kernels.SMALLEST))  # under grad: a second derivative may be wanted
+        assert inductor.worth_compiling(torch.zeros(inductor.SMALLEST))
+        assert not inductor.worth_compiling(torch.zeros(inductor.SMALLEST - 1))
+        assert not inductor.worth_compiling(torch.zeros(inductor.SMALLEST, device="meta"))
+        with inductor.eager_kernels():
+            assert not inductor.worth_compiling(torch.zeros(inductor.SMALLEST))
+    assert not inductor.worth_compiling(torch.zeros(inductor.SMALLEST))  # under grad: a second derivative may be wanted
 
 
 def test_plain_operations_asked_for_in_two_threads_end_with_the_last_of_them() -> None:
-    first, second, x = kernels.eager_kernels(), kernels.eager_kernels(), torch.zeros(kernels.SMALLEST)
+    first, second, x = inductor.eager_kernels(), inductor.eager_kernels(), torch.zeros(inductor.SMALLEST)
     with torch.no_grad():
         first.__enter__()
         second.__enter__()
         first.__exit__(None, None, None)  # no nesting: the first is done before the second
-        assert not kernels.worth_compiling(x)
+        assert not inductor.worth_compiling(x)
         second.__exit__(None, None, None)
-        assert kernels.worth_compiling(x)
+        assert inductor.worth_compiling(x)
 
 
 def test_nothing_hides_from_make_fx() -> None:
-    x, scale = torch.randn(2, kernels.SMALLEST // 2), torch.tensor(0.3)
+    x, scale = torch.randn(2, inductor.SMALLEST // 2), torch.tensor(0.3)
     traced = make_fx(lambda x: functional.fake_quantize(x, scale, QuantSpec(bits=3)))(x)
     assert torch.ops.aten.round.default in {node.target for node in traced.graph.nodes}
     other = torch.randn_like(x)
     assert torch.equal(traced(other), functional.fake_quantize(other, scale, QuantSpec(bits=3)))
-    assert kernels._enabled
+    assert inductor._enabled
 
 
 class Traced(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return x + 1 if kernels.is_traced() else x
+        return x + 1 if inductor.is_traced() else x
 
 
 @pytest.mark.parametrize("strict", [True, False])
@@ -151,15 +152,15 @@ def test_without_a_compiler_there_is_one_warning_and_the_right_result(monkeypatc
     def no_compiler(*_: object, **__: object) -> None:
         raise RuntimeError("no C++ compiler found\nand more that only its author reads")
 
-    monkeypatch.setattr(kernels, "_enabled", True)
+    monkeypatch.setattr(inductor, "_enabled", True)
     monkeypatch.setattr(torch, "compile", no_compiler)
-    kernel = kernels.LocalKernel(lambda x: x + 1)
+    kernel = inductor.LocalKernel(lambda x: x + 1)
     x = torch.zeros(3)
     with pytest.warns(PegeWarning, match=r"\(RuntimeError: no C\+\+ compiler found\)\.") as caught:
         assert torch.equal(kernel(x), x + 1)
     assert len(caught) == 1
     with torch.no_grad():
-        assert not kernels.worth_compiling(torch.zeros(kernels.SMALLEST))
+        assert not inductor.worth_compiling(torch.zeros(inductor.SMALLEST))
 
 
 @pytest.mark.parametrize("error", [ValueError("two shapes that do not fit"), torch.OutOfMemoryError("no memory left")])
@@ -167,11 +168,11 @@ def test_what_has_nothing_to_do_with_compiling_is_raised(error: Exception, monke
     def fails(x: Tensor) -> Tensor:
         raise error
 
-    monkeypatch.setattr(kernels, "_enabled", True)
+    monkeypatch.setattr(inductor, "_enabled", True)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     with pytest.raises(type(error), match=str(error)):
-        kernels.LocalKernel(fails)(torch.zeros(3))
-    assert kernels._enabled
+        inductor.LocalKernel(fails)(torch.zeros(3))
+    assert inductor._enabled
 
 
 # The two paths without the compiler in between: what a kernel sees, and how its result is put back.
@@ -182,13 +183,13 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Every tensor goes through a kernel, which runs as plain operations; the shapes that kernels see are noted."""
     shapes: list[tuple[int, ...]] = []
 
-    def call(kernel: kernels.LocalKernel, *args: Any) -> Any:
+    def call(kernel: inductor.LocalKernel, *args: Any) -> Any:
         shapes.append(tuple(args[0].shape))
         return kernel.function(*args)
 
-    monkeypatch.setattr(kernels, "SMALLEST", 0)
-    monkeypatch.setattr(kernels, "_enabled", True)
-    monkeypatch.setattr(kernels.LocalKernel, "__call__", call)
+    monkeypatch.setattr(inductor, "SMALLEST", 0)
+    monkeypatch.setattr(inductor, "_enabled", True)
+    monkeypatch.setattr(inductor.LocalKernel, "__call__", call)
     return shapes
 
 
@@ -232,7 +233,7 @@ def test_what_a_kernel_sees_is_the_same_tensor(layout: str, zero: bool, seen: li
     options: dict[str, Any] = {"rate": torch.tensor(0.5), "key": KEY, "strength": torch.tensor(1e-2), "zero_point": zero_point}
     found = ran(x, scale, options)
     assert seen == ([] if expected is None else [expected] * 2)
-    with kernels.eager_kernels():
+    with inductor.eager_kernels():
         wanted = ran(x, scale, options)
     assert torch.equal(found[0], wanted[0])
     assert torch.equal(found[1], wanted[1])

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pege_fx import PegeWarning, QuantSpec, c_kernels, functional, kernels
+from pege_fx import PegeWarning, QuantSpec, functional, kernels
+from pege_fx.kernels import c_kernels
 from pege_fx.numerics.functional import Estimator
 
 IS_TRITON = "TRITON_INTERPRET" in os.environ

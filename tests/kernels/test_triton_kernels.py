@@ -13,15 +13,16 @@ from pege_fx.numerics import functional
 
 triton = pytest.importorskip("triton")
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 TYPES = {"fp32": 4, "bf16": 8, "fp16": 8}  # elements in 16 bytes, the largest that a thread loads at once
 
 
 def test_the_interpreter_gives_what_plain_operations_give() -> None:
     """In a process of its own: a kernel is compiled or interpreted as the environment said when it was defined."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "test_kernels_by_hand.py")]
-    path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True)
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
     assert re.search(r"^\d{3} passed in ", run.stdout, re.MULTILINE), run.stdout[-300:]
 
@@ -64,7 +65,7 @@ def test_they_are_not_imported_for_tensors_on_a_processor() -> None:
     code = """import sys, torch, pege_fx
 pege_fx.functional.fake_quantize(torch.ones(3), torch.tensor(1.0), pege_fx.QuantSpec(bits=2))
 assert "pege_fx.kernels.triton_kernels" not in sys.modules"""
-    subprocess.run([sys.executable, "-c", code], cwd=HERE.parent, env=os.environ | {"PYTHONPATH": str(HERE.parent)}, check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
 
 
 def test_without_triton_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pege_fx import Estimator, ForwardMethod, QuantSpec, SpecError
-from pege_fx.modules.quantizers import PACT
+from pege_fx.modules.methods import PACT
 from pege_fx.numerics.spec import ESTIMATORS, METHODS, Channels, Registry, bounds_of
 
 METHOD_NAMES = ["lsq", "pact", "dorefa", "interval", "minmax"]

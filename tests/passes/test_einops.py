@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import pege_fx
 from pege_fx import QuantPolicy, Rule
-from pege_fx.passes.capture.trace import _letters
+from pege_fx.passes.capture.tracer import _letters
 from pege_fx.training.scheduler import plan_of
 
 pytest.importorskip("einops")

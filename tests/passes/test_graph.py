@@ -15,7 +15,7 @@ from torch.fx import Graph, GraphModule, Node, symbolic_trace
 from pege_fx.modules.mode import TrainingMode
 from pege_fx.numerics.spec import Channels
 from pege_fx.passes import graph as g
-from pege_fx.passes.capture.trace import PegeTracer
+from pege_fx.passes.capture.tracer import PegeTracer
 from pege_fx.testing import Case, networks
 
 

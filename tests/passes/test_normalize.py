@@ -12,7 +12,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import pege_fx
 from pege_fx.passes import normalize, run
-from pege_fx.passes.capture.capture import capture
+from pege_fx.passes.capture.tiers import capture
 from pege_fx.testing import Network, assert_same_function, networks
 
 

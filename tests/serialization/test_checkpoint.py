@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import pege_fx
-from pege_fx import CheckpointError, ModelError, PEGEScheduler, QuantPolicy, Rule, container, fake_quants
+from pege_fx import CheckpointError, ModelError, PEGEScheduler, QuantPolicy, Rule, fake_quants
+from pege_fx.serialization import tensor_tree
 from pege_fx.serialization.checkpoint import KIND
 
 
@@ -113,7 +114,7 @@ def test_a_run_that_was_killed_at_random_moments_ends_like_one_that_was_not(tmp_
         assert part.exitcode in (0, -9)
     whole.join()
     assert whole.exitcode == 0
-    one, other = (container.read(tmp_path / name / "state", KIND) for name in ("whole", "parts"))
+    one, other = (tensor_tree.read(tmp_path / name / "state", KIND) for name in ("whole", "parts"))
     assert one.keys() == other.keys()
     assert all(torch.equal(value, other["model"][name]) for name, value in one["model"].items())
     assert one["extra"] == other["extra"]
@@ -291,7 +292,7 @@ def test_a_broken_checkpoint_is_refused_and_the_one_before_it_loads(tmp_path: Pa
 
 @pytest.mark.parametrize("number", [99, 0])
 def test_another_format_is_named(number: int, tmp_path: Path) -> None:
-    container.write({"format": number}, tmp_path / "x", KIND)
+    tensor_tree.write({"format": number}, tmp_path / "x", KIND)
     with pytest.raises(CheckpointError, match=f"has format {number}, this version reads 1: upgrade pege_fx"):
         pege_fx.load(tmp_path / "x", net())
 
@@ -299,16 +300,16 @@ def test_another_format_is_named(number: int, tmp_path: Path) -> None:
 def test_a_file_with_parts_missing_is_refused(tmp_path: Path) -> None:
     gm, scheduler, optimizer = made()
     pege_fx.save(gm, tmp_path / "x", scheduler=scheduler, optimizer=optimizer)
-    tree = container.read(tmp_path / "x", KIND)
+    tree = tensor_tree.read(tmp_path / "x", KIND)
     for name in set(tree) - {"format"}:
-        container.write({key: value for key, value in tree.items() if key != name}, tmp_path / "y", KIND)
+        tensor_tree.write({key: value for key, value in tree.items() if key != name}, tmp_path / "y", KIND)
         refused(tmp_path / "y", f"is not complete: {name} missing", made())
         if name != "extra":
-            container.write(tree | {name: "text"}, tmp_path / "y", KIND)
+            tensor_tree.write(tree | {name: "text"}, tmp_path / "y", KIND)
             refused(tmp_path / "y", f"is not complete: {name} missing, or of another kind", made())
-    container.write(tree | {"graph": {}}, tmp_path / "y", KIND)
+    tensor_tree.write(tree | {"graph": {}}, tmp_path / "y", KIND)
     refused(tmp_path / "y", "its graph has no 'model'", made())
-    container.write([1, 2], tmp_path / "y", KIND)
+    tensor_tree.write([1, 2], tmp_path / "y", KIND)
     refused(tmp_path / "y", "has format None", made())
 
 
@@ -333,12 +334,12 @@ def test_groups_of_an_optimizer_are_the_same_in_the_same_order(tmp_path: Path) -
 def test_values_of_another_kind_are_refused(tmp_path: Path) -> None:
     gm, scheduler, optimizer = run = made()
     pege_fx.save(gm, tmp_path / "x", scheduler=scheduler, optimizer=optimizer)
-    tree = container.read(tmp_path / "x", KIND)
+    tree = tensor_tree.read(tmp_path / "x", KIND)
     whole = tree | {"model": tree["model"] | {"0.weight": tree["model"]["0.weight"].to(torch.int32)}}
-    container.write(whole, tmp_path / "y", KIND)
+    tensor_tree.write(whole, tmp_path / "y", KIND)
     refused(tmp_path / "y", r"0\.weight is torch\.int32 there and torch\.float32 here", run)
     for wrong in (None, "text", 2**70):
-        container.write(tree | {"masks": dict.fromkeys(tree["masks"], wrong)}, tmp_path / "y", KIND)
+        tensor_tree.write(tree | {"masks": dict.fromkeys(tree["masks"], wrong)}, tmp_path / "y", KIND)
         with pytest.raises(CheckpointError, match="is not what save wrote"):
             pege_fx.load(tmp_path / "y", gm)
 

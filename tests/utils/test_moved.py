@@ -30,7 +30,7 @@ assert plan_of is pege_fx.plan_of and container is today, container
 texts = [str(warning.message) for warning in caught if warning.category is DeprecationWarning]
 scheduler, moved = texts
 assert scheduler == "pege_fx.scheduler is pege_fx.training.scheduler now."
-assert moved == "pege_fx.container is pege_fx.serialization.container now."
+assert moved == "pege_fx.container is pege_fx.serialization.tensor_tree now."
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import pege_fx
 from pege_fx import Constant, PEGEScheduler, QuantPolicy, QuantSpec, Rule
-from pege_fx._utils.processes import whole
+from pege_fx._utils.collectives import whole
 
 METHODS = ("lsq", "pact", "dorefa", "interval", "minmax")
 STEPS, BATCH = 4, 12

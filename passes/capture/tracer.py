@@ -26,12 +26,12 @@ from pege_fx.decompositions.recurrent import CELLS, LAYERS, given_or_zeros
 from pege_fx.kernels.inductor import TRACING
 from pege_fx.modules.batch_norm import NORM_THEN, BatchNorm
 from pege_fx.modules.mode import TRAINING_MODE, check_argument, check_class, check_keys
-from pege_fx.passes.capture.draws import DRAWING, GENERATORS, DrawsOfConstants, guards
 from pege_fx.passes.capture.examples import fresh
-from pege_fx.passes.capture.places import called_by_checkpoint, described, here, line, where_raised
+from pege_fx.passes.capture.module_state import ModuleState, write_buffer
+from pege_fx.passes.capture.patching import replaced
 from pege_fx.passes.capture.proxies import ContextError, DataDependenceError, ExampleProxy, InPlaceProxy, ProxyTracer
-from pege_fx.passes.capture.state import ModuleState, write_buffer
-from pege_fx.passes.capture.threads import replaced
+from pege_fx.passes.capture.rng_guard import DRAWING, GENERATORS, DrawsOfConstants, guards
+from pege_fx.passes.capture.source_location import called_by_checkpoint, described, here, line, where_raised
 from pege_fx.passes.graph import arguments, has_parameters, is_leaf_function, is_matrix, join, plain, reads_size
 
 

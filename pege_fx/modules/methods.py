@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pege_fx._utils.processes import range_of_all, total
+from pege_fx._utils.collectives import range_of_all, total
 from pege_fx.errors import ConvertError
 from pege_fx.numerics import functional
 from pege_fx.numerics.spec import METHODS, Channels, Kind, QuantSpec

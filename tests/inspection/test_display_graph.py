@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import pege_fx
-from pege_fx.inspection import outline as outlines
-from pege_fx.inspection.outline import collapse, collapse_to_fit, compact, outline, rest, title
+from pege_fx.inspection import display_graph
+from pege_fx.inspection.display_graph import collapse, collapse_to_fit, compact, outline, rest, title
 from pege_fx.testing import Case, networks
 
 
@@ -57,7 +57,7 @@ def test_chains_are_one_box_and_sizes_are_left_out(graph: nx.DiGraph) -> None:
         "output: ",
     ]
     assert small.edges["input_1", "_0_conv"] == {"bits": 8, "signed": True, "kind": "data"}
-    assert outlines.edge_label(small.edges["add", "_1_conv"]) == "u4"
+    assert display_graph.edge_label(small.edges["add", "_1_conv"]) == "u4"
 
 
 def test_what_python_hands_on_is_an_edge_of_its_own_kind() -> None:
@@ -65,7 +65,7 @@ def test_what_python_hands_on_is_an_edge_of_its_own_kind() -> None:
         small = outline(graph_of(nn.Sequential(nn.Conv2d(4, 4, 1), Untraceable(), nn.Conv2d(4, 4, 1))))
     assert small.edges["_0", "1.conv.conv2d"] == {"bits": 4, "signed": True, "kind": "graph"}
     assert small.edges["1.conv.conv2d", "_1"]["kind"] == "graph"
-    assert rest(small.nodes["_1"]).startswith("stays Python: test_outline.py:")
+    assert rest(small.nodes["_1"]).startswith("stays Python: test_display_graph.py:")
 
 
 def test_modules_collapse(graph: nx.DiGraph) -> None:
@@ -77,7 +77,7 @@ def test_modules_collapse(graph: nx.DiGraph) -> None:
 
 
 def test_a_long_module_comes_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outlines, "CHUNK", 3)
+    monkeypatch.setattr(display_graph, "CHUNK", 3)
     small = outline(graph_of(nn.Sequential(*[Block() for _ in range(4)])))
     assert {facts["box"] for facts in small.nodes.values()} == {"0-5", *(f"0-5.{number}" for number in range(4))}
     assert len(collapse(small, 0)) == 1

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pege_fx.kernels.layouts import TOO_LARGE, Layout, layout_of
+from pege_fx.kernels.tensor_layout import TOO_LARGE, Layout, layout_of
 
 FLAT, LAST, LAST_3D = torch.contiguous_format, torch.channels_last, torch.channels_last_3d
 

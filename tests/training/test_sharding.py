@@ -13,13 +13,14 @@ import torch
 from torch.distributed import is_available
 
 import pege_fx
-from pege_fx import PEGEScheduler, container
+from pege_fx import PEGEScheduler
+from pege_fx.serialization import tensor_tree
 from pege_fx.serialization.checkpoint import KIND
 
 if not is_available():
     pytest.skip("this torch has no torch.distributed", allow_module_level=True)
 
-FILE = Path(__file__).parent / "workers" / "rank.py"
+FILE = Path(__file__).parents[1] / "workers" / "rank.py"
 found = importlib.util.spec_from_file_location("rank_worker", FILE)
 assert found is not None
 assert found.loader is not None
@@ -110,6 +111,6 @@ def test_an_elastic_restart_goes_on_from_the_last_checkpoint(tmp_path: Path) -> 
     steps = [line.split() for line in (tmp_path / "parts" / "log").read_text().splitlines()]
     assert [int(step) for _, step in steps] == [1, 2, 3, 4, 5, 6]
     assert [int(restart) > 0 for restart, _ in steps] == [False] * 3 + [True] * 3
-    one, other = (container.read(tmp_path / name / "state", KIND) for name in runs)
+    one, other = (tensor_tree.read(tmp_path / name / "state", KIND) for name in runs)
     assert one["scheduler"] == other["scheduler"]
     assert all(torch.equal(value, other["model"][name]) for name, value in one["model"].items())

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pege_fx import QuantSpec
-from pege_fx._utils.processes import gathered, on_first_rank, rank_and_size, whole
+from pege_fx._utils.collectives import gathered, on_first_rank, rank_and_size, whole
 from pege_fx.kernels.inductor import eager_kernels
 from pege_fx.numerics.functional import fake_quantize, site_key, uniform
 

@@ -13,8 +13,8 @@ from torch.fx import GraphModule
 
 import pege_fx
 from pege_fx import Constant, PEGEScheduler
-from pege_fx.passes.capture.capture import capture
-from pege_fx.passes.capture.trace import NotTraceableError, PegeTracer
+from pege_fx.passes.capture.tiers import capture
+from pege_fx.passes.capture.tracer import NotTraceableError, PegeTracer
 from pege_fx.testing import Case, assert_same_function, networks
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))

@@ -24,9 +24,9 @@ import pege_fx
 from pege_fx import CheckpointError, ExportError, PegeError, PegeWarning, QuantPolicy, testing
 from pege_fx.numerics.packing import unpack
 from pege_fx.passes import inline_modules, pack_weights, run, unpack_weights
-from pege_fx.serialization import storage
-from pege_fx.serialization.storage import _encode, checksum
-from pege_fx.serialization.vocabulary import functions
+from pege_fx.serialization import deployed as storage
+from pege_fx.serialization.allowlist import functions
+from pege_fx.serialization.deployed import _encode, checksum
 
 X = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -476,7 +476,7 @@ def test_the_vocabulary_reaches_no_files() -> None:
 
 
 def test_every_kind_of_argument_comes_back() -> None:
-    from pege_fx.serialization.storage import _decode
+    from pege_fx.serialization.deployed import _decode
 
     values = (1, 2.5, float("inf"), "x", None, True, [1, (2, 3)], slice(None, 2), ..., torch.float16, torch.device("cpu"))
     assert _decode(json.loads(json.dumps(_encode(values))), {}) == values

@@ -172,7 +172,7 @@ def test_rung_2_says_what_was_fixed_and_where() -> None:
     with pytest.warns(PegeWarning, match="fixed as in the example inputs") as caught:
         gm = pege_fx.prepare(ByShape(), "W4A4", (image(),))
     assert {note.rung for note in captures(gm)} == {"specialised"}
-    assert all("test_capture.py:" in note.place for note in captures(gm))
+    assert all("test_tiers.py:" in note.place for note in captures(gm))
     assert len(captures(gm)) == 5  # if, assert, range, len, int
     assert [warning.filename for warning in caught] == [__file__]
     assert all(note.place in str(caught[0].message) for note in captures(gm))
@@ -958,9 +958,9 @@ def test_another_call_names_the_module_its_line_and_the_fix(
     line = MaybeMasked.forward.__code__.co_firstlineno
     with pytest.raises(OtherCallError) as raised:
         gm(torch.ones(2, 4), *args)
-    assert f"MaybeMasked (test_capture.py:{line}){where} is called in another way: {what}." in str(raised.value)
+    assert f"MaybeMasked (test_tiers.py:{line}){where} is called in another way: {what}." in str(raised.value)
     assert "give prepare example_inputs or example_kwargs with which it is called so" in str(raised.value)
-    with pytest.raises(OtherCallError, match=f"MaybeMasked .test_capture.py:{line}. is called in another way"):
+    with pytest.raises(OtherCallError, match=f"MaybeMasked .test_tiers.py:{line}. is called in another way"):
         pickle.loads(pickle.dumps(gm))(torch.ones(2, 4), *args)  # fx forgets where a graph was
     assert "tests" not in gm.code  # where the file lies on this machine is nobody's business
 

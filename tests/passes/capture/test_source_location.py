@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import pege_fx
-from pege_fx.passes.capture.capture import capture
+from pege_fx.passes.capture.tiers import capture
 from pege_fx.passes.graph import where
 
 

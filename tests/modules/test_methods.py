@@ -13,7 +13,7 @@ import pege_fx
 from pege_fx import Constant, ForwardMethod, PEGEScheduler, QuantPolicy, QuantSpec, Rule, Statistics
 from pege_fx.errors import ConvertError
 from pege_fx.modules.fake_quant import FakeQuant, ScheduleState, Site
-from pege_fx.modules.quantizers import LARGEST_SCALE, SMALLEST_SCALE, safe_scale
+from pege_fx.modules.methods import LARGEST_SCALE, SMALLEST_SCALE, safe_scale
 from pege_fx.numerics.spec import METHODS, Channels
 
 METHOD_NAMES = ["lsq", "pact", "dorefa", "interval", "minmax"]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import pege_fx
 from pege_fx import ModelError
-from pege_fx.passes.capture.copies import copied
+from pege_fx.passes.capture.model_copy import copied
 
 
 def test_a_model_that_can_not_be_copied_is_refused_with_the_fix() -> None:

@@ -28,8 +28,8 @@ from pege_fx.inspection.size import stored_codes
 from pege_fx.modules.fake_quant import fake_quants
 from pege_fx.numerics.packing import pack, unpack
 from pege_fx.passes.graph import arguments, register_buffer, set_parameter, where
+from pege_fx.serialization.allowlist import READABLE, functions, methods, name_of, read_attribute
 from pege_fx.serialization.records import as_call, is_named_result
-from pege_fx.serialization.vocabulary import READABLE, functions, methods, name_of, read_attribute
 
 FORMAT, VERSION, CHECKSUM = "pege_fx", 2, "sha256"
 

@@ -19,18 +19,18 @@ from torch.fx import Graph, GraphModule, Node
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
-from pege_fx.decompositions.explicit import make_explicit
+from pege_fx.decompositions.decompose import make_explicit
 from pege_fx.decompositions.recurrent import CELLS, LAYERS
 from pege_fx.errors import InputError, ModelError, PegeWarning, PolicyError, closest
 from pege_fx.modules.batch_norm import only_normalizes
 from pege_fx.modules.fake_quant import FakeQuant
 from pege_fx.modules.mode import PYTHON_FORWARD, TRAINING_MODE, PythonForward, TrainingMode, evaluating, trial
 from pege_fx.passes.capture.branches import MergeError, merge_branches
-from pege_fx.passes.capture.copies import copied
 from pege_fx.passes.capture.examples import fresh
-from pege_fx.passes.capture.places import place_of
-from pege_fx.passes.capture.threads import uncompiled
-from pege_fx.passes.capture.trace import Known, NotTraceableError, PegeTracer, is_steady
+from pege_fx.passes.capture.model_copy import copied
+from pege_fx.passes.capture.patching import uncompiled
+from pege_fx.passes.capture.source_location import place_of
+from pege_fx.passes.capture.tracer import Known, NotTraceableError, PegeTracer, is_steady
 from pege_fx.passes.graph import (
     attribute_of,
     has_parameters,

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import pege_fx
 from pege_fx import Constant, PEGEScheduler, PegeWarning, QuantPolicy, Rule
-from pege_fx.passes.capture.capture import capture
-from pege_fx.passes.capture.state import ModuleState
+from pege_fx.passes.capture.module_state import ModuleState
+from pege_fx.passes.capture.tiers import capture
 from pege_fx.training.scheduler import plan_of
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))

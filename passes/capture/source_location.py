@@ -9,7 +9,7 @@ import torch.utils.checkpoint
 from torch import nn
 
 import pege_fx
-from pege_fx.passes.capture.threads import LocalTracer
+from pege_fx.passes.capture.patching import LocalTracer
 
 _CAPTURE = os.path.dirname(__file__)
 _PACKAGE = os.path.dirname(inspect.getfile(pege_fx))
