@@ -25,7 +25,7 @@ with warnings.catch_warnings(record=True) as caught:
     from pege_fx.scheduler import plan_of
     from pege_fx import container
 import pege_fx
-from pege_fx.serialization import container as today
+from pege_fx.serialization import tensor_tree as today
 assert plan_of is pege_fx.plan_of and container is today, container
 texts = [str(warning.message) for warning in caught if warning.category is DeprecationWarning]
 scheduler, moved = texts
