@@ -12,6 +12,7 @@
 #define INLINE static inline __attribute__((always_inline))  // what is constant at a call is constant within
 
 enum { BLOCK = 4096, WORTH_THREADS = 1 << 15 };  // elements: in one piece; in all, from which threads are worth their start
+#define GOLDEN 0x9E3779B9u
 enum { STE, EWGS, PEGE };  // as c_kernels.py numbers them
 
 INLINE float load(const void *data, int64_t i, int is_half) {
@@ -33,10 +34,10 @@ INLINE void store(void *data, int64_t i, float value, int is_half) {
     ((uint16_t *)data)[i] = value != value ? 0x7FC0 : (uint16_t)nearest;
 }
 
-INLINE int is_replaced(uint32_t number, uint32_t key, int32_t threshold) {
-    uint32_t bits = number ^ key;
+// ``bits``: (number + key) * GOLDEN; see functional.py.
+INLINE int is_replaced(uint32_t bits, uint32_t key, int32_t threshold) {
     bits = (bits ^ bits >> 16) * 0x21F0AAADu;
-    bits = (bits ^ bits >> 15) * 0xD35A2D97u;
+    bits = (bits ^ bits >> 15 ^ key) * 0xD35A2D97u;
     bits = bits ^ bits >> 15;
     return (int32_t)(bits >> 8) < threshold;
 }
@@ -50,7 +51,7 @@ typedef struct {
     int64_t size, width, pieces, positions, channels;  // of a row: elements, elements in a piece, pieces; positions, channels
     int per_row;
     float q_min, q_max;
-    uint32_t key, offset;
+    uint32_t key, offset;  // the key times GOLDEN
     int32_t threshold;  // 2**24 * p
 } Forward;
 
@@ -64,6 +65,7 @@ INLINE void forward_piece(const Forward *f, int64_t n, int is_half, int is_maske
     const int32_t length = (int32_t)(piece == f->pieces - 1 ? (row + 1) * f->size - begin : f->width);
     const uint32_t positions = (uint32_t)f->positions, channels = (uint32_t)f->channels, key = f->key;
     const uint32_t first = (uint32_t)(by_position ? row * f->size + piece * f->width / channels : begin) + f->offset;
+    const uint32_t start = first * GOLDEN + key, of_channel = positions * GOLDEN, of_position = GOLDEN - channels * of_channel;
     const float inverse = f->width == channels ? 0.0f : 1.0f / channels;  // of one position all are in the first
     const int32_t threshold = f->threshold;
     const void *x = f->x;
@@ -75,12 +77,12 @@ INLINE void forward_piece(const Forward *f, int64_t n, int is_half, int is_maske
         code = code < q_min ? q_min : code;  // written so that NaN stays
         code = code > q_max ? q_max : code;
         float quantized = (code - subtract) * scale;
-        uint32_t number = first + (uint32_t)i;
+        uint32_t bits = start + (uint32_t)i * GOLDEN;
         if (by_position) {
             uint32_t position = (uint32_t)(int32_t)(((float)i + 0.5f) * inverse);  // i / channels: exact for i < 2**13
-            number = first + ((uint32_t)i - position * channels) * positions + position;
+            bits = start + (uint32_t)i * of_channel + position * of_position;
         }
-        int replaced = !is_masked || is_replaced(number, key, threshold);
+        int replaced = !is_masked || is_replaced(bits, key, threshold);
         store(y, begin + i, replaced ? quantized : value, is_half);
     }
 }
@@ -104,7 +106,7 @@ void pege_fx_forward(const void *x, void *y, const float *scale, const float *ze
     const int64_t whole = by_position ? width - width % channels : width, pieces = (size + whole - 1) / whole;
     Forward f = {x, y, scale, zero, size, whole, pieces, positions, channels, per_row, q_min, q_max, 0, 0, 0};
     if (rate) {
-        f.key = (uint32_t)key[0];
+        f.key = (uint32_t)key[0] * GOLDEN;
         f.offset = is_part ? (uint32_t)key[1] : 0;
         f.threshold = (int32_t)ceilf(*rate * 16777216.0f);
     }
@@ -123,6 +125,16 @@ typedef struct {
     float strength, q_min, q_max;
 } Backward;
 
+INLINE float only_if(int condition, float value) {  // as bits: compilers make slow code of a choice between floats
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    bits &= -(uint32_t)condition;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+INLINE float nothing_if_nan(float term) { return only_if(term == term, term); }
+
 // Writes dL/dx_c, and returns the sum over g * (y - r * x_c).
 INLINE float backward_piece(const Backward *b, int64_t n, int is_half, int estimator) {
     const int64_t row = n / b->pieces, piece = n % b->pieces, begin = row * b->size + piece * BLOCK;
@@ -137,10 +149,9 @@ INLINE float backward_piece(const Backward *b, int64_t n, int is_half, int estim
         float g = load(grad, i, is_half), continuous = load(x, i, is_half), replaced = load(y, i, is_half);
         float code = rintf(continuous / scale) + add, error = continuous - replaced;
         int keep = ((code >= q_min) & (code <= q_max)) | (continuous == replaced);
-        float result = estimator == EWGS ? g + strength * fabsf(g) * (error / span) : g;
-        result = keep ? result : 0.0f;
-        store(grad_x, i, estimator == PEGE ? result + strength * error : result, is_half);
-        sum += g * (replaced - (keep ? continuous : 0.0f));
+        float result = only_if(keep, estimator == EWGS ? g + nothing_if_nan(strength * fabsf(g) * (error / span)) : g);
+        store(grad_x, i, estimator == PEGE ? result + nothing_if_nan(strength * error) : result, is_half);
+        sum += g * nothing_if_nan(replaced - only_if(keep, continuous));
     }
     return sum;
 }

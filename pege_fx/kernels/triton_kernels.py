@@ -80,9 +80,10 @@ def _is_replaced(number: tl.tensor, key_ptr: tl.tensor, rate_ptr: tl.tensor, is_
     """``functional._is_replaced``."""
     if is_part:
         number += tl.load(key_ptr + 1)
-    bits = (number ^ tl.load(key_ptr)).to(tl.uint32, bitcast=True)
+    key = tl.load(key_ptr).to(tl.uint32, bitcast=True)
+    bits = (number.to(tl.uint32, bitcast=True) + key) * 0x9E3779B9
     bits = (bits ^ (bits >> 16)) * 0x21F0AAAD
-    bits = (bits ^ (bits >> 15)) * 0xD35A2D97
+    bits = (bits ^ (bits >> 15) ^ (key * 0x9E3779B9)) * 0xD35A2D97
     bits = bits ^ (bits >> 15)
     return (bits >> 8).to(tl.int32) < tl.ceil(tl.load(rate_ptr).to(tl.float32) * 2.0**24).to(tl.int32)
 
@@ -118,6 +119,12 @@ def _forward(
 
 
 @triton.jit
+def _nothing_if_nan(term: tl.tensor) -> tl.tensor:
+    """``functional.nothing_if_nan``."""
+    return tl.where(term == term, term, 0.0)
+
+
+@triton.jit
 def _backward(
     grad_ptr: tl.tensor,
     x_ptr: tl.tensor,
@@ -149,12 +156,12 @@ def _backward(
     grad_x = grad
     if estimator == "ewgs":
         span = tl.abs(scale) * (q_max - q_min)
-        grad_x += tl.load(strength_ptr).to(tl.float32) * tl.abs(grad) * ((x - y) / span)
+        grad_x += _nothing_if_nan(tl.load(strength_ptr).to(tl.float32) * tl.abs(grad) * ((x - y) / span))
     grad_x = tl.where(keep, grad_x, 0.0)
     if estimator == "pege":
-        grad_x += tl.load(strength_ptr).to(tl.float32) * (x - y)
+        grad_x += _nothing_if_nan(tl.load(strength_ptr).to(tl.float32) * (x - y))
     tl.store(grad_x_ptr + offset, grad_x.to(grad_x_ptr.dtype.element_ty), inside)
-    tl.store(sums_ptr + tl.program_id(0), tl.sum(grad * (y - tl.where(keep, x, 0.0))))
+    tl.store(sums_ptr + tl.program_id(0), tl.sum(grad * _nothing_if_nan(y - tl.where(keep, x, 0.0))))
 
 
 # --- on the host ---------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ from pege_fx.numerics.spec import ESTIMATORS, QuantSpec, bounds_of
 # --- masks: a counter hash -----------------------------------------------------------------------------------
 
 _MIX_1, _MIX_2 = 0x21F0AAAD, 0xD35A2D97
+_GOLDEN = 0x9E3779B9  # 2**32 over the golden ratio: multiples of it lie as evenly apart as any
 _BITS_OF_U = 24  # what float32 holds exactly
 
 
@@ -66,18 +67,25 @@ def refresh_key(refresh: int) -> int:
     return as_int32(mix32(refresh * 0x9E3779B9))
 
 
-def _mix32_tensor(bits: Tensor) -> Tensor:
-    """``mix32`` of every element of an int32 tensor; ``>>`` keeps the sign, so the mask makes it a logical shift."""
+def _hashed(number: Tensor, key: Tensor) -> Tensor:
+    """The hash of every element's number (int32) under a 0-d key, see ``uniform``.
+
+    ``mix32`` of consecutive numbers is correlated (r = 0.02 at some lags): its first round barely spreads differences in
+    the upper bits. Multiples of ``_GOLDEN`` leave no two elements of a tensor that differ in so few. The key between the
+    rounds keeps two keys from giving one sequence, moved along. ``>>`` keeps the sign: the masks make it a logical shift.
+    """
+    bits = (number + key) * as_int32(_GOLDEN)
     bits = (bits ^ (bits >> 16 & 0xFFFF)) * as_int32(_MIX_1)
-    bits = (bits ^ (bits >> 15 & 0x1FFFF)) * as_int32(_MIX_2)
+    bits = (bits ^ (bits >> 15 & 0x1FFFF) ^ (key * as_int32(_GOLDEN))) * as_int32(_MIX_2)
     return bits ^ (bits >> 15 & 0x1FFFF)
 
 
 def uniform(key: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
     """Return the u of every element: float32 in [0, 1) in steps of 2**-24.
 
-    Element i (counted in row-major order whatever the memory layout) gets ``mix32(i ^ key)``: a function of
-    the key and of i alone, hence the same in eager and compiled code, on every device, in every recomputation.
+    Element i (counted in row-major order whatever the memory layout) gets the upper bits of ``mix32((i + key) * G)`` with
+    ``key * G`` xored in between its two rounds, G = 0x9E3779B9: a function of the key and of i alone, hence the same in
+    eager and compiled code, on every device, in every recomputation. No two elements are correlated.
 
     Args:
         key: int32 tensor, see ``site_key`` and ``refresh_key``: 0-d, or two of which the second is the number of the first
@@ -108,7 +116,7 @@ def _channels_last_index(x: Tensor) -> Tensor:
 
 def _top_bits(index: Tensor, key: Tensor) -> Tensor:
     """2**24 * u of the elements with these numbers, int32."""
-    bits = _mix32_tensor(index ^ key if key.ndim == 0 else (index + key[1]) ^ key[0])
+    bits = _hashed(index, key) if key.ndim == 0 else _hashed(index + key[1], key[0])
     top: Tensor = bits >> (32 - _BITS_OF_U) & (2**_BITS_OF_U - 1)
     return top
 
@@ -201,6 +209,11 @@ def dequantize(
 # --- the discretizer -----------------------------------------------------------------------------------------
 
 
+def nothing_if_nan(term: Tensor) -> Tensor:
+    """A term of a gradient, or 0 where it is not a number: inf - inf of an element that was not replaced, 0 * inf."""
+    return torch.where(term == term, term, 0.0)
+
+
 def _forward(
     x: Tensor,
     scale: Tensor,
@@ -242,7 +255,8 @@ def _backward(
     keep = ((codes >= q_min) & (codes <= q_max)) | (x == y)
     span = step.abs() * (q_max - q_min)
     grad_x = estimator.gradient(grad, x, y, keep, span, strength.to(wide)).to(dtype)
-    slope = (grad * (y - torch.where(keep, x, 0.0))).sum_to_size(scale.shape)  # divided once, not for each element
+    moved = nothing_if_nan(y - torch.where(keep, x, 0.0))
+    slope = (grad * moved).sum_to_size(scale.shape)  # divided once, not for each element
     return grad_x, (slope / step).to(scale.dtype)
 
 
@@ -483,7 +497,7 @@ class EWGS(Estimator, name="ewgs"):
 
     @staticmethod
     def gradient(grad: Tensor, x: Tensor, y: Tensor, keep: Tensor, span: Tensor, strength: Tensor) -> Tensor:
-        scaled = grad + strength * grad.abs() * ((x - y) / span)
+        scaled = grad + nothing_if_nan(strength * grad.abs() * ((x - y) / span))
         return torch.where(keep, scaled, 0.0)
 
 
@@ -492,7 +506,7 @@ class PEGE(Estimator, name="pege"):
 
     @staticmethod
     def gradient(grad: Tensor, x: Tensor, y: Tensor, keep: Tensor, span: Tensor, strength: Tensor) -> Tensor:
-        return torch.where(keep, grad, 0.0) + strength * (x - y)
+        return torch.where(keep, grad, 0.0) + nothing_if_nan(strength * (x - y))
 
 
 class RelativePEGE(Estimator, name="pege-relative"):
@@ -502,7 +516,7 @@ class RelativePEGE(Estimator, name="pege-relative"):
 
     @staticmethod
     def gradient(grad: Tensor, x: Tensor, y: Tensor, keep: Tensor, span: Tensor, strength: Tensor) -> Tensor:
-        return torch.where(keep, grad, 0.0) + strength * grad.abs().mean() * (x - y)
+        return torch.where(keep, grad, 0.0) + nothing_if_nan(strength * grad.abs().mean() * (x - y))
 
 
 _NAMES_BY_HAND: dict[type[Estimator], str] = {STE: "ste", EWGS: "ewgs", PEGE: "pege", RelativePEGE: "pege-relative"}
@@ -556,6 +570,9 @@ def fake_quantize(
 
 
 def discretization_error(x: Tensor, y: Tensor) -> Tensor:
-    """Return ||x_c - y||^2 as a 0-d tensor, differentiable in ``x`` with ``y`` held constant."""
+    """Return ||x_c - y||^2 as a 0-d tensor, differentiable in ``x`` with ``y`` held constant.
+
+    An element that was not replaced adds nothing, also where it is infinite or NaN.
+    """
     wide = compute_dtype(x)
-    return (x.to(wide) - y.detach().to(wide)).square().sum()
+    return nothing_if_nan(x.to(wide) - y.detach().to(wide)).square().sum()

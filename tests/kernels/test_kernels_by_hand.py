@@ -224,6 +224,62 @@ def test_rates_are_those_of_the_definition(rate: float) -> None:
     assert torch.equal(y == 0, functional.replacement_mask(key, torch.tensor(rate), x.shape))
 
 
+@pytest.mark.parametrize("part", [False, True])
+def test_a_rate_between_two_steps_of_u_replaces_the_lower_one(part: bool) -> None:
+    key = torch.tensor([5, 10**6], dtype=torch.int32) if part else torch.tensor(5, dtype=torch.int32)
+    u = functional.uniform(key, (1 << 16,))
+    low = int(u.argmin())
+    for more, replaced in ((2.0**-30, 0.0), (2.0**-25, 0.0), (0.0, 0.25)):
+        with torch.no_grad():
+            x, rate = torch.full((1 << 16,), 0.25), u[low].clone() + more
+            y = functional.fake_quantize(x, torch.tensor(1.0), QuantSpec(bits=2), rate=rate, key=key)
+        assert launches
+        assert float(y[low]) == replaced
+
+
+@pytest.mark.parametrize("estimator", ["ste", "ewgs", "pege", "pege-relative"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("strength", [0.0, 0.1])
+def test_gradients_of_special_values_are_those_of_plain_operations(
+    estimator: str, dtype: torch.dtype, strength: float
+) -> None:
+    x = torch.tensor(SPECIAL * 40).to(dtype)  # replaced and not
+    grad = numbers((x.numel(),)).to(dtype)
+
+    def gradients() -> tuple[Tensor, ...]:
+        a, scale = x.clone().requires_grad_(), torch.tensor(0.5, requires_grad=True)
+        spec, options = QuantSpec(bits=4, estimator=estimator), {"rate": RATE, "key": KEYS["0-d"]}
+        y = functional.fake_quantize(a, scale, spec, strength=torch.tensor(strength), **options)
+        return torch.autograd.grad(y, (a, scale), grad)
+
+    found = gradients()
+    assert launches
+    with kernels.eager_kernels():
+        wanted = gradients()
+    exact = {} if IS_TRITON else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(found[0], wanted[0], equal_nan=True, **exact)
+    torch.testing.assert_close(found[1], wanted[1], rtol=1e-3, atol=1e-3)
+    assert bool(found[1].isfinite())
+
+
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7F800001, -1])
+def test_every_nan_of_float32_stays_one_in_a_half_type(bits: int) -> None:
+    scale = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    for dtype in DTYPES[1:]:
+        with torch.no_grad():
+            y = functional.fake_quantize(torch.ones(9, dtype=dtype), scale, QuantSpec(bits=4))
+        assert launches
+        assert bool(y.isnan().all())
+
+
+def test_where_a_replaced_value_is_out_of_range_the_scales_gradient_does_not_read_it() -> None:
+    for value, end in ((100.0, 7), (-100.0, -8)):
+        scale = torch.tensor(2.0, requires_grad=True)
+        y = functional.fake_quantize(torch.full((64,), value, requires_grad=True), scale, QuantSpec(bits=4))
+        assert torch.autograd.grad(y, scale, torch.ones(64)) == (torch.tensor(64.0 * end),)
+        assert launches
+
+
 def test_a_gradient_in_another_layout() -> None:
     x = numbers((2, 3, 4, 5)).contiguous(memory_format=torch.channels_last)
     for grad in (numbers((2, 3, 4, 5), 1), torch.ones(()).expand(2, 3, 4, 5), numbers((5, 4, 3, 2), 1).permute(3, 2, 1, 0)):

@@ -15,7 +15,7 @@ import pege_fx
 from pege_fx import Constant, PEGEScheduler, QuantPolicy, QuantSpec, Rule, Statistics, fake_quants, functional
 from pege_fx.kernels.inductor import eager_kernels
 from pege_fx.modules.fake_quant import FakeQuant, ScheduleState, Site
-from pege_fx.numerics.functional import mix32, refresh_key, site_key
+from pege_fx.numerics.functional import refresh_key, replacement_mask, site_key
 from pege_fx.numerics.spec import Channels
 
 METHOD_NAMES = ["lsq", "pact", "dorefa", "interval", "minmax"]
@@ -67,9 +67,8 @@ def test_training_replaces_what_the_hash_of_seed_site_and_refresh_says(
     scale, zero = fq.method.step()
     zero = torch.tensor(0.0) if zero is None else zero
     x_q = (torch.clamp(torch.round(x / scale) + zero, -4, 3) - zero) * scale
-    key = (site_key(seed, name) ^ refresh_key(refresh)) % 2**32
-    bound = float(torch.tensor(rate))
-    mask = torch.tensor([(mix32(i ^ key) >> 8) * 2.0**-24 < bound for i in range(x.numel())]).view(x.shape)
+    key = site_key(seed, name) ^ refresh_key(refresh)
+    mask = replacement_mask(torch.tensor(key, dtype=torch.int32), torch.tensor(rate), x.shape)
     assert torch.equal(y, torch.where(mask, x_q, x))
 
 

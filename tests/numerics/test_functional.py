@@ -3,6 +3,7 @@
 References are written out in plain torch operations, or Python integers, and share no code with ``pege_fx.functional``.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -49,10 +50,21 @@ def hashed(value: int) -> int:
     return value ^ value >> 15
 
 
+def expected_hash(number: int, key: int) -> int:
+    """What the kernels compute, in Python integers: the mixer on a golden-ratio sequence, with the key between its rounds."""
+    golden = 0x9E3779B9
+    value = (number + key) * golden % 2**32
+    value ^= value >> 16
+    value = value * 0x21F0AAAD % 2**32
+    value ^= value >> 15 ^ key * golden % 2**32
+    value = value * 0xD35A2D97 % 2**32
+    return value ^ value >> 15
+
+
 def mask_of(key: int, rate: float, shape: tuple[int, ...]) -> Tensor:
     """The mask, element by element in Python integers."""
     bound = float(torch.tensor(rate))  # a rate is a float32
-    bits = [(hashed(i ^ key % 2**32) >> 8) / 2**24 < bound for i in range(math.prod(shape))]
+    bits = [(expected_hash(i, key) >> 8) / 2**24 < bound for i in range(math.prod(shape))]
     return torch.tensor(bits, dtype=torch.bool).view(shape)
 
 
@@ -70,14 +82,14 @@ def test_masks_are_what_python_integers_give(key: int, rate: float, shape: tuple
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 300))
 def test_u_is_the_upper_bits_of_the_mixed_number_of_the_element(key: int, count: int) -> None:
-    upper = [mix32(i ^ key) >> 8 for i in range(count)]
+    upper = [expected_hash(i, key) >> 8 for i in range(count)]
     assert torch.equal(uniform(key_of(key), (count,)) * 2**24, torch.tensor(upper, dtype=torch.float32))
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, 2**31 - 1))
 def test_a_part_of_something_larger_has_its_elements_numbered_on(key: int, first: int) -> None:
     part = uniform(torch.stack([key_of(key), key_of(first)]), (7,))
-    upper = [mix32((first + i) ^ key) >> 8 for i in range(7)]
+    upper = [expected_hash(first + i, key) >> 8 for i in range(7)]
     assert torch.equal(part * 2**24, torch.tensor(upper, dtype=torch.float32))
 
 
@@ -151,6 +163,47 @@ def test_neighbouring_keys_give_uncorrelated_u(one: tuple[int, str, int], other:
 def test_elements_of_one_mask_are_independent_at_every_stride(lag: int) -> None:
     m = replacement_mask(key_of(site_key(0, "conv")), torch.tensor(0.3), (N,))
     assert together(m[lag:], m[:-lag], 0.3)
+
+
+def spectrum(seed: int, site: str, refresh: int) -> Tensor:
+    u = uniform(key_of(site_key(seed, site) ^ refresh_key(refresh)), (1 << 22,)) - 0.5
+    return torch.fft.rfft(u)
+
+
+def largest_correlation(pairs: list[tuple[Tensor, Tensor]], first_lag: int) -> float:
+    """The largest |r| at lags up to 2**16, of the mean over pairs of sequences: 32 million elements at each lag."""
+    products = torch.stack([a * b.conj() for a, b in pairs]).mean(0)
+    return float((torch.fft.irfft(products)[first_lag : 1 << 16] * 12 / (1 << 22)).abs().max())
+
+
+def test_elements_of_one_mask_are_uncorrelated_at_every_lag() -> None:
+    found = [spectrum(*of) for of in itertools.product((0, 7), ("conv1.weight_fq", "conv2.weight_fq"), (0, 1))]
+    assert largest_correlation([(one, one) for one in found], 1) < 1e-3
+
+
+@pytest.mark.parametrize("other", [(0, "layer.0", 1), (0, "layer.1", 0), (1, "layer.0", 0)])
+def test_neighbouring_refreshes_sites_and_seeds_are_uncorrelated_at_every_lag(other: tuple[int, str, int]) -> None:
+    around = [(other[0] + 10 * n, f"{n}.{other[1]}", other[2] + 10 * n) for n in range(4)]
+    at = [(10 * n, f"{n}.layer.0", 10 * n) for n in range(4)]
+    pairs = [(spectrum(*one), spectrum(*two)) for one, two in zip(at, around, strict=True)]
+    both_ways = [*pairs, *((two, one) for one, two in pairs)]
+    assert max(largest_correlation([pair], 0) for pair in both_ways) < 3.5e-3  # seven standard deviations
+
+
+def test_two_raw_keys_do_not_give_one_sequence_moved_along() -> None:
+    one, other = (torch.fft.rfft(uniform(key_of(key), (1 << 22,)) - 0.5) for key in (0, 1))
+    assert largest_correlation([(one, other)], 0) < 3.5e-3
+    assert largest_correlation([(other, one)], 0) < 3.5e-3
+
+
+@pytest.mark.parametrize("key", [0, 12345, 2**31 + 5])
+def test_a_rate_between_two_steps_of_u_replaces_the_lower_one(key: int) -> None:
+    u = uniform(key_of(key), (1 << 16,))
+    low = int(u.argmin())  # small enough for half a step more to be a float32
+    for rate in (float(u[low]) + 2.0**-25, float(u[low]) + 2.0**-30):
+        assert float(torch.tensor(rate)) > float(u[low])
+        assert bool(replacement_mask(key_of(key), torch.tensor(rate), u.shape)[low])
+    assert not bool(replacement_mask(key_of(key), u[low], u.shape)[low])
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(0, 1), st.floats(0, 1))
@@ -621,6 +674,49 @@ def test_without_strength_every_estimator_is_ste(estimator: str) -> None:
     assert torch.equal(found[0], found[1])
 
 
+INFINITY = float("inf")
+STRENGTHS = (0.0, 0.1, INFINITY)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "value", "compiled"),
+    [
+        *itertools.product(("pege", "ewgs", "pege-relative"), (INFINITY, -INFINITY, math.nan, 3e38), (False,)),
+        ("pege", INFINITY, True),
+        ("pege", math.nan, True),
+    ],
+)
+def test_strength_adds_nothing_to_what_is_not_replaced_or_is_not_asked_for(
+    estimator: str, value: float, compiled: bool
+) -> None:
+    x = torch.tensor([value, 1.25, -0.5, 7.0])
+
+    def gradients(name: str, rate: float, strength: float) -> tuple[Tensor, ...]:
+        a, scale = x.clone().requires_grad_(), torch.tensor(1.0, requires_grad=True)
+        spec = QuantSpec(bits=4, estimator=name)
+        options = {"rate": torch.tensor(rate), "key": key_of(3), "strength": torch.tensor(strength)}
+        call = torch.compile(fake_quantize) if compiled else fake_quantize
+        return torch.autograd.grad(call(a, scale, spec, **options), (a, scale), torch.tensor([0.5, -1.0, 2.0, 0.25]))
+
+    cases = [(0.0, strength) for strength in STRENGTHS] + [(1.0, 0.0)]
+    for rate, strength in cases[: 2 if compiled else None]:
+        for found, wanted in zip(gradients(estimator, rate, strength), gradients("ste", rate, 0.0), strict=True):
+            assert torch.equal(found, wanted)
+            assert bool(found.isfinite().all())
+    if abs(value) == INFINITY:
+        grad, scale = gradients(estimator, 0.0, 0.1)
+        assert grad.tolist() == [0.5, -1.0, 2.0, 0.25]
+        assert scale == 0
+
+
+def test_where_a_replaced_value_is_out_of_range_the_scales_gradient_does_not_read_it() -> None:
+    for value in (100.0, 3e38, INFINITY):
+        scale = torch.tensor(2.0, requires_grad=True)
+        for sign, end in ((1, 7), (-1, -8)):
+            y = fake_quantize(torch.tensor([sign * value], requires_grad=True), scale, QuantSpec(bits=4))
+            assert torch.autograd.grad(y, scale, torch.tensor([0.5])) == (torch.tensor(0.5 * end),)
+
+
 def test_the_bounds_themselves_are_in_range() -> None:
     # r = 1[q_min <= round(x/s) + z <= q_max], closed on both sides and up to half a step beyond.
     x = torch.tensor([-2.51, -2.49, -2.0, 1.0, 1.49, 1.51], dtype=torch.float64, requires_grad=True)
@@ -690,6 +786,14 @@ def test_discretization_error_is_the_squared_distance_with_y_constant(dtype: tor
     assert y.grad is None
     assert x.grad is not None
     torch.testing.assert_close(x.grad, 2 * (x - y).detach(), rtol=0.02, atol=0.02)
+
+
+def test_discretization_error_of_what_was_not_replaced_is_nothing() -> None:
+    x = torch.tensor([INFINITY, -INFINITY, math.nan, 1.5], requires_grad=True)
+    y = torch.tensor([INFINITY, -INFINITY, math.nan, 1.0])
+    error = discretization_error(x, y)
+    assert error == 0.25
+    assert torch.autograd.grad(error, x)[0].tolist() == [0, 0, 0, 1]
 
 
 def test_what_belongs_to_one_call_has_a_name() -> None:
