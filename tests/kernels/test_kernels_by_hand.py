@@ -240,9 +240,7 @@ def test_a_rate_between_two_steps_of_u_replaces_the_lower_one(part: bool) -> Non
 @pytest.mark.parametrize("estimator", ["ste", "ewgs", "pege", "pege-relative"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("strength", [0.0, 0.1])
-def test_gradients_of_special_values_are_those_of_plain_operations(
-    estimator: str, dtype: torch.dtype, strength: float
-) -> None:
+def test_gradients_of_special_values_are_those_of_plain_operations(estimator: str, dtype: torch.dtype, strength: float) -> None:
     x = torch.tensor(SPECIAL * 40).to(dtype)  # replaced and not
     grad = numbers((x.numel(),)).to(dtype)
 
