@@ -1,5 +1,6 @@
 """Number of dimensions of a node's value: from example inputs, or from what the operation itself demands."""
 
+import contextlib
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -84,8 +85,12 @@ def _versions(node: Node, values: Mapping[Node, Any]) -> dict[Node, list[int | N
 
 
 def _memory(value: Any) -> set[int]:
-    """The addresses of the memory in which tensors lie; none of a sparse one."""
-    return {tensor.untyped_storage().data_ptr() for tensor in _tensors(value) if tensor.layout is torch.strided} - {0}
+    """The addresses of the memory in which tensors lie; those that are sparse, or under vmap, have none to show."""
+    found = set()
+    for tensor in _tensors(value):
+        with contextlib.suppress(RuntimeError):
+            found.add(tensor.untyped_storage().data_ptr())
+    return found - {0}
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -65,6 +65,7 @@ def fits_a_kernel(x: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not torch.is_grad_enabled()
         and get_proxy_mode() is None  # make_fx records what plain tensors go through, and sees no kernel
+        and (x.is_meta or has_memory(x))
     )
 
 

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pege_fx._utils.collectives import is_shared
 from pege_fx.errors import ModelError
-from pege_fx.kernels.inductor import is_traced
+from pege_fx.kernels.inductor import has_memory, is_traced
 from pege_fx.modules.batch_norm import Fold
 from pege_fx.modules.methods import Decoding, ForwardMethod, Statistics
 from pege_fx.numerics import functional
@@ -199,7 +199,7 @@ class FakeQuant(nn.Module):
             )
         if any(x.is_meta for x in inputs):
             return
-        statistics = self._statistics(*inputs)
+        statistics = self._statistics(*map(below_transforms, inputs))
         if self.site.kind == "weight" and not statistics.all_finite:
             raise ModelError(
                 f"{self.site.name.removesuffix('_fq')} has values that are not finite.\n"
@@ -214,7 +214,7 @@ class FakeQuant(nn.Module):
         if any(x.is_meta for x in inputs):
             return
         with torch.no_grad():
-            seen = self._statistics(*inputs)
+            seen = self._statistics(*map(below_transforms, inputs))
             self.statistics = seen.reduced() if self.statistics is None else self.statistics + seen
 
     def _statistics(self, x: Tensor, *others: Tensor) -> Statistics:
@@ -294,7 +294,7 @@ class FakeQuant(nn.Module):
             scale_gradient=self.method.scale_gradient(x),
             recompute=recompute,
         )
-        if self.training and not torch.compiler.is_compiling() and replaced.grad_fn is not None:
+        if self.training and not torch.compiler.is_compiling() and hasattr(replaced.grad_fn, "recompute"):
             before = _LAST_FORWARD.get(self, []) if number else []
             _LAST_FORWARD[self] = [*before, weakref.ref(replaced.grad_fn)]
         return replaced
@@ -334,7 +334,7 @@ class FakeQuant(nn.Module):
 
     def _deployed_once(self, x: Tensor) -> Tensor:
         """``deployed(x)``, computed anew when something that it depends on has changed since."""
-        if _is_recorded(x) or type(x) not in (Tensor, nn.Parameter) or x.is_meta:
+        if _is_recorded(x) or type(x) not in (Tensor, nn.Parameter) or x.is_meta or not has_memory(x):
             return self.deployed(x)
         norm = () if self.fold is None else (self.fold.bn.weight, self.fold.bn.running_var)
         tensors = (x, *norm, *self.method.parameters(), *self.method.buffers())
@@ -426,6 +426,11 @@ class FakeQuant(nn.Module):
         if self.site.group != "default":
             words.append(f"schedule {self.site.group!r}")
         return ", ".join(words)
+
+
+def below_transforms(x: Tensor) -> Tensor:
+    """Return the tensor that ``torch.func``'s vmap and grad have wrapped: all samples of a batch."""
+    return x if has_memory(x) else torch.func.debug_unwrap(x)
 
 
 def _is_recorded(x: Tensor) -> bool:

@@ -32,6 +32,7 @@ from pege_fx.errors import SpecError
 from pege_fx.kernels import c_kernels
 from pege_fx.kernels.inductor import LocalKernel, fits_a_kernel, has_memory, worth_compiling
 from pege_fx.numerics.spec import ESTIMATORS, QuantSpec, bounds_of
+from pege_fx.numerics.transforms import transformed
 
 # --- masks: a counter hash -----------------------------------------------------------------------------------
 
@@ -237,6 +238,13 @@ def _forward(
     return torch.where(_is_replaced(index, key, rate), y, x)
 
 
+def _is_kept(x: Tensor, y: Tensor, scale: Tensor, zero_point: Tensor | None, q_min: int, q_max: int) -> Tensor:
+    """(r or not m): the elements that are in range, or were not replaced."""
+    wide = compute_dtype(x)
+    codes = _unclamped(x.to(wide), scale.to(wide), zero_point)
+    return ((codes >= q_min) & (codes <= q_max)) | (x == y)
+
+
 def _backward(
     estimator: "type[Estimator]",
     grad: Tensor,
@@ -251,8 +259,7 @@ def _backward(
     """dL/dx_c and dL/ds, the latter in the shape of ``scale``."""
     dtype, wide = x.dtype, compute_dtype(x)
     grad, x, y, step = grad.to(wide), x.to(wide), y.to(wide), scale.to(wide)
-    codes = _unclamped(x, step, zero_point)
-    keep = ((codes >= q_min) & (codes <= q_max)) | (x == y)
+    keep = _is_kept(x, y, step, zero_point, q_min, q_max)
     span = step.abs() * (q_max - q_min)
     grad_x = estimator.gradient(grad, x, y, keep, span, strength.to(wide)).to(dtype)
     moved = nothing_if_nan(y - torch.where(keep, x, 0.0))
@@ -362,8 +369,11 @@ def continuous_and_replaced(node: Any) -> tuple[Tensor, Tensor]:
     return x, y
 
 
-def _discretizer(estimator: "type[Estimator]") -> type[torch.autograd.Function]:
-    """The discretizer with the backward of ``estimator``: a class each, made once, so that compilers see through it."""
+def _discretizer(estimator: "type[Estimator]") -> tuple[type[torch.autograd.Function], type[torch.autograd.Function]]:
+    """The discretizer with the backward of ``estimator``: a class each, made once, so that compilers see through it.
+
+    The second is the one for the transforms of ``torch.func``.
+    """
 
     def backward_of(
         grad: Tensor,
@@ -435,7 +445,8 @@ def _discretizer(estimator: "type[Estimator]") -> type[torch.autograd.Function]:
             return grad_x if wanted[0] else None, scaled, *(None,) * 8
 
     FakeQuantize.__name__ = FakeQuantize.__qualname__ = f"FakeQuantize{estimator.__name__}"
-    return FakeQuantize
+    kept = _is_kept if estimator.has_tangent else None
+    return FakeQuantize, transformed(estimator.__name__, _quantized, gradients_of, kept)
 
 
 # --- estimators ----------------------------------------------------------------------------------------------
@@ -451,16 +462,19 @@ class Estimator(ABC):
 
     ``strength`` says what the last argument of ``gradient`` is: "lambda", the scheduler's λ for weights or for
     activations; or a number, the first value of a 0-d buffer ``strength`` that each site has to itself. ``is_relative``: it
-    multiplies a gradient, so that it stays what it is where the loss is scaled.
+    multiplies a gradient, so that it stays what it is where the loss is scaled. ``has_tangent``: what reaches x_c is r * g and
+    terms of the loss's, so that forward mode (``torch.func.jvp``) has r * dx_c.
     """
 
     strength: ClassVar[float | Literal["lambda"]] = "lambda"
     is_relative: ClassVar[bool] = False
+    has_tangent: ClassVar[bool] = False
     discretizer: ClassVar[type[torch.autograd.Function]]
+    transformed: ClassVar[type[torch.autograd.Function]]
 
     def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.discretizer = _discretizer(cls)
+        cls.discretizer, cls.transformed = _discretizer(cls)
         if name is not None:
             ESTIMATORS.add(name, cls)
 
@@ -481,6 +495,8 @@ class Estimator(ABC):
 
 class STE(Estimator, name="ste"):
     """The straight-through estimator: r * g."""
+
+    has_tangent = True
 
     @staticmethod
     def gradient(grad: Tensor, x: Tensor, y: Tensor, keep: Tensor, span: Tensor, strength: Tensor) -> Tensor:
@@ -504,6 +520,8 @@ class EWGS(Estimator, name="ewgs"):
 class PEGE(Estimator, name="pege"):
     """Progressive element-wise gradient estimation: (r or not m) * g + lambda * (x_c - y), lambda in absolute units."""
 
+    has_tangent = True
+
     @staticmethod
     def gradient(grad: Tensor, x: Tensor, y: Tensor, keep: Tensor, span: Tensor, strength: Tensor) -> Tensor:
         return torch.where(keep, grad, 0.0) + nothing_if_nan(strength * (x - y))
@@ -513,6 +531,7 @@ class RelativePEGE(Estimator, name="pege-relative"):
     """PEGE with lambda in units of the site's mean |g|, so that one value serves sites whose gradients differ in size."""
 
     is_relative = True
+    has_tangent = True
 
     @staticmethod
     def gradient(grad: Tensor, x: Tensor, y: Tensor, keep: Tensor, span: Tensor, strength: Tensor) -> Tensor:
@@ -563,9 +582,15 @@ def fake_quantize(
         raise SpecError("rate needs key: give both for masks, or neither to replace every element.")
     if strength is None:
         strength = scale.new_zeros(())
-    result: Tensor = ESTIMATORS[str(spec.estimator)].discretizer.apply(
-        x, scale, zero_point, rate, key, strength, *spec.bounds, scale_gradient, recompute
-    )
+    estimator = ESTIMATORS[str(spec.estimator)]
+    args = (x, scale, zero_point, rate, key, strength, *spec.bounds, scale_gradient)
+    result: Tensor
+    try:
+        result = estimator.discretizer.apply(*args, recompute)
+    except RuntimeError as error:  # torch has no public question for this, but tells
+        if not any(missing in str(error) for missing in ("setup_context", "jvp")):
+            raise
+        result = estimator.transformed.apply(*args)
     return result
 
 
