@@ -806,6 +806,15 @@ def reads_size(node: Node) -> bool:
     return (attribute_name(node) or node.target) in _READING_SIZES
 
 
+def size_class(node: Node) -> type | None:
+    """The class of a shape or of a number in it, None for what may be anything else."""
+    if attribute_name(node) == "shape" or node.target == "size":
+        return torch.Size if len(node.args) == 1 or node.target is getattr else int
+    if node.target is operator.getitem and isinstance(node.args[0], Node) and size_class(node.args[0]) is torch.Size:
+        return torch.Size if isinstance(node.args[1], slice) else int
+    return None
+
+
 def is_assignment(node: Node) -> bool:
     """Tell whether a node is ``x[...] = value``."""
     return node.target in (operator.setitem, "__setitem__")

@@ -34,6 +34,11 @@ class LocalTracer(Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache) if self.is_called else attr_val
 
 
+def reserve_self(graph: Graph) -> None:
+    """Let no node of a new graph be named ``self``, for a child of that name: in the graph's code that is the module."""
+    graph.erase_node(graph.create_node("call_function", type, (), name="self"))
+
+
 @contextmanager
 def uncompiled() -> Iterator[None]:
     """Leave the GraphModules that this thread makes without code: whoever finishes the graph calls ``recompile``."""

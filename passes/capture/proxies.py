@@ -4,12 +4,14 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 from torch import Tensor
 from torch.fx import Node, Proxy
 from torch.fx.proxy import Attribute
 
 from pege_fx.passes.capture.patching import LocalTracer
 from pege_fx.passes.capture.rng_guard import RAND
+from pege_fx.passes.graph import size_class
 
 
 class DataDependenceError(Exception):
@@ -18,6 +20,15 @@ class DataDependenceError(Exception):
 
 class ContextError(Exception):
     """A ``with`` block or a call that means something to autograd and would be lost in a graph."""
+
+
+class Missing:
+    """What ``ProxyTracer.example_of`` returns if an example value is known and lacks the attribute."""
+
+
+def is_protocol(name: str) -> bool:
+    """Tell whether Python or a library asks for a protocol by its name, as ``__array_struct__``."""
+    return name.startswith("__") and name.endswith("__")
 
 
 class ProxyTracer(LocalTracer):
@@ -31,14 +42,33 @@ class ProxyTracer(LocalTracer):
         """Return what Python asks for, or raise ``DataDependenceError``."""
         raise NotImplementedError
 
+    def example_of(self, proxy: Proxy, name: str) -> Any:
+        """Return an attribute of the example value; ``Missing()`` if the value lacks it, None if no value is known."""
+        raise NotImplementedError
+
 
 class InPlaceProxy(Proxy):
     """A proxy that keeps ``x += y`` and ``x[i] = y`` in place: under another name of x they are seen too."""
 
     tracer: ProxyTracer
+    __array_priority__ = 1000  # as a tensor's: a number of NumPy leaves the operation to the proxy
 
     def __getattr__(self, name: str) -> Attribute:
+        if is_protocol(name) or name == "node" or ((cls := size_class(self.node)) and not hasattr(cls, name)):
+            raise AttributeError(f"what is traced has no attribute {name}")
         return InPlaceAttribute(self, name)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        raise DataDependenceError(f"NumPy asks for the value of {self.node}, which is not known while tracing")
+
+    def __round__(self, digits: int | None = None) -> Any:
+        return self.tracer.create_proxy("call_function", round, (self,) if digits is None else (self, digits), {})
+
+    def __divmod__(self, other: Any) -> tuple[Any, Any]:
+        return self // other, self % other
+
+    def __rdivmod__(self, other: Any) -> tuple[Any, Any]:
+        return other // self, other % self
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
@@ -76,8 +106,15 @@ for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "
 class ExampleProxy(InPlaceProxy):
     """A proxy whose value on the example inputs is known, for sizes and what is computed from them."""
 
-    def __getattr__(self, name: str) -> "Attribute":
-        return ExampleAttribute(self, name)
+    def __getattr__(self, name: str) -> Any:
+        if is_protocol(name) or name == "node" or isinstance(value := self.tracer.example_of(self, name), Missing):
+            raise AttributeError(f"what is traced has no attribute {name}")
+        attribute = ExampleAttribute(self, name)
+        # Python may ask what no proxy hears of (isinstance, a key of a dictionary), and text has no other use.
+        return self.tracer.fixed(attribute, f".{name}") if isinstance(value, str) else attribute
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        return numpy.asarray(self.tracer.fixed(self, "NumPy"), dtype)
 
     def __len__(self) -> int:
         return len(self.tracer.fixed(self, "len()", sized=True))

@@ -28,7 +28,7 @@ from pege_fx.modules.mode import PYTHON_FORWARD, TRAINING_MODE, PythonForward, T
 from pege_fx.passes.capture.branches import MergeError, merge_branches
 from pege_fx.passes.capture.examples import fresh
 from pege_fx.passes.capture.model_copy import copied
-from pege_fx.passes.capture.patching import uncompiled
+from pege_fx.passes.capture.patching import reserve_self, uncompiled
 from pege_fx.passes.capture.source_location import place_of
 from pege_fx.passes.capture.tracer import Known, NotTraceableError, PegeTracer, is_steady
 from pege_fx.passes.graph import (
@@ -430,6 +430,7 @@ def stays_python(gm: GraphModule) -> bool:
 def _python_root(root: nn.Module, prefix: str) -> GraphModule:
     """A graph that calls the root's own code: its parameters and children are the graph's, under their own names."""
     graph = Graph()
+    reserve_self(graph)
     arguments: dict[str, Node] = {}
     extra: Any = ()
     more: Any = {}

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
+import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,11 +29,11 @@ from pege_fx.modules.batch_norm import NORM_THEN, BatchNorm
 from pege_fx.modules.mode import TRAINING_MODE, check_argument, check_class, check_keys
 from pege_fx.passes.capture.examples import fresh
 from pege_fx.passes.capture.module_state import ModuleState, write_buffer
-from pege_fx.passes.capture.patching import replaced
-from pege_fx.passes.capture.proxies import ContextError, DataDependenceError, ExampleProxy, InPlaceProxy, ProxyTracer
+from pege_fx.passes.capture.patching import replaced, reserve_self
+from pege_fx.passes.capture.proxies import ContextError, DataDependenceError, ExampleProxy, InPlaceProxy, Missing, ProxyTracer
 from pege_fx.passes.capture.rng_guard import DRAWING, GENERATORS, DrawsOfConstants, guards
 from pege_fx.passes.capture.source_location import called_by_checkpoint, described, here, line, where_raised
-from pege_fx.passes.graph import arguments, has_parameters, is_leaf_function, is_matrix, join, plain, reads_size
+from pege_fx.passes.graph import arguments, attribute_name, has_parameters, is_leaf_function, is_matrix, join, plain, reads_size
 
 
 @dataclass(frozen=True)
@@ -285,6 +286,7 @@ class PegeTracer(ProxyTracer):
         return parameter_proxy_cache[name]
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
+        reserve_self(self.graph)
         signature = inspect.signature(root_fn)
         variadic = {p.name for p in signature.parameters.values() if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
         wrapped = inspect.unwrap(root_fn) is not root_fn  # fx patches the code of the wrapper, which has other parameters
@@ -392,7 +394,8 @@ class PegeTracer(ProxyTracer):
     def _note_origin(self, node: Node) -> None:
         """Where the value comes from: constants of the model may steer Python, sizes too, what tensors hold may not."""
         sources = node.all_input_nodes
-        if any(s in self._unsized for s in sources) or _depends_on_data(node, [self._values.get(s) for s in sources]):
+        selects = _depends_on_data(node, [self._values.get(s) for s in sources])
+        if selects or (any(s in self._unsized for s in sources) and not _is_sized_anyway(node)):
             self._unsized.add(node)
         sized = reads_size(node)
         if node.op == "get_attr" or (sources and all(source in self._static for source in sources)):
@@ -432,6 +435,8 @@ class PegeTracer(ProxyTracer):
         if issubclass(kind, dict) and is_dataclass(a):  # a result by name, as transformers' ModelOutput
             present = {f.name: getattr(a, f.name) for f in fields(a) if getattr(a, f.name) is not None}
             return self.create_node("call_function", kind, (), {k: self.create_arg(v) for k, v in present.items()})
+        if issubclass(kind, numpy.generic):  # a number that NumPy made of sizes
+            return a.item()
         if kind is OrderedDict:
             return self.create_node("call_function", OrderedDict, (self.create_arg(dict(a)),), {})
         return super().create_arg(a)
@@ -486,6 +491,15 @@ class PegeTracer(ProxyTracer):
         self.specialised[here()] = f"{use} of {proxy.node} is {shown}"
         return value
 
+    def example_of(self, proxy: Proxy, name: str) -> Any:
+        """Return an attribute of the example value; ``Missing()`` if the value lacks it, None if no value is known."""
+        value = self._values.get(proxy.node, _UNKNOWN)
+        if value is _UNKNOWN:
+            return None
+        if isinstance(value, Tensor):  # to ask may warn (``grad``), or compute
+            return None if hasattr(type(value), name) or name in vars(value) else Missing()
+        return getattr(value, name, Missing())
+
     def _evaluate(self, node: Node) -> Any:
         assert self.known is not None
         if node.op == "placeholder":
@@ -519,8 +533,12 @@ NORM_THEN_TYPES = tuple(NORM_THEN.values())
 _STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 _SELECTING: set[Any] = {
     "nonzero", "masked_select", "unique", "unique_consecutive", "argwhere", "tolist", torch.nonzero, torch.masked_select,
-    torch.unique, torch.unique_consecutive, torch.argwhere, torch.bincount, "bincount", torch.repeat_interleave,
-    "repeat_interleave",
+    torch.unique, torch.unique_consecutive, torch.argwhere, torch.bincount, "bincount",
+}  # fmt: skip
+_SIZELESS: set[Any] = {
+    "dtype", "device", "layout", "ndim", "requires_grad", "is_cuda", "is_cpu", "is_sparse", "is_quantized", "is_nested",
+    "dim", "ndimension", "is_floating_point", "is_complex", "element_size", "itemsize", "get_device",
+    torch.is_floating_point, torch.is_complex,
 }  # fmt: skip
 _FACTORIES = (
     "arange",
@@ -555,7 +573,20 @@ def _depends_on_data(node: Node, sources: list[Any]) -> bool:
         return len(sources) == 1
     if node.target is operator.getitem:
         return any(isinstance(source, Tensor) and source.dtype in (torch.bool, torch.uint8) for source in sources[1:])
+    if node.target in (torch.repeat_interleave, "repeat_interleave"):
+        args, kwargs = arguments(node)
+        repeats = kwargs.get("repeats", args[1] if len(args) > 1 else args[0])
+        return not isinstance(repeats, int) and kwargs.get("output_size") is None
     return node.target in _SELECTING
+
+
+def _is_sized_anyway(node: Node) -> bool:
+    """Whether a node's result is the same whatever the sizes of its inputs are: a type, a place, a shape written out."""
+    if (attribute_name(node) or node.target) in _SIZELESS:
+        return True
+    sizes, _ = arguments(node)
+    flat = sizes[1] if len(sizes) == 2 and isinstance(sizes[1], (tuple, list)) else sizes[1:]
+    return node.target in ("reshape", "view") and bool(flat) and all(isinstance(size, int) and size >= 0 for size in flat)
 
 
 def _einops() -> tuple[Any, ...]:

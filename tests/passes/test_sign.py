@@ -64,6 +64,24 @@ PROVED: dict[str, Callable[[Tensor], Tensor]] = {
     "concatenation along the last dimension": lambda x: torch.cat([x.relu(), x.abs()], -1),
     "stack along the last dimension": lambda x: torch.stack([x.relu(), x.abs()], dim=-1),
     "average by another number": lambda x: F.avg_pool2d(x.relu(), 2, divisor_override=3),
+    "quotient by a number": lambda x: x.relu() / 2,
+    "quotient by a size": lambda x: x.relu() / x.shape[-1],
+    "quotient by a method": lambda x: x.abs().div(0.5),
+    "remainder of a positive number": lambda x: x % 3,
+    "power of a positive fraction": lambda x: x.relu() ** 0.5,
+    "power of a whole float": lambda x: x**2.0,
+    "clamp from above": lambda x: x.relu().clamp(max=6),
+    "clamp from above by its own method": lambda x: x.abs().clamp_max(1.0),
+    "filled where masked": lambda x: x.relu().masked_fill(x > 1, 0.0),
+    "chosen": lambda x: torch.where(x > 0, x.relu(), 0.0),
+    "chosen by a method": lambda x: x.relu().where(x > 0, x.abs()),
+    "comparison as a number": lambda x: (x > 0).float(),
+    "tanh": lambda x: torch.tanh(x.relu()),
+    "gelu": lambda x: F.gelu(x.relu()),
+    "largest and its place": lambda x: x.relu().max(1)[0],
+    "norm over channels": lambda x: F.normalize(x.relu(), dim=1),
+    "sampled on a grid": lambda x: F.grid_sample(x.relu(), x[:, :2].permute(0, 2, 3, 1), align_corners=False),
+    "product with a size": lambda x: x.relu() * x.size(1),
     "an operand by name": lambda x: torch.add(x.relu(), other=x.abs()),
 }
 NOT_PROVED: dict[str, Callable[[Tensor], Tensor]] = {
@@ -78,7 +96,18 @@ NOT_PROVED: dict[str, Callable[[Tensor], Tensor]] = {
     "clamp below zero": lambda x: x.clamp(min=-1),
     "negative padding": lambda x: F.pad(x.relu(), (1, 1), value=-1.0),
     "bicubic": lambda x: F.interpolate(x.relu(), scale_factor=2.0, mode="bicubic"),
+    "bicubic sampling": lambda x: F.grid_sample(x.relu(), x[:, :2].permute(0, 2, 3, 1), mode="bicubic", align_corners=False),
     "silu": F.silu,
+    "quotient by a negative number": lambda x: x.relu() / -2,
+    "quotient by a tensor": lambda x: x.relu() / (x.relu() * 0.5),
+    "quotient of a number": lambda x: 2 / x,
+    "remainder of a negative number": lambda x: x % -3,
+    "power of a negative fraction": lambda x: x.relu() ** -1,
+    "clamp from above below zero": lambda x: x.relu().clamp(0, -1),
+    "clamp from above by its own method, below zero": lambda x: x.relu().clamp_max(-1.0),
+    "filled with a negative number": lambda x: x.relu().masked_fill(x > 1, -1.0),
+    "chosen, one signed": lambda x: torch.where(x > 0, x.relu(), x),
+    "largest of two, one signed": lambda x: torch.max(x.relu(), x),
     "negative number added by name": lambda x: torch.add(x.relu(), other=-1.0),
     "negative number added by a method": lambda x: x.relu().add(-1),
     "negative factor by name": lambda x: x.relu().mul(other=-2),
@@ -141,24 +170,38 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "dropout": (0.5, True), "expand": (4, 4, 4, 4), "narrow": (0, 0, 1), "permute": ((1, 0, 2, 3),), "repeat": (2, 1, 1, 1),
     "reshape": ((-1,),), "select": (0, 0), "to": (torch.float64,), "unflatten": (1, (2, 2)), "Unflatten": (1, (2, 2)),
     "view": (-1,), "flip": ((1,),), "Softmax2d": (),
-    **dict.fromkeys(["softmax", "roll", "ZeroPad", "ReplicationPad", "ReflectionPad", "Softmax"], (1,)),
+    **dict.fromkeys(["softmax", "roll", "ZeroPad", "ReplicationPad", "ReflectionPad", "Softmax", "Softmin"], (1,)),
     **dict.fromkeys(["transpose", "movedim"], (0, 1)),
     **dict.fromkeys(["unsqueeze", "getitem"], (0,)),
     **dict.fromkeys(["max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool"], (2,)),
     **dict.fromkeys(["pixel_shuffle", "channel_shuffle", "chunk", "split"], (2,)),
     **dict.fromkeys(["MaxPool", "AvgPool", "AdaptiveAvgPool", "AdaptiveMaxPool", "PixelShuffle", "ChannelShuffle"], (2,)),
     **dict.fromkeys(["add", "mul", "iadd", "imul", "multiply", "maximum", "minimum", "matmul", "bmm"], (Y,)),
-    **dict.fromkeys(["expand_as", "type_as"], (Y,)),
+    **dict.fromkeys(["expand_as", "type_as", "reshape_as", "view_as", "mm", "hypot"], (Y,)),
+    **dict.fromkeys(["eq", "ne", "lt", "le", "gt", "ge"], (Y,)),
+    **dict.fromkeys(["UpsamplingNearest", "UpsamplingBilinear", "lp_pool", "LPPool", "CircularPad"], (2,)),
+    **dict.fromkeys(["pixel_unshuffle", "PixelUnshuffle", "unfold", "Unfold", "repeat_interleave", "tensor_split"], (2,)),
+    "lp_pool1d": (2.0, 2), "lp_pool2d": (2.0, 2), "LPPool": (2, 2), "CircularPad": (1,),
+    "broadcast_to": ((4, 4, 4, 4),), "cumsum": (1,), "softmin": (1,), "split_with_sizes": ((2, 2),), "swapaxes": (0, 1),
+    "index_select": (0, torch.arange(2)), "take_along_dim": (torch.zeros(4, 4, 4, 4, dtype=torch.long), 0),
+    "masked_select": (torch.ones(4, dtype=torch.bool),), "tile": ((1, 2),), "topk": (2,),
 }  # fmt: skip
-SHAPES = {"1d": (2, 4, 4), "3d": (2, 4, 4, 4, 4), "mm": (4, 4, 4), "t": (4, 4)}
+SHAPES = {"1d": (2, 4, 4), "3d": (2, 4, 4, 4, 4), "bmm": (4, 4, 4), "mm": (4, 4), "t": (4, 4)}
 ALWAYS = [*sign._NON_NEGATIVE_FUNCTIONS, *sign._NON_NEGATIVE_METHODS, *sign._NON_NEGATIVE_MODULES]
 PRESERVING = [*sign._PRESERVING_FUNCTIONS, *sign._PRESERVING_METHODS, *sign._PRESERVING_MODULES]
+
+
+def _read(gm: GraphModule, value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    gm.register_buffer("held", value)
+    return gm.graph.get_attr("held")
 
 
 def call_of(what: Any, *, signed: bool) -> tuple[GraphModule, Node, tuple[Tensor, ...]]:
     """A graph that calls one entry of a table, on tensors of both signs or on tensors that are proved not to be negative."""
     name = what if isinstance(what, str) else what.__name__
-    shape = SHAPES.get(name[-2:], (4, 4, 4, 4))
+    shape = SHAPES.get(name, SHAPES.get(name[-2:], (4, 4, 4, 4)))
     more = ARGUMENTS.get(name, ARGUMENTS.get(re.sub("[123]d$|_$", "", name), ()))
     gm = GraphModule(nn.Module(), Graph())
     tensors = [gm.graph.placeholder("x"), gm.graph.placeholder("y")]
@@ -169,7 +212,7 @@ def call_of(what: Any, *, signed: bool) -> tuple[GraphModule, Node, tuple[Tensor
         node = gm.graph.call_module("called", (tensors[0],))
     else:
         first = tensors if name in ("cat", "concat", "stack") else tensors[0]
-        arguments = (first, *(tensors[1] if value is Y else value for value in more))
+        arguments = (first, *(tensors[1] if value is Y else _read(gm, value) for value in more))
         node = gm.graph.call_method(what, arguments) if isinstance(what, str) else gm.graph.call_function(what, arguments)
     gm.graph.output(node)
     gm.recompile()
@@ -185,7 +228,7 @@ def test_every_entry_of_the_tables_is_true(signed: bool) -> None:
         assert proved is (what in ALWAYS or not signed), what
         result = gm(*inputs)
         for value in result if isinstance(result, tuple) else (result,):
-            assert not proved or float(value.min()) >= 0, what
+            assert not proved or float(value.detach().min()) >= 0, what
 
 
 class Checked(Interpreter):

@@ -6,6 +6,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from pege_fx import Constant, PEGEScheduler, QuantPolicy, Rule
 from pege_fx.testing import assert_same_function
 from pege_fx.training.scheduler import plan_of
 
+QUIET = pytest.mark.filterwarnings("ignore::pege_fx.errors.PegeWarning")
+IN_FLOAT = QuantPolicy((Rule(weight=None, input=None),))
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 
 
@@ -91,3 +94,123 @@ def test_what_a_collection_contains_is_known_and_what_a_tensor_does_is_not(ask: 
     gm = pege_fx.prepare(model, QuantPolicy((Rule(weight=None, input=None),)), (x, {4: x}))
     assert note in plan_of(gm).captures[0].reason
     torch.testing.assert_close(gm(x, {4: x}), model(x, {4: x}))
+
+
+# --- what Python makes of sizes ------------------------------------------------------------------------------
+
+
+class Scaled(nn.Module):
+    """Scales by a number that Python makes of its input's sizes."""
+
+    def __init__(self, number: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.fc, self.number = nn.Linear(8, 8), number
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) * self.number(x)  # type: ignore[no-any-return]
+
+
+OF_SIZES: dict[str, Callable[[Tensor], Any]] = {
+    "np.ceil": lambda x: numpy.ceil(x.shape[-1] / 3),
+    "np.ceil as a whole number": lambda x: int(numpy.ceil(x.shape[-1] / 3)),
+    "np.prod": lambda x: numpy.prod(x.shape[1:]),
+    "np.array": lambda x: int(numpy.array(x.shape).max()),
+    "np.sqrt": lambda x: 1 / numpy.sqrt(x.shape[-1]),
+    "np.log2": lambda x: float(numpy.log2(len(x))),
+    "a number of NumPy in front": lambda x: numpy.float64(0.5) * x,
+    "round": lambda x: round(x.shape[-1] / 3),
+    "round to digits": lambda x: round(x.shape[-1] / 3, 1),
+    "divmod": lambda x: sum(divmod(x.shape[-1], 3)),
+    "divmod of a number": lambda x: divmod(20, x.shape[-1])[1],
+    "reversed, multiplied": lambda x: numpy.multiply.reduce(tuple(x.shape[::-1])),
+}
+
+
+@QUIET
+@pytest.mark.parametrize("name", OF_SIZES)
+def test_numbers_made_of_sizes_are_followed(name: str) -> None:
+    model = Scaled(OF_SIZES[name])
+    gm = pege_fx.prepare(model, IN_FLOAT, (X,))
+    assert not [capture for capture in plan_of(gm).captures if capture.rung == "python"]
+    assert torch.equal(gm(X), model(X))
+
+
+@QUIET
+def test_round_and_divmod_follow_the_size() -> None:
+    for name in ("round", "divmod", "divmod of a number"):
+        model = Scaled(OF_SIZES[name])
+        gm = pege_fx.prepare(model, IN_FLOAT)
+        assert plan_of(gm).captures[0].rung == "symbolic"
+        assert torch.equal(gm(X), model(X))
+
+
+@QUIET
+def test_numpy_asks_for_no_tensor() -> None:
+    gm = pege_fx.prepare(Scaled(lambda x: float(numpy.max(numpy.asarray(x)))), IN_FLOAT, (X,))
+    assert "NumPy" in plan_of(gm).captures[0].reason
+    assert plan_of(gm).captures[0].rung == "python"
+
+
+@QUIET
+def test_the_type_of_a_device_is_text() -> None:
+    class Autocast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            names = {"cpu": 1.0, "cuda": 1.0}
+            return self.fc(x) * names[x.device.type]  # type: ignore[no-any-return]
+
+    model = Autocast()
+    gm = pege_fx.prepare(model, IN_FLOAT, (X,))
+    assert plan_of(gm).captures[0].rung == "specialised"
+    assert torch.equal(gm(X), model(X))
+
+
+class Asks(nn.Module):
+    """Reads a size or a type behind a selection."""
+
+    def __init__(self, made: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.fc, self.made = nn.Linear(8, 8), made
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.made(x)
+        if made.dtype == torch.float16 or made.shape[0] > 100:
+            return x
+        return self.fc(x) * made.sum()
+
+
+SELECTIONS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "repeated by a number": (lambda x: x[:, :4].repeat_interleave(2, dim=1), True),
+    "repeated by a tensor": (lambda x: x.repeat_interleave((x[:, 0] > 0).long(), dim=0), False),
+    "repeated to a size": (lambda x: x.repeat_interleave(torch.ones_like(x[:, 0]).long(), dim=0, output_size=4), True),
+    "selected, then shaped": (lambda x: x[x > -100].reshape(4, 8), True),
+    "selected, then shaped by what is left": (lambda x: x[x > -100].reshape(-1, 8), False),
+}
+
+
+@QUIET
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_a_size_depends_on_data_only_where_it_does(name: str) -> None:
+    made, is_sized = SELECTIONS[name]
+    gm = pege_fx.prepare(Asks(made), IN_FLOAT, (X,))
+    assert (plan_of(gm).captures[0].rung != "python") is is_sized
+
+
+@QUIET
+def test_a_child_may_be_called_self() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.self, self.output = Asks(SELECTIONS["repeated by a tensor"][0]), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.output(self.self(x))  # type: ignore[no-any-return]
+
+    model = Attention()
+    gm = pege_fx.prepare(model, IN_FLOAT, (X,))
+    assert torch.equal(gm(X), model(X))
+    assert torch.equal(copy.deepcopy(gm)(X), model(X))
+    assert torch.equal(pege_fx.convert(gm)(X), gm.eval()(X))
