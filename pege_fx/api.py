@@ -18,13 +18,13 @@ from pege_fx.modules.fake_quant import fake_quants
 from pege_fx.modules.mode import trial
 from pege_fx.passes.capture.examples import fresh
 from pege_fx.passes.capture.tiers import Captured, capture, check_model, stays_python, warn_of
+from pege_fx.modules.stages import graph_of, refuse_shards
 from pege_fx.passes.pipeline import Pass, Pipeline, run
 from pege_fx.passes.plan import record_classes, warn_if_nothing
 from pege_fx.passes.ranks import OtherGraphCallError, record_shapes
 from pege_fx.policy.plan import Plan
 from pege_fx.policy.rules import QuantPolicy
 from pege_fx.training.calibration import observe
-from pege_fx.training.scheduler import plan_of
 
 BatchNormMode = Literal["train", "freeze", "keep"]
 
@@ -228,7 +228,8 @@ def convert(gm: GraphModule, *, integer_bias: bool = False, packed: bool = False
     >>> torch.equal(convert(gm)(x), gm.eval()(x))
     True
     """
-    plan_of(gm)
+    gm = graph_of(gm, "prepared")
+    refuse_shards(gm, "pege_fx.save it, pege_fx.load the file into a model of one process, and convert that")
     sites = fake_quants(gm)
     unseen = [name for name, site in sites.items() if site.site.kind == "activation" and not site.is_calibrated]
     if unseen and len(unseen) == sum(site.site.kind == "activation" for site in sites.values()):

@@ -25,6 +25,7 @@ from pege_fx.errors import InputError, ModelError, PegeWarning, PolicyError, clo
 from pege_fx.modules.batch_norm import only_normalizes
 from pege_fx.modules.fake_quant import FakeQuant
 from pege_fx.modules.mode import PYTHON_FORWARD, TRAINING_MODE, PythonForward, TrainingMode, evaluating, trial
+from pege_fx.modules.stages import check_stage, unwrapped
 from pege_fx.passes.capture.branches import MergeError, merge_branches
 from pege_fx.passes.capture.examples import fresh
 from pege_fx.passes.capture.model_copy import copied
@@ -57,11 +58,13 @@ def check_model(model: Any) -> None:
     """Refuse what can not be prepared: no module, prepared before, wrapped for training, not made yet, not finite."""
     if not isinstance(model, nn.Module):
         raise ModelError(f"{type(model).__name__} is not an nn.Module: give the model itself.")
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        raise ModelError(f"the model is wrapped in {type(model).__name__}: prepare model.module first, and wrap the result.")
+    if unwrapped(model) is not model:
+        name = next(name for name, _ in model.named_children())
+        raise ModelError(f"the model is wrapped in {type(model).__name__}: prepare model.{name} first, and wrap the result.")
     for name, module in model.named_modules():
         if isinstance(module, FakeQuant):
             raise ModelError(f"the model is prepared already ({name} is a fake-quant): prepare the float model.")
+    check_stage(model, "float")
     parameters = [*model.named_parameters()]
     for name, tensor in [*parameters, *model.named_buffers()]:
         if is_lazy(tensor):

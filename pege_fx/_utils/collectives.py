@@ -68,6 +68,11 @@ def _dtensor(value: Any) -> Any:
     return value if isinstance(value, DTensor) else None
 
 
+def is_sharded(value: Any) -> bool:
+    """Tell whether a tensor lies in parts on several processes."""
+    return _dtensor(value) is not None
+
+
 def whole(tree: Any) -> Any:
     """A nested structure with its sharded tensors put together; every rank takes part."""
     if isinstance(tree, Mapping):

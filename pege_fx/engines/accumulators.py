@@ -24,7 +24,13 @@ def widen(x: Any) -> Any:
     return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
-class Accumulate(nn.Module):
+class _OfAnEngine(nn.Module):
+    """A module that only engines have."""
+
+    of_an_engine = True  # what pege_fx.modules.stages, floors below, knows an engine by
+
+
+class Accumulate(_OfAnEngine):
     """A layer on codes: the exact sums of integer products, int32.
 
     Runs in float64, whose integers are exact to 2**53: torch has no integer convolution on every device.
@@ -45,7 +51,7 @@ class Accumulate(nn.Module):
         return sums.to(torch.int32)
 
 
-class Rescale(nn.Module):
+class Rescale(_OfAnEngine):
     """What accumulators stand for, in float64: scale * acc + bias, along one dimension."""
 
     scale: Tensor
@@ -63,7 +69,7 @@ class Rescale(nn.Module):
         return sums.double() * self.scale.view(shape) + self.bias.view(shape)
 
 
-class Requantize(nn.Module):
+class Requantize(_OfAnEngine):
     """Codes from accumulators: how many of the channel's thresholds are reached, plus the lowest code."""
 
     thresholds: Tensor
@@ -83,7 +89,7 @@ class Requantize(nn.Module):
         return (codes[0] if self.thresholds.shape[0] == 1 else codes).movedim(0, self.axis)
 
 
-class OnIntegers(nn.Module):
+class OnIntegers(_OfAnEngine):
     """A function that keeps the order of values (a max pool, a reshape), on codes."""
 
     def __init__(self, target: Any) -> None:

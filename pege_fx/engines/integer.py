@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from pege_fx.engines.accumulators import Accumulate, OnIntegers, Requantize, Rescale, thresholds, widen
+from pege_fx.modules.stages import graph_of
 from pege_fx.numerics.functional import dequantize, quantize
 from pege_fx.numerics.spec import bounds_of
 from pege_fx.passes.graph import (
@@ -57,17 +58,21 @@ def integer_engine(deployed: GraphModule) -> GraphModule:
     Args:
         deployed: from ``convert``.
 
+    Raises:
+        ModelError: for any other model.
+
     >>> import pege_fx
     >>> gm = pege_fx.prepare(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).eval(), "W4A4", (torch.randn(2, 4),))
     >>> engine = integer_engine(pege_fx.convert(gm))
     >>> print(integer_coverage(engine))
     2 of 2 layers sum in int32; 1 of 1 quantization steps behind a layer are integer
     """
-    engine = copy.deepcopy(deployed).eval()
+    engine = copy.deepcopy(graph_of(deployed, "converted")).eval()
     graphs = [module for module in engine.modules() if isinstance(module, GraphModule)]
     run(graphs, [unpack_weights, _rewrite])
     for gm in graphs:
         gm.delete_all_unused_submodules()
+    engine.meta["engine"] = "integer"
     return engine.double()
 
 
@@ -100,13 +105,16 @@ def integer_coverage(engine: GraphModule) -> IntegerCoverage:
     Args:
         engine: from ``integer_engine``.
 
+    Raises:
+        ModelError: for any other model.
+
     >>> import pege_fx
     >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     >>> gm = pege_fx.prepare(model, "W4A4", torch.randn(2, 4))
     >>> integer_coverage(pege_fx.integer_engine(pege_fx.convert(gm))).integer_layers
     2
     """
-    graphs = [module for module in engine.modules() if isinstance(module, GraphModule)]
+    graphs = [module for module in graph_of(engine, "engine").modules() if isinstance(module, GraphModule)]
     nodes = [node for gm in graphs for node in gm.graph.nodes]
     sums, steps = (
         sum(isinstance(module, kind) for gm in graphs for module in _called(gm)) for kind in (Accumulate, Requantize)

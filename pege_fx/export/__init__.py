@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 from pege_fx._utils.files import atomic_write, path_of, path_to_read
 from pege_fx.errors import ExportError, PegeWarning
 from pege_fx.export.program import check_deployed, stepped, steps_of_all, to_program
+from pege_fx.modules.stages import graph_of
 from pege_fx.numerics.functional import dequantize
 from pege_fx.passes.graph import arguments
 
@@ -71,6 +72,7 @@ def export_onnx(
     need_onnx()
     target = path_of(path)
     args = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    deployed = graph_of(deployed, "converted", error=ExportError)
     result = check_deployed(deployed, args)
     chosen = _opset(opset, style, deployed)
     from pege_fx.export.model import build, output_names, warn_if_batch_is_fixed
@@ -124,7 +126,7 @@ def verify_export(deployed: GraphModule, path: str | os.PathLike[str], batches: 
     need_onnx()
     from pege_fx.export.verify import verify
 
-    return verify(deployed, path_to_read(path, ExportError), batches)
+    return verify(graph_of(deployed, "converted", error=ExportError), path_to_read(path, ExportError), batches)
 
 
 def need_onnx() -> None:

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pege_fx.errors import ExportError, InputError, PegeWarning
 from pege_fx.export.embedding import embedding_bag
-from pege_fx.modules.fake_quant import fake_quants
+from pege_fx.modules.stages import graph_of
 from pege_fx.numerics import functional
 from pege_fx.numerics.spec import bounds_of
 from pege_fx.passes.graph import arguments, is_assignment, where
@@ -180,11 +180,10 @@ def steps_of_all(gm: GraphModule) -> Iterator[tuple[str, Step]]:
 
 def check_deployed(deployed: Any, args: tuple[Any, ...]) -> Any:
     """Return what a converted model gives for the example inputs; raise if it is none or if they do not fit."""
-    if not isinstance(deployed, GraphModule) or fake_quants(deployed):
-        raise ExportError(f"{type(deployed).__name__} was not converted: give the result of pege_fx.convert.")
+    graph = graph_of(deployed, "converted", error=ExportError)
     try:
         with torch.no_grad():
-            return deployed.forward(*args)  # a call of a GraphModule would print the traceback
+            return graph.forward(*args)  # a call of a GraphModule would print the traceback
     except Exception as error:
         shapes = [tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in args]
         raise InputError(f"the model fails on inputs of shapes {shapes}: {type(error).__name__}: {error}") from error
@@ -214,6 +213,7 @@ def to_program(
     >>> program.module()(torch.zeros(5, 4)).shape
     torch.Size([5, 2])
     """
+    deployed = graph_of(deployed, "converted", error=ExportError)
     check_deployed(deployed, args)
     return _export(stepped(deployed, _replacements(operators)), args, dynamic_batch)
 

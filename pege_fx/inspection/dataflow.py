@@ -12,6 +12,7 @@ from pege_fx.errors import ModelError, closest
 from pege_fx.modules.batch_norm import BiasFold, WeightFold
 from pege_fx.modules.fake_quant import FakeQuant
 from pege_fx.modules.mode import PYTHON_FORWARD, TRAINING_MODE, PythonForward, check_argument, check_class, check_keys
+from pege_fx.modules.stages import graph_of
 from pege_fx.passes.graph import arguments, function_name, has_attribute, join, module_of, scope, where
 from pege_fx.policy.plan import Capture, Operation
 from pege_fx.training.scheduler import plan_of
@@ -55,15 +56,17 @@ def to_networkx(gm: GraphModule) -> nx.DiGraph:
     >>> to_networkx(gm).nodes["_0_weight_fq"]["bits"]
     8
     """
-    operations = {(operation.path, operation.node): operation for operation in plan_of(gm).operations}
-    graph = nx.DiGraph(model=plan_of(gm).model)
+    gm = graph_of(gm, "prepared")
+    plan = plan_of(gm)
+    operations = {(operation.path, operation.node): operation for operation in plan.operations}
+    graph = nx.DiGraph(model=plan.model)
     for prefix, inner in _graphs(gm):
         code = _code_lines(inner)
         for node in inner.graph.nodes:
             facts = _facts(prefix, inner, node) | {"code": code.get(node.name, "")}
             graph.add_node(join(prefix, node.name), **facts)
         _add_data_edges(graph, prefix, inner)
-    _add_captures(graph, plan_of(gm).captures)
+    _add_captures(graph, plan.captures)
     for operation in operations.values():
         _add_operation(graph, operation)
     for prefix, inner in _graphs(gm):

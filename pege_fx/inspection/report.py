@@ -22,6 +22,7 @@ from pege_fx.inspection.draw import COLOURS, FLOAT, PLAIN, PYTHON, colour_of, in
 from pege_fx.inspection.size import size_report
 from pege_fx.inspection.tables import totals
 from pege_fx.modules.fake_quant import FakeQuant, fake_quants
+from pege_fx.modules.stages import graph_of
 from pege_fx.training.scheduler import PEGEScheduler, plan_of
 
 BINS = 48
@@ -64,6 +65,7 @@ def report(
     path = path_of(path)
     if path.suffix.lower() not in (".html", ".htm"):
         raise ExportError(f"{path.name!r} has the ending {path.suffix!r}: a report ends in .html.")
+    gm = graph_of(gm, "prepared")
     plan, rows = plan_of(gm), _history(history)
     page = _page(
         {

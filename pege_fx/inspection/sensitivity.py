@@ -18,6 +18,7 @@ from pege_fx.errors import InputError, ModelError, OutputError, closest
 from pege_fx.inspection.size import graphs_of
 from pege_fx.modules.fake_quant import FakeQuant, fake_quants
 from pege_fx.modules.mode import evaluating
+from pege_fx.modules.stages import graph_of
 from pege_fx.numerics.spec import METHODS, QuantSpec
 from pege_fx.passes.graph import behind_transposes, join, module_of, operand
 from pege_fx.policy.mixed_precision import Budget, mixed_precision
@@ -192,6 +193,7 @@ def sensitivity(
     >>> [rule.match for rule in found.suggest(size=weights).rules[-2:]]
     ['0', '2']
     """
+    gm = graph_of(gm, "prepared")
     plan, found = plan_of(gm), fake_quants(gm)
     chosen = _chosen(found, sites)
     tried = (FLOAT_BITS,) if bits is None else _checked(bits)

@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 from pege_fx.modules.batch_norm import FOLDED, BatchNorm, BiasFold, BiasFoldBehind, WeightFold
 from pege_fx.modules.fake_quant import FakeQuant
 from pege_fx.modules.methods import Encoding
+from pege_fx.modules.stages import graph_of, stage_of
 from pege_fx.numerics.functional import dequantize, quantize
 from pege_fx.numerics.packing import unpack
 from pege_fx.passes.graph import arguments, first_argument, join, module_of, tensor_of
@@ -56,13 +57,17 @@ def size_report(gm: GraphModule) -> SizeReport:
     Args:
         gm: a prepared or a converted model.
 
+    Raises:
+        ModelError: for any other.
+
     >>> import pege_fx
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
     >>> gm = pege_fx.prepare(model, "W4A4", torch.randn(2, 4))
     >>> print(size_report(gm))
     float 120 bytes, quantized 80 bytes: 1.5 times smaller
     """
-    if any(isinstance(module, FakeQuant) for module in gm.modules()):
+    gm = graph_of(gm, "prepared", "converted")
+    if stage_of(gm) == "prepared":
         return _expected(gm)
     codes, grids = stored_codes(gm), _grids(gm)
     float_bytes = quantized_bytes = 0

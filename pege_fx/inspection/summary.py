@@ -28,6 +28,7 @@ from pege_fx.inspection.tables import (
 )
 from pege_fx.modules.batch_norm import BatchNorm
 from pege_fx.modules.fake_quant import FakeQuant
+from pege_fx.modules.stages import graph_of
 from pege_fx.passes.graph import first_argument, function_name, join, joining_of, module_of, operator_of, scope
 from pege_fx.policy.plan import Operation, Plan, in_words
 from pege_fx.policy.rules import path_pattern
@@ -202,6 +203,7 @@ def summary(gm: GraphModule, match: Filter | None = None, *, depth: int | None =
       not quantized itself: only operations with a weight and matrix products are
       2 reads it, input (_1): 8 bits unsigned per tensor, lsq, pege by rule 2: Rule(role='last', weight='8', input='8')
     """
+    gm = graph_of(gm, "prepared")
     plan = plan_of(gm)
     seen = tuple(bystanders(gm, graphs_of(gm), plan))
     return Summary(plan, f"{plan.model}: prepared", seen, size_report(gm), match, depth)

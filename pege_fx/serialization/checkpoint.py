@@ -18,9 +18,9 @@ from torch.fx import GraphModule
 from pege_fx._utils.collectives import gathered, laid_out_as, on_first_rank, rank_and_size, whole
 from pege_fx._utils.files import path_of
 from pege_fx.api import prepare
-from pege_fx.errors import CheckpointError, ModelError, PegeError, PolicyError, closest
+from pege_fx.errors import CheckpointError, PegeError, PolicyError, closest
 from pege_fx.modules.fake_quant import fake_quants
-from pege_fx.policy.plan import Plan
+from pege_fx.modules.stages import check_stage, graph_of, unwrapped
 from pege_fx.policy.rules import QuantPolicy
 from pege_fx.serialization import tensor_tree
 from pege_fx.training.scheduler import PEGEScheduler, plan_of
@@ -93,7 +93,7 @@ def save(
     >>> checkpoint_info(path).extra
     {'epoch': 3}
     """
-    gm = prepared_part(gm)
+    gm = graph_of(gm, "prepared")
     plan = plan_of(gm)
     sites = fake_quants(gm)
     states = {"model": gm.state_dict(), "optimizer": None if optimizer is None else _described(gm, optimizer)}
@@ -149,7 +149,9 @@ def load(
     tree = tensor_tree.read(path, KIND)
     info = _info(tree, path)
     try:
-        gm = _prepared_in(model) or prepare(model, info.policy, **prepare_options)
+        model = unwrapped(model)
+        is_prepared = check_stage(model, "float", "prepared") == "prepared"
+        gm = graph_of(model, "prepared") if is_prepared else prepare(model, info.policy, **prepare_options)
     except PolicyError as error:
         raise CheckpointError(
             f"{path} is of another model ({info.model}): its policy does not fit this one.\n{error}"
@@ -208,25 +210,6 @@ def checkpoint_info(path: str | os.PathLike[str]) -> CheckpointInfo:
     {'epoch': 3}
     """
     return _info(tensor_tree.read(path, KIND), path)
-
-
-def prepared_part(model: nn.Module) -> GraphModule:
-    """The prepared graph inside whatever wraps it (DDP, a compiled module, an average)."""
-    if (gm := _prepared_in(model)) is not None:
-        return gm
-    raise ModelError(f"{type(model).__name__} was not prepared: give what pege_fx.prepare returned, before convert.")
-
-
-def _prepared_in(model: nn.Module) -> GraphModule | None:
-    for module in model.modules():
-        if isinstance(module, GraphModule) and (fake_quants(module) or _is_all_float(module.meta.get("plan"))):
-            return module
-    return None
-
-
-def _is_all_float(plan: Plan | None) -> bool:
-    """Whether a policy left everything in float, as one of 32 bits does."""
-    return plan is not None and not any(plan.quantized)
 
 
 def versions() -> dict[str, str]:

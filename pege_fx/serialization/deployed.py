@@ -25,7 +25,7 @@ from torch.fx import Graph, GraphModule, Node
 from pege_fx._utils.files import atomic_write, path_to_read
 from pege_fx.errors import CheckpointError, ExportError
 from pege_fx.inspection.size import stored_codes
-from pege_fx.modules.fake_quant import fake_quants
+from pege_fx.modules.stages import graph_of
 from pege_fx.numerics.packing import pack, unpack
 from pege_fx.passes.graph import arguments, register_buffer, set_parameter, where
 from pege_fx.serialization.allowlist import READABLE, functions, methods, name_of, read_attribute
@@ -55,8 +55,7 @@ def save_deployed(deployed: GraphModule, path: str | os.PathLike[str]) -> int:
     ...     load_deployed(f"{folder}/model.safetensors")(torch.zeros(1, 4)).shape
     torch.Size([1, 2])
     """
-    if fake_quants(deployed):
-        raise ExportError("the model was not converted: give the result of pege_fx.convert.")
+    deployed = graph_of(deployed, "converted", error=ExportError)
     tensors, packed = _packed_state(deployed)
     header = {
         "format": FORMAT,

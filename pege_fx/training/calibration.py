@@ -11,8 +11,8 @@ from torch.fx import GraphModule
 from pege_fx.errors import InputError, ModelError
 from pege_fx.modules.fake_quant import fake_quants
 from pege_fx.modules.mode import evaluating
+from pege_fx.modules.stages import check_stage
 from pege_fx.numerics.functional import discretization_error
-from pege_fx.training.scheduler import plan_of
 
 
 def calibrate(gm: GraphModule, batches: Iterable[Any]) -> None:
@@ -39,7 +39,7 @@ def calibrate(gm: GraphModule, batches: Iterable[Any]) -> None:
 
 def observe(gm: GraphModule, calls: Iterable[tuple[tuple[Any, ...], Mapping[str, Any]]]) -> None:
     """``calibrate`` on (positional, keyword) arguments."""
-    plan_of(gm)
+    check_stage(gm, "prepared")
     sites = list(fake_quants(gm).values())
     count = 0
     with evaluating(gm):
@@ -98,6 +98,7 @@ def parameter_groups(
     >>> [(group["name"], group["weight_decay"]) for group in parameter_groups(gm, lr=1e-3)]
     [('weights', 0.0001), ('norms and biases', 0.0), ('quantizers', 0.0)]
     """
+    check_stage(gm, "prepared")
     quantizer = {id(p) for fq in fake_quants(gm).values() for p in fq.parameters()}
     groups: dict[str, list[nn.Parameter]] = {"weights": [], "norms and biases": [], "quantizers": []}
     for parameter in gm.parameters():
@@ -133,6 +134,7 @@ def discretization_loss(gm: nn.Module) -> Tensor:
     >>> discretization_loss(gm).item() > 0
     True
     """
+    check_stage(gm, "prepared")
     terms = [
         0.5 * site.lambda_ * discretization_error(*seen)
         for site in fake_quants(gm).values()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pege_fx.errors import InputError, ModelError
 from pege_fx.modules.fake_quant import FakeQuant, fake_quants
+from pege_fx.modules.stages import check_stage
 from pege_fx.numerics.functional import replacement_mask, site_key
 
 
@@ -41,6 +42,7 @@ def update_ewgs(
     >>> list(update_ewgs(gm, lambda x: gm(x).square().mean(), [torch.randn(8, 4)]))
     ['0.weight_fq']
     """
+    check_stage(gm, "prepared")
     sites = {name: site for name, site in fake_quants(gm).items() if site.site.spec.estimator == "ewgs"}
     if not sites:
         raise ModelError('the model has no EWGS site: prepare it with estimator="ewgs", or leave update_ewgs out.')

@@ -14,8 +14,8 @@ from torch.fx import GraphModule, Interpreter, Node
 from pege_fx.errors import NonFiniteError, PegeWarning
 from pege_fx.modules.fake_quant import FakeQuant, fake_quants
 from pege_fx.modules.mode import evaluating
+from pege_fx.modules.stages import check_stage
 from pege_fx.passes.graph import join, owner
-from pege_fx.training.scheduler import plan_of
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Guard:
     """
 
     def __init__(self, gm: nn.Module, *, every: int = 0, collapsed: float = 1e-3, clipped: float = 0.5) -> None:
-        plan_of(gm)
+        check_stage(gm, "prepared")
         self.gm, self.every, self.collapsed, self.clipped = gm, every, collapsed, clipped
         self._first = {name: _step(site) for name, site in fake_quants(gm).items() if site.is_calibrated}
         self._calls = 0

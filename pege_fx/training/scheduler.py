@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 from pege_fx._utils.collectives import rank_and_size
 from pege_fx.errors import CheckpointError, ModelError, ScheduleError, closest
 from pege_fx.modules.fake_quant import FakeQuant, ScheduleState, fake_quants
+from pege_fx.modules.stages import check_stage
 from pege_fx.numerics.functional import refresh_key
 from pege_fx.policy.plan import Plan
 from pege_fx.training.curves import Exponential, LogReplacement, RampReplacement
@@ -48,12 +49,12 @@ def plan_of(gm: Any) -> Plan:
     >>> plan_of(pege_fx.prepare(nn.Sequential(nn.Linear(4, 4)), "W4A4")).operations[0].path
     '0'
     """
-    found = fake_quants(gm) if hasattr(gm, "named_modules") else {}
-    plan = next((fq.plan for fq in found.values() if fq.plan is not None), None)
+    check_stage(gm, "prepared")
+    plans = [fq.plan for fq in fake_quants(gm).values()]
+    plans += [module.meta.get("plan") for module in gm.modules() if isinstance(module, GraphModule)]
+    plan = next((plan for plan in plans if isinstance(plan, Plan)), None)
     if plan is None:
-        plan = getattr(gm, "meta", {}).get("plan")
-    if not isinstance(plan, Plan):
-        raise ModelError(f"{type(gm).__name__} was not prepared: call pege_fx.prepare(model, policy) first.")
+        raise ModelError(f"{type(gm).__name__} holds fake-quants and no plan: give what pege_fx.prepare returned.")
     return plan
 
 

@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 
 from pege_fx.errors import ModelError
 from pege_fx.modules.fake_quant import fake_quants
-from pege_fx.training.scheduler import plan_of
+from pege_fx.modules.stages import graph_of
 
 
 def shard(gm: GraphModule, *, mesh: DeviceMesh | None = None, **options: Any) -> GraphModule:
@@ -35,7 +35,7 @@ def shard(gm: GraphModule, *, mesh: DeviceMesh | None = None, **options: Any) ->
     'DTensor'
     >>> dist.destroy_process_group()
     """
-    plan_of(gm)
+    gm = graph_of(gm, "prepared")
     if not dist.is_initialized():
         raise ModelError("there is no process group: run under torchrun, and call torch.distributed.init_process_group first.")
     whole = {parameter for site in fake_quants(gm).values() for parameter in site.parameters()}

@@ -17,8 +17,8 @@ from pege_fx._utils.files import path_of, path_to_read
 from pege_fx.errors import OutputError, ScheduleError
 from pege_fx.modules.fake_quant import FakeQuant, fake_quants
 from pege_fx.modules.methods import ForwardMethod
+from pege_fx.modules.stages import check_stage
 from pege_fx.numerics.functional import compute_dtype
-from pege_fx.training.scheduler import plan_of
 
 Row: TypeAlias = dict[str, Any]
 
@@ -63,7 +63,7 @@ class Telemetry:
     """
 
     def __init__(self, gm: GraphModule, every: int = 100, writers: Iterable[Writer] = ()) -> None:
-        plan_of(gm)
+        check_stage(gm, "prepared")
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ScheduleError(f"every={every!r}: give the interval as a positive whole number of training steps.")
         self.every, self.writers = every, tuple(writers)

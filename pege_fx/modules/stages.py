@@ -1,0 +1,135 @@
+"""The stage a model has reached (float, prepared, converted, engine), and errors that name the missing call.
+
+    float --prepare--> prepared --convert--> converted --integer_engine--> engine
+
+Every public function asks here for the stage that it works on, so that the same mistake has the same message everywhere.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from pege_fx._utils.processes import is_sharded
+from pege_fx.errors import ModelError, PegeError
+from pege_fx.modules.fake_quant import FakeQuant
+from pege_fx.numerics.functional import dequantize, quantize
+from pege_fx.policy.plan import Plan
+
+Stage: TypeAlias = Literal["float", "prepared", "converted", "engine"]
+
+STAGES: tuple[Stage, ...] = get_args(Stage)
+_CALLS = ("pege_fx.prepare(model, policy)", "pege_fx.convert(gm)", "pege_fx.integer_engine(deployed)")
+_MADE_BY = ("", *_CALLS)
+_WORDS: dict[Stage, str] = {"float": "a float model", "prepared": "prepared", "converted": "converted", "engine": "an engine"}
+_COMPILED = "_orig_mod"  # the child of what torch.compile(module) returns: its class is not public
+
+
+def stage_of(model: nn.Module) -> Stage:
+    """Return the stage of a model, from what its graphs hold; ``meta`` answers for policies that leave all in float.
+
+    Args:
+        model: a graph, or a module that holds graphs.
+    """
+    modules = list(model.modules())
+    if any(isinstance(module, FakeQuant) for module in modules):
+        return "prepared"
+    metas = [module.meta for module in modules if isinstance(module, GraphModule)]
+    if any("engine" in meta for meta in metas) or any(getattr(module, "of_an_engine", False) for module in modules):
+        return "engine"
+    if any("replacement" in meta for meta in metas) or any(map(_has_codes, modules)):
+        return "converted"
+    return "prepared" if any(isinstance(meta.get("plan"), Plan) for meta in metas) else "float"
+
+
+def _has_codes(module: nn.Module) -> bool:
+    """Whether a graph quantizes: pickling keeps its nodes and loses its ``meta``."""
+    return isinstance(module, GraphModule) and any(
+        module.graph.find_nodes(op="call_function", target=function, sort=False) for function in (quantize, dequantize)
+    )
+
+
+def check_stage(model: Any, *allowed: Stage, error: type[PegeError] = ModelError) -> Stage:
+    """Return the stage of a model, or of the graphs that it holds; raise if it is none of ``allowed``.
+
+    The message names the calls that are missing, or the result that should have been given instead.
+
+    Args:
+        model: whatever a user gave.
+        allowed: the stages that will do.
+        error: class of the error.
+    """
+    name = type(model).__name__
+    stage: Stage = stage_of(model) if isinstance(model, nn.Module) else "float"
+    if stage in allowed:
+        return stage
+    here, wanted = STAGES.index(stage), STAGES.index(allowed[0])
+    state = "" if stage == "float" else f", it is {_WORDS[stage]}"
+    raise error(f"{name} {'is not' if wanted == 0 else 'was not'} {_WORDS[allowed[0]]}{state}: {_fix(here, wanted)}.")
+
+
+def _fix(here: int, wanted: int) -> str:
+    if here < wanted:
+        return f"call {', then '.join(_CALLS[here:wanted])} first"
+    if wanted == 0:
+        return "give the model as it was before pege_fx.prepare"
+    return f"give what {_MADE_BY[wanted]} returned, before {_MADE_BY[wanted + 1]}"
+
+
+def graph_of(model: Any, *allowed: Stage, error: type[PegeError] = ModelError) -> GraphModule:
+    """Return the graph that was given, without what is wrapped around it for training (DDP, an average, a compiler).
+
+    Args:
+        model: whatever a user gave.
+        allowed: the stages that will do.
+        error: class of the error.
+
+    Raises:
+        error: for a model of another stage, one that only holds such a graph, and one that FSDP has flattened.
+    """
+    model = unwrapped(model)
+    check_stage(model, *allowed, error=error)
+    if isinstance(model, GraphModule):
+        return model
+    name = type(model).__name__
+    if isinstance(model, _flattening()):
+        raise error(
+            f"{name} has flattened the graph's parameters: inside FSDP.summon_full_params(model), give the graph itself."
+        )
+    inside = next(path for path, module in model.named_modules() if isinstance(module, GraphModule))
+    raise error(f"{name} is no graph itself, it holds one: give model.{inside}.")
+
+
+def unwrapped(model: Any) -> Any:
+    """Return the model inside wrappers that call it and nothing more: DDP, DataParallel, AveragedModel, torch.compile."""
+    while isinstance(model, nn.Module) and (inner := next(_wrapped(model), None)) is not None:
+        model = inner
+    return model
+
+
+def _wrapped(model: nn.Module) -> Iterator[nn.Module]:
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
+    name = "module" if isinstance(model, wrappers) else _COMPILED
+    return (child for found, child in model.named_children() if found == name)
+
+
+def _flattening() -> tuple[type[nn.Module], ...]:
+    if not torch.distributed.is_available():
+        return ()
+    from torch.distributed.fsdp import FullyShardedDataParallel  # a second to import, and few need it
+
+    return (FullyShardedDataParallel,)
+
+
+def refuse_shards(gm: GraphModule, fix: str) -> None:
+    """Raise ``ModelError`` if a parameter lies in parts on several processes.
+
+    Args:
+        gm: a graph.
+        fix: what to do instead.
+    """
+    names: Sequence[str] = [name for name, parameter in gm.named_parameters() if is_sharded(parameter)]
+    if names:
+        raise ModelError(f"{names[0]} and {len(names) - 1} more parameters are sharded among processes: {fix}.")
