@@ -16,9 +16,9 @@ from pege_fx.inspection.diff import PassTrace
 from pege_fx.inspection.summary import Explanation, bystanders
 from pege_fx.modules.fake_quant import fake_quants
 from pege_fx.modules.mode import trial
+from pege_fx.modules.stages import graph_of, refuse_shards
 from pege_fx.passes.capture.examples import fresh
 from pege_fx.passes.capture.tiers import Captured, capture, check_model, stays_python, warn_of
-from pege_fx.modules.stages import graph_of, refuse_shards
 from pege_fx.passes.pipeline import Pass, Pipeline, run
 from pege_fx.passes.plan import record_classes, warn_if_nothing
 from pege_fx.passes.ranks import OtherGraphCallError, record_shapes

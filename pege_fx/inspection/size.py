@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 from pege_fx.modules.batch_norm import FOLDED, BatchNorm, BiasFold, BiasFoldBehind, WeightFold
 from pege_fx.modules.fake_quant import FakeQuant
 from pege_fx.modules.methods import Encoding
-from pege_fx.modules.stages import graph_of, stage_of
+from pege_fx.modules.stages import check_stage, unwrapped
 from pege_fx.numerics.functional import dequantize, quantize
 from pege_fx.numerics.packing import unpack
 from pege_fx.passes.graph import arguments, first_argument, join, module_of, tensor_of
@@ -55,10 +55,10 @@ def size_report(gm: GraphModule) -> SizeReport:
     float their own size. Of a prepared model: what ``convert`` will make of it.
 
     Args:
-        gm: a prepared or a converted model.
+        gm: a prepared or a converted model; a float one has one size.
 
     Raises:
-        ModelError: for any other.
+        ModelError: for an integer engine.
 
     >>> import pege_fx
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
@@ -66,8 +66,8 @@ def size_report(gm: GraphModule) -> SizeReport:
     >>> print(size_report(gm))
     float 120 bytes, quantized 80 bytes: 1.5 times smaller
     """
-    gm = graph_of(gm, "prepared", "converted")
-    if stage_of(gm) == "prepared":
+    gm = unwrapped(gm)
+    if check_stage(gm, "prepared", "converted", "float") == "prepared":
         return _expected(gm)
     codes, grids = stored_codes(gm), _grids(gm)
     float_bytes = quantized_bytes = 0

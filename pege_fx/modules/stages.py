@@ -72,7 +72,10 @@ def check_stage(model: Any, *allowed: Stage, error: type[PegeError] = ModelError
 
 def _fix(here: int, wanted: int) -> str:
     if here < wanted:
-        return f"call {', then '.join(_CALLS[here:wanted])} first"
+        *before, last = _CALLS[here:wanted]
+        if wanted == 1:
+            return f"call {last} first"
+        return f"{''.join(f'call {call}, then ' for call in before)}give the result of {last}"
     if wanted == 0:
         return "give the model as it was before pege_fx.prepare"
     return f"give what {_MADE_BY[wanted]} returned, before {_MADE_BY[wanted + 1]}"

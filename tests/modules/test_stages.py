@@ -49,6 +49,7 @@ TAKES: dict[str, tuple[set[Stage], Callable[[Any, Path], Any]]] = {
     "trace_passes": ({"float"}, lambda model, _: pege_fx.trace_passes(model, "W4A4")),
     "convert": ({"prepared"}, lambda model, _: pege_fx.convert(model)),
     "calibrate": ({"prepared"}, lambda model, _: pege_fx.calibrate(model, [X])),
+    "plan_of": ({"prepared"}, lambda model, _: pege_fx.plan_of(model)),
     "summary": ({"prepared"}, lambda model, _: pege_fx.summary(model)),
     "report": ({"prepared"}, lambda model, folder: pege_fx.report(model, folder / "r.html", batches=[X])),
     "draw": ({"prepared"}, lambda model, folder: pege_fx.draw(model, folder / "g.dot")),
@@ -60,7 +61,7 @@ TAKES: dict[str, tuple[set[Stage], Callable[[Any, Path], Any]]] = {
     "Telemetry": ({"prepared"}, lambda model, _: pege_fx.Telemetry(model)),
     "Guard": ({"prepared"}, lambda model, _: pege_fx.Guard(model)),
     "parameter_groups": ({"prepared"}, lambda model, _: pege_fx.parameter_groups(model, 0.1)),
-    "size_report": ({"prepared", "converted"}, lambda model, _: pege_fx.size_report(model)),
+    "size_report": ({"prepared", "converted", "float"}, lambda model, _: pege_fx.size_report(model)),
     "integer_engine": ({"converted"}, lambda model, _: pege_fx.integer_engine(model)),
     "integer_coverage": ({"engine"}, lambda model, _: pege_fx.integer_coverage(model)),
     "save_deployed": ({"converted"}, lambda model, folder: pege_fx.save_deployed(model, folder / "d")),
@@ -70,11 +71,17 @@ TAKES: dict[str, tuple[set[Stage], Callable[[Any, Path], Any]]] = {
 }
 MISSING: dict[tuple[Stage, Stage], str] = {
     ("float", "prepared"): r"was not prepared: call pege_fx.prepare\(model, policy\) first",
-    ("float", "converted"): r"was not converted: call pege_fx.prepare\(model, policy\), then pege_fx.convert\(gm\) first",
-    ("float", "engine"): r"was not an engine: call pege_fx.prepare.* then pege_fx.convert.* then pege_fx.integer_engine",
-    ("prepared", "converted"): r"was not converted, it is prepared: call pege_fx.convert\(gm\) first",
-    ("prepared", "engine"): r"it is prepared: call pege_fx.convert\(gm\), then pege_fx.integer_engine\(deployed\) first",
-    ("converted", "engine"): r"it is converted: call pege_fx.integer_engine\(deployed\) first",
+    (
+        "float",
+        "converted",
+    ): r"was not converted: call pege_fx.prepare\(model, policy\), then give the result of pege_fx.convert\(gm\)\.",
+    (
+        "float",
+        "engine",
+    ): r"was not an engine: call pege_fx.prepare.* then call pege_fx.convert.* then give the result of pege_fx.integer_engine",
+    ("prepared", "converted"): r"was not converted, it is prepared: give the result of pege_fx.convert\(gm\)\.",
+    ("prepared", "engine"): r"it is prepared: call pege_fx.convert\(gm\), then give the result of pege_fx.integer_engine",
+    ("converted", "engine"): r"it is converted: give the result of pege_fx.integer_engine\(deployed\)\.",
     ("converted", "prepared"): r"it is converted: give what pege_fx.prepare.* returned, before pege_fx.convert",
     ("engine", "prepared"): r"it is an engine: give what pege_fx.prepare.* returned, before pege_fx.convert",
     ("engine", "converted"): r"it is an engine: give what pege_fx.convert.* returned, before pege_fx.integer_engine",
@@ -93,8 +100,8 @@ def test_a_function_works_at_its_stage_and_names_the_missing_call_at_others(name
     if stage in stages:
         call(made(stage), tmp_path)
         return
-    (wanted, *_) = sorted(stages, key=STAGES.index) if name != "load" else ["float"]
-    with pytest.raises(pege_fx.PegeError, match=MISSING[stage, wanted]):  # type: ignore[index]
+    wanted: Stage = "float" if name == "load" else min(stages - {"float"} or stages, key=STAGES.index)
+    with pytest.raises(pege_fx.PegeError, match=MISSING[stage, wanted]):
         call(made(stage), tmp_path)
 
 
@@ -167,7 +174,7 @@ def test_a_module_that_holds_a_graph_is_asked_for_it() -> None:
             self.backbone, self.head = made("prepared"), nn.Linear(2, 2)
 
     holder = Holder()
-    for call in (pege_fx.convert, pege_fx.summary, pege_fx.size_report, pege_fx.to_networkx):
+    for call in (pege_fx.convert, pege_fx.summary, pege_fx.to_networkx):
         with pytest.raises(pege_fx.ModelError, match=r"Holder is no graph itself, it holds one: give model.backbone\."):
             call(holder)  # type: ignore[arg-type]
     assert pege_fx.PEGEScheduler(holder, 4).t == 0  # type: ignore[arg-type]
