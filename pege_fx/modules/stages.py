@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from pege_fx._utils.processes import is_sharded
+from pege_fx._utils.collectives import is_sharded
 from pege_fx.errors import ModelError, PegeError
 from pege_fx.modules.fake_quant import FakeQuant
 from pege_fx.numerics.functional import dequantize, quantize
