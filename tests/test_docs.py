@@ -191,7 +191,7 @@ RESULTS_OF = {
     "IntegerCoverage": "integer_coverage", "Sensitivity": "sensitivity", "SizeReport": "size_report", "Summary": "summary",
     "Statistics": "ForwardMethod",
 }  # fmt: skip
-WITHOUT_ERRORS = {"convert_passes", "fake_quants", "integer_coverage", "integer_engine", "parameter_groups", "size_report"}
+WITHOUT_ERRORS = {"fake_quants", "convert_passes"}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from pege_fx.errors import InputError
 from pege_fx.export.runs import FORCED, Array, Reference, Sessions
+from pege_fx.training.batches import each_batch, positional
 
 TIE = 0.01  # steps: how far float32 may be from the border between two codes
 SLACK = 8  # times the rounding of the model itself: how far others that sum in another order may be from it
@@ -147,25 +148,17 @@ def verify(deployed: GraphModule, path: Path, batches: Iterable[Any]) -> ExportR
     """See ``pege_fx.verify_export``."""
     sessions = Sessions(path, deployed)
     report = ExportReport()
-    for batch in batches:
-        _compare(sessions, _arguments(batch, sessions), report)
-    if not report.samples:
-        raise InputError("verify_export got no batch: give at least one.")
+    for batch in each_batch(batches, "verify_export"):
+        _compare(sessions, _arguments(deployed, batch, sessions), report)
     return report
 
 
-def _arguments(batch: Any, sessions: Sessions) -> tuple[Any, ...]:
-    """The arguments of ``forward`` in a batch; surplus ones, such as labels, are left out."""
-    count = len(sessions.inputs)
-    if isinstance(batch, Mapping):
-        batch = [batch] if sessions.model.takes == 1 < count else batch.values()  # forward takes a dict, or has its names
-    values = [batch] if isinstance(batch, Tensor) else list(batch)
-    args = tuple(values[: sessions.model.takes])
+def _arguments(deployed: GraphModule, batch: Any, sessions: Sessions) -> tuple[Any, ...]:
+    """The arguments of ``forward`` in a batch, which have to be the inputs of the file."""
+    count, args = len(sessions.inputs), positional(deployed, batch)
     leaves = tree_leaves(args)
     if len(leaves) != count or not all(isinstance(leaf, Tensor) for leaf in leaves):
-        raise InputError(
-            f"a batch has {len(tree_leaves(values))} values, the model takes {count} tensors: give tensors or tuples of them."
-        )
+        raise InputError(f"a batch has {len(leaves)} values, the model takes {count} tensors: give tensors or tuples of them.")
     return args
 
 

@@ -22,7 +22,9 @@ from pege_fx.inspection.draw import COLOURS, FLOAT, PLAIN, PYTHON, colour_of, in
 from pege_fx.inspection.size import size_report
 from pege_fx.inspection.tables import totals
 from pege_fx.modules.fake_quant import FakeQuant, fake_quants
+from pege_fx.modules.mode import evaluating
 from pege_fx.modules.stages import graph_of
+from pege_fx.training.batches import as_arguments, call, each_batch
 from pege_fx.training.scheduler import PEGEScheduler, plan_of
 
 BINS = 48
@@ -45,14 +47,14 @@ def report(
     Args:
         gm: from ``prepare``.
         path: of the page.
-        batches: inputs (a tensor, or a tuple of arguments) to measure histograms and errors on, in evaluation.
+        batches: as ``calibrate`` takes them, to measure histograms and errors on, in evaluation.
         scheduler: its curves and where it stands are drawn.
         history: ``Telemetry.history``, or the path of the CSV file that it wrote: rows with "step", "site" and any of
             "error", "clipped", "scale", "p", "weight_lambda", "activation_lambda".
 
     Raises:
         ModelError: if ``gm`` was not prepared.
-        InputError: if the history can not be read.
+        InputError: if the history can not be read, or a batch does not fit ``forward``.
         ExportError: for another ending than .html, or if the page can not be written.
 
     >>> import tempfile
@@ -136,7 +138,6 @@ def _member(graph: nx.DiGraph, facts: dict[str, Any]) -> dict[str, Any]:
 def _measured(gm: GraphModule, batches: Iterable[Any] | None) -> dict[str, dict[str, Any]]:
     """Histogram and relative error of each site on the first batch that reaches it, as evaluation computes it."""
     found: dict[str, dict[str, Any]] = {}
-    modes = {module: module.training for module in gm.modules()}
 
     def watch(name: str) -> Any:
         def hook(fq: FakeQuant, args: tuple[Tensor, ...], result: Tensor) -> None:
@@ -153,17 +154,14 @@ def _measured(gm: GraphModule, batches: Iterable[Any] | None) -> dict[str, dict[
     sites = fake_quants(gm)
     hooks = [fq.register_forward_hook(watch(name)) for name, fq in sites.items()]
     try:
-        gm.eval()
-        with torch.no_grad():
-            for batch in batches or ():
-                gm(*(batch if isinstance(batch, (tuple, list)) else (batch,)))
+        with evaluating(gm):
+            for batch in () if batches is None else each_batch(batches, "report"):
+                call(gm, *as_arguments(gm, batch))
                 if len(found) == len(sites):
                     break
     finally:
         for hook in hooks:
             hook.remove()
-        for module, training in modes.items():
-            module.training = training
     return found
 
 

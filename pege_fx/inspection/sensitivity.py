@@ -24,7 +24,7 @@ from pege_fx.passes.graph import behind_transposes, join, module_of, operand
 from pege_fx.policy.mixed_precision import Budget, mixed_precision
 from pege_fx.policy.plan import FLOAT_BITS, Plan
 from pege_fx.policy.rules import QuantPolicy
-from pege_fx.training.calibration import as_arguments, call
+from pege_fx.training.batches import as_arguments, call, each_batch
 from pege_fx.training.scheduler import plan_of
 
 if TYPE_CHECKING:
@@ -197,9 +197,7 @@ def sensitivity(
     plan, found = plan_of(gm), fake_quants(gm)
     chosen = _chosen(found, sites)
     tried = (FLOAT_BITS,) if bits is None else _checked(bits)
-    kept = list(batches)
-    if not kept:
-        raise InputError("sensitivity got no batch: give at least one.")
+    kept = list(each_batch(batches, "sensitivity"))
     effects: list[Effect] = []
     console = Console(stderr=True)
     bar = Progress(console=console, transient=True, disable=not (progress and console.is_terminal))

@@ -1,6 +1,5 @@
 """What a training loop needs beside the scheduler: calibration, parameter groups, the second term of the loss."""
 
-import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ from pege_fx.modules.fake_quant import fake_quants
 from pege_fx.modules.mode import evaluating
 from pege_fx.modules.stages import check_stage
 from pege_fx.numerics.functional import discretization_error
+from pege_fx.training.batches import as_arguments, batches_of, call
 
 
 def calibrate(gm: GraphModule, batches: Iterable[Any]) -> None:
@@ -20,9 +20,10 @@ def calibrate(gm: GraphModule, batches: Iterable[Any]) -> None:
 
     Args:
         gm: a prepared model.
-        batches: with ``torch.distributed`` each process gives its own, and the grids follow from all of them; tensors,
-            tuples of positional arguments (surplus ones, such as labels, are left out) or dicts of
-            keyword arguments, on the model's device.
+        batches: an iterable of tensors, of tuples of positional arguments (surplus ones, such as labels, are left out), of
+            mappings of keyword arguments or of ``(args, kwargs)``, on the model's device; a single tensor or mapping is one
+            batch. The same in every function that takes batches. With ``torch.distributed`` each process gives its own, and
+            the grids follow from all of them.
 
     Raises:
         InputError: if there is no batch, or one does not fit ``forward``.
@@ -34,12 +35,12 @@ def calibrate(gm: GraphModule, batches: Iterable[Any]) -> None:
     >>> all(site.is_calibrated for site in pege_fx.fake_quants(gm).values())
     True
     """
-    observe(gm, (as_arguments(gm, batch) for batch in batches))
+    check_stage(gm, "prepared")
+    observe(gm, (as_arguments(gm, batch) for batch in batches_of(batches, "calibrate")))
 
 
 def observe(gm: GraphModule, calls: Iterable[tuple[tuple[Any, ...], Mapping[str, Any]]]) -> None:
     """``calibrate`` on (positional, keyword) arguments."""
-    check_stage(gm, "prepared")
     sites = list(fake_quants(gm).values())
     count = 0
     with evaluating(gm):
@@ -58,29 +59,6 @@ def observe(gm: GraphModule, calls: Iterable[tuple[tuple[Any, ...], Mapping[str,
         raise InputError("calibrate got no batch: give at least one.")
 
 
-def as_arguments(gm: GraphModule, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return a batch as positional and keyword arguments of ``gm``."""
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    if not isinstance(batch, (tuple, list)):
-        return (batch,), {}
-    parameters = inspect.signature(gm.forward).parameters.values()
-    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
-        return tuple(batch), {}
-    return tuple(batch[: len(parameters)]), {}
-
-
-def call(gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Run the model; ``InputError`` with the shapes if it fails."""
-    try:
-        return gm(*args, **kwargs)
-    except Exception as error:
-        shapes = [
-            tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in (*args, *kwargs.values())
-        ]
-        raise InputError(f"the model fails on inputs {shapes}: {type(error).__name__}: {error}") from error
-
-
 def parameter_groups(
     gm: nn.Module, lr: float, quantizer_lr: float | None = None, weight_decay: float = 1e-4
 ) -> list[dict[str, Any]]:
@@ -91,6 +69,9 @@ def parameter_groups(
         lr: of weights, norms and biases.
         quantizer_lr: of scales, clips and intervals; default: ``lr``.
         weight_decay: of parameters with two dimensions or more.
+
+    Raises:
+        ModelError: if ``gm`` was not prepared.
 
     >>> import pege_fx
     >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -134,7 +115,6 @@ def discretization_loss(gm: nn.Module) -> Tensor:
     >>> discretization_loss(gm).item() > 0
     True
     """
-    check_stage(gm, "prepared")
     terms = [
         0.5 * site.lambda_ * discretization_error(*seen)
         for site in fake_quants(gm).values()

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pege_fx.errors import InputError, ModelError
+from pege_fx.errors import ModelError
 from pege_fx.modules.fake_quant import FakeQuant, fake_quants
 from pege_fx.modules.stages import check_stage
 from pege_fx.numerics.functional import replacement_mask, site_key
+from pege_fx.training.batches import each_batch
 
 
 def update_ewgs(
@@ -52,14 +53,12 @@ def update_ewgs(
     try:
         for site in sites.values():
             site.get_buffer("strength").zero_()
-        for batch in batches:
+        for batch in each_batch(batches, "update_ewgs"):
             found.append(_strengths(sites, functools.partial(loss_of, batch), draws, keys))
     finally:
         with torch.no_grad():
             for name, buffer in gm.named_buffers():
                 buffer.copy_(buffers[name])
-    if not found:
-        raise InputError("update_ewgs got no batch: give at least one.")
     strengths = {name: max(0.0, sum(one.get(name, 0.0) for one in found) / len(found)) for name in sites}
     for name, site in sites.items():
         site.get_buffer("strength").fill_(strengths[name])

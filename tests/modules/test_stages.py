@@ -118,7 +118,9 @@ def test_every_public_function_of_a_model_is_in_the_table() -> None:
 
 @pytest.mark.parametrize("stage", ["float", "converted", "engine"])
 def test_what_wants_a_loss_or_processes_asks_for_the_stage_first(stage: Stage) -> None:
-    for call in (pege_fx.discretization_loss, pege_fx.shard, lambda model: pege_fx.update_ewgs(model, torch.sum, [X])):
+    with pytest.raises(pege_fx.ModelError, match="no training forward of a prepared model"):
+        pege_fx.discretization_loss(made(stage))
+    for call in (pege_fx.shard, lambda model: pege_fx.update_ewgs(model, torch.sum, [X])):
         with pytest.raises(pege_fx.ModelError, match="was not prepared"):
             call(made(stage))  # type: ignore[operator]
 
