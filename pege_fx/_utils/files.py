@@ -1,12 +1,24 @@
 """Files that are whole or not there: written beside their place, then moved in. And what is no path, and no file to read."""
 
 import contextlib
+import glob
 import os
+import shutil
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from pege_fx.errors import ExportError, PegeError
+
+if sys.platform != "win32":
+    import fcntl
+
+T = TypeVar("T")
+
+_PART = ".part"  # how the names of temporary folders end
+_ATTEMPTS = 50  # to read a file that is replaced again and again
 
 
 def path_of(path: str | os.PathLike[str], error: type[PegeError] = ExportError) -> Path:
@@ -40,24 +52,139 @@ def atomic_write(path: str | os.PathLike[str], error: type[PegeError] = ExportEr
     ...     (Path(folder) / "a").read_text()
     'whole'
     """
-    target = path_of(path, error).resolve()  # what a link points to is replaced, not the link
-    temporary: Path | None = None
+    target = path_of(path, error)
     try:
-        if target.is_dir():
-            raise IsADirectoryError("it is a folder")
-        if target.exists() and not target.is_file():
-            raise OSError("it is a device, not a file")
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        os.close(handle)
-        temporary = Path(name)
-        yield temporary
-        temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, target)
+        with replacement(target) as temporary:
+            yield temporary
     except OSError as reason:
         raise error(f"can not write {path}: {reason.strerror or reason}; nothing was left there.") from reason
+
+
+@contextlib.contextmanager
+def replacement(path: Path, keep: Callable[[Path], None] = lambda old: None, mode: int = 0o666) -> Iterator[Path]:
+    """Yield a temporary path whose file becomes ``path`` when the block ends: after a crash there is the old one or the new.
+
+    Any number of processes may write the same path at the same time; the last one wins.
+
+    Args:
+        path: where the file goes; what a link points to is replaced, not the link.
+        keep: called with the old file, if there is one, right before it is replaced.
+        mode: who may read and write it, less what the user's umask forbids.
+
+    Raises:
+        OSError: if the disk refuses, or something else than a file is there: a device, a pipe, a folder.
+
+    >>> with tempfile.TemporaryDirectory() as folder, replacement(Path(folder) / "a") as temporary:
+    ...     _ = temporary.write_text("whole")
+    """
+    target = path.resolve()
+    if target.is_dir():
+        raise IsADirectoryError("it is a folder")
+    if target.exists() and not target.is_file():
+        raise OSError("it is a device, not a file")
+    with scratch(target) as folder:
+        temporary = folder / target.name
+        yield temporary
+        temporary.chmod(mode & ~_umask())  # some writers make files that nobody else may read
+        _flush(temporary)
+        if target.exists():
+            keep(target)
+        os.replace(temporary, target)
+    with contextlib.suppress(OSError):  # not every system flushes folders, and the file is in place
+        _flush(target.parent)
+
+
+@contextlib.contextmanager
+def scratch(target: Path) -> Iterator[Path]:
+    """Yield a new folder beside ``target`` for this process and user alone; it is gone when the block ends.
+
+    It is locked as long as the process lives: what a killed one left goes when the next one works on the same target.
+
+    >>> with tempfile.TemporaryDirectory() as place, scratch(Path(place) / "a") as folder:
+    ...     folder.is_dir(), folder.parent == Path(place), folder.name.startswith(".a.")
+    (True, True, True)
+    """
+    _remove_abandoned(target)
+    folder, handle = _locked_folder(target)
+    try:
+        yield folder
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        _close(handle)  # last: until here nobody else removes it
+
+
+def _locked_folder(target: Path) -> tuple[Path, int | None]:
+    """Make a folder that nobody else has, and lock it: between the two another process may take it for abandoned."""
+    while True:
+        folder = Path(tempfile.mkdtemp(_PART, f".{target.name}.", target.parent))
+        handle = _locked(folder)
+        if folder.exists():
+            return folder, handle
+        _close(handle)
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove what processes left that were killed while they worked on ``target``: the folders that nobody locks."""
+    for folder in target.parent.glob(f".{glob.escape(target.name)}.*{_PART}"):
+        if (handle := _locked(folder)) is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            _close(handle)
+
+
+def _locked(folder: Path) -> int | None:
+    """Lock a folder until what is returned is closed; None if another process does, or none can (then nothing is removed)."""
+    if sys.platform == "win32":
+        return None
+    handle = None
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        _close(handle)
+        return None
+    return handle
+
+
+def _close(handle: int | None) -> None:
+    if handle is not None:
+        os.close(handle)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def while_replaced(path: Path, read: Callable[[], T], error: type[PegeError]) -> T:
+    """Return what ``read`` returns; it reads again if it fails on a file that was replaced meanwhile.
+
+    safetensors opens a file twice, for its header and for its content: a rename between the two makes one out of two.
+
+    Raises:
+        The error that is given: as ``read`` raises it, if the file was the same all the time, or is another one every time.
+
+    >>> while_replaced(Path("no such file"), lambda: 3, PegeError)
+    3
+    """
+    for _ in range(_ATTEMPTS):
+        before = _identity(path)
+        try:
+            return read()
+        except error:
+            if before == _identity(path):
+                raise
+    return read()
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
 
 
 def path_to_read(path: str | os.PathLike[str], error: type[PegeError]) -> Path:
@@ -76,7 +203,7 @@ def path_to_read(path: str | os.PathLike[str], error: type[PegeError]) -> Path:
 
 
 def _umask() -> int:
-    """What a plain ``open`` would leave out of a new file's mode; a temporary file starts private."""
+    """What a plain ``open`` would leave out of a new file's mode."""
     mask = os.umask(0o022)
     os.umask(mask)
     return mask

@@ -54,7 +54,8 @@ def is_traced() -> bool:
 
 def worth_compiling(x: Tensor) -> bool:
     """Tell whether a kernel may compute on a tensor, and it is large enough for one that has to be compiled for it."""
-    return _enabled and x.numel() >= SMALLEST and x.device.type in ("cpu", "cuda") and fits_a_kernel(x)
+    # The size last: a compiler that traces this must not find a question about it, or it makes a graph for each answer.
+    return _enabled and fits_a_kernel(x) and x.device.type in ("cpu", "cuda") and x.numel() >= SMALLEST
 
 
 def fits_a_kernel(x: Tensor) -> bool:

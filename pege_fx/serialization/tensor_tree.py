@@ -17,21 +17,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pege_fx._utils.files import path_of, path_to_read
+from pege_fx._utils.files import path_of, path_to_read, replacement, scratch, while_replaced
 from pege_fx.errors import CheckpointError
 
 PREVIOUS = ".previous"
 
 
 def previous_of(path: Path) -> Path:
-    """Where ``write`` leaves the file that it replaces."""
+    """Where ``write`` leaves the file that it replaces: beside it, and beside what a link points to."""
+    path = path.resolve() if path.is_symlink() else path
     return path.with_name(path.name + PREVIOUS)
 
 
 def write(tree: Any, path: str | os.PathLike[str], kind: str) -> None:
     """Write a tree; whatever happens, ``path`` holds the old content or the new, and the old one stays beside it.
 
-    The file is written under another name, flushed to the disk and renamed; the one before is ``<path>.previous``.
+    The file is written under another name of its own, flushed to the disk and renamed; the one before is ``<path>.previous``.
+    Several processes may write to one path.
 
     Raises:
         CheckpointError: if the tree holds something else than tensors and plain data, or the disk refuses.
@@ -39,18 +41,11 @@ def write(tree: Any, path: str | os.PathLike[str], kind: str) -> None:
     path = path_of(path, CheckpointError)
     tensors: dict[str, Tensor] = {}
     text = json.dumps(_encode(tree, "", tensors, {}))
-    temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, {"kind": kind, "tree": text, "sha256": _digest(text, tensors)})
-        _flush(temporary)
-        if path.exists():
-            _keep(path, previous_of(path))
-        temporary.replace(path)
-        _flush(path.parent)
+        with replacement(path, _keep) as temporary:
+            save_file(tensors, temporary, {"kind": kind, "tree": text, "sha256": _digest(text, tensors)})
     except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise CheckpointError(f"can not write {path}: {error}.\n  what was there before is untouched.") from error
 
 
@@ -61,6 +56,10 @@ def read(path: str | os.PathLike[str], kind: str) -> Any:
         CheckpointError: if there is no such file, or it is truncated, corrupt, or something else.
     """
     path = path_to_read(path, CheckpointError)
+    return while_replaced(path, lambda: _read(path, kind), CheckpointError)
+
+
+def _read(path: Path, kind: str) -> Any:
     try:
         with safe_open(path, framework="pt") as file:
             found = file.metadata() or {}
@@ -72,7 +71,7 @@ def read(path: str | os.PathLike[str], kind: str) -> Any:
         return _decode(json.loads(found["tree"]), tensors)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist.{_hint(path)}") from error
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError, RuntimeError) as error:
         raise CheckpointError(f"{path} is truncated, or not a {kind}: {error}.{_hint(path)}") from error
 
 
@@ -81,21 +80,12 @@ def _hint(path: Path) -> str:
     return f"\n  the one before it is {before}." if os.path.exists(before) else ""  # which raises for no path
 
 
-def _keep(path: Path, before: Path) -> None:
+def _keep(path: Path) -> None:
     """A second name for the old file, so that there is no moment without one."""
-    link = path.with_name(path.name + ".link")
-    link.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # a file system without hard links keeps none
+    with contextlib.suppress(OSError), scratch(path) as folder:  # a file system without hard links keeps none
+        link = folder / path.name
         os.link(path, link)
-        link.replace(before)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        link.replace(previous_of(path))
 
 
 def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:

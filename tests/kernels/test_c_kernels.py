@@ -2,8 +2,11 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pege_fx import QuantSpec, functional, kernels
+from pege_fx import PegeWarning, QuantSpec, functional, kernels
 from pege_fx.kernels import c_kernels
 
 COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
@@ -114,12 +117,162 @@ def test_without_a_compiler_everything_goes_on(anew: Path, tmp_path: Path, monke
 
 
 @needs_compiler
-def test_where_the_users_cache_can_not_be_written(anew: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_the_users_cache_can_not_be_written_nothing_is_kept_or_left(
+    anew: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     monkeypatch.setattr(c_kernels.tempfile, "tempdir", str(tmp_path))
     assert c_kernels.library() is not None
-    assert [path.name for path in tmp_path.glob("pege_fx-*/*")] == [path.name for path in c_kernels._cache().iterdir()]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert computes()
+
+
+def computes() -> bool:
+    y = functional.fake_quantize(torch.tensor([0.4, 0.6]), torch.tensor(1.0), QuantSpec(bits=2))
+    return torch.equal(y, torch.tensor([0.0, 1.0]))
+
+
+def other_process() -> None:
+    """From here on nothing is compiled yet, as in a process that starts now."""
+    for cached in (c_kernels._library, c_kernels._cache):
+        cached.cache_clear()
+
+
+@needs_compiler
+@pytest.mark.parametrize("harm", ["cut short", "a bit", "others may write it", "a link"])
+def test_a_kept_library_that_is_not_what_was_written_is_compiled_again(
+    harm: str, anew: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert c_kernels.library() is not None
+    (kept,) = anew.iterdir()
+    good, mode = kept.read_bytes(), kept.stat().st_mode
+    kept.unlink()  # or this process, which has it in memory, would see the harm
+    if harm == "a link":
+        (tmp_path / "elsewhere.so").write_bytes(good)
+        kept.symlink_to(tmp_path / "elsewhere.so")
+    elif harm == "others may write it":
+        kept.write_bytes(good)
+        kept.chmod(0o666)
+    else:
+        half = len(good) // 2
+        kept.write_bytes(good[:half] if harm == "cut short" else good[:half] + bytes([good[half] ^ 1]) + good[half + 1 :])
+        kept.chmod(mode)
+    other_process()
+    assert c_kernels.library() is not None
+    assert computes()
+    (again,) = anew.iterdir()
+    assert again.read_bytes() == good
+    assert not again.is_symlink()
+    assert not again.stat().st_mode & 0o022
+
+
+@needs_compiler
+@pytest.mark.parametrize("umask", [0o002, 0o000])
+def test_what_is_kept_may_be_written_by_the_user_alone_whatever_the_umask(umask: int, anew: Path) -> None:
+    before = os.umask(umask)
+    try:
+        assert c_kernels.library() is not None
+    finally:
+        os.umask(before)
+    (kept,) = anew.iterdir()
+    assert c_kernels._is_trusted(anew)
+    assert c_kernels._is_trusted(kept)
+
+
+@needs_compiler
+@pytest.mark.parametrize("owner", ["mode", "owner"])
+def test_a_folder_that_others_may_write_is_not_used(owner: str, anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert c_kernels.library() is not None
+    (kept,) = anew.iterdir()
+    kept.write_bytes(b"what somebody else put there")
+    if owner == "mode":
+        anew.chmod(0o777)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: anew.stat().st_uid + 1)
+    other_process()
+    assert c_kernels.library() is not None
+    assert computes()
+    assert kept.read_bytes() == b"what somebody else put there"
+    assert len(list(anew.iterdir())) == 1
+
+
+@pytest.fixture
+def hanging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A compiler whose child does not end, and which is given a tenth of a second."""
+    monkeypatch.setattr(c_kernels, "TIME_LIMIT", 0.1)
+    return script(tmp_path / "slow", f'echo $$ >> "{tmp_path}/started"', f'(sleep 1; touch "{tmp_path}/late") & wait')
+
+
+def test_a_compiler_that_does_not_end_is_left_with_one_warning(
+    hanging: Path, anew: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CC", str(hanging))
+    monkeypatch.setattr(c_kernels.shutil, "which", lambda name: name if name == str(hanging) else None)
+    x, scale = torch.randn(30), torch.tensor(0.3)
+    with pytest.warns(PegeWarning, match=r"slow did not end within 0\.1 s\n  set CC to a compiler that works") as caught:
+        found = gradients(x, scale)
+    assert len(caught) == 1
+    with kernels.eager_kernels():
+        assert all(map(torch.equal, found, gradients(x, scale)))
+    assert not list(anew.iterdir() if anew.exists() else ())
+    assert len((hanging.parent / "started").read_text().split()) == 1  # whatever the flags
+    time.sleep(1.2)
+    assert not (hanging.parent / "late").exists()  # its child was ended too
+
+
+@needs_compiler
+def test_the_next_compiler_serves_where_one_does_not_end(anew: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", str(script(tmp_path / "slow", "exec sleep 1000")))
+    monkeypatch.setattr(c_kernels, "TIME_LIMIT", 3.0)
+    with pytest.warns(PegeWarning, match=r"slow did not end within 3 s"):
+        assert c_kernels.library() is not None
+    assert computes()
+
+
+def test_a_compiler_that_fails_is_said_once(anew: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing = script(tmp_path / "mycc", "echo 'no licence' >&2", "exit 3")
+    monkeypatch.setenv("CC", str(failing))
+    monkeypatch.setattr(c_kernels.shutil, "which", lambda name: name if name == str(failing) else None)
+    with pytest.warns(PegeWarning, match=r"mycc: no licence\n"):
+        gradients(torch.randn(30), torch.tensor(0.3))
+    gradients(torch.randn(30), torch.tensor(0.3))  # warnings are errors here
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_a_child_that_is_forked_while_a_thread_compiles_goes_on(
+    anew: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CC", str(script(tmp_path / "mycc", f'touch "{tmp_path}/begun"', "sleep 0.5", f'exec {COMPILER} "$@"')))
+    thread = threading.Thread(target=c_kernels.library)
+    thread.start()
+    while not (tmp_path / "begun").exists():
+        time.sleep(0.01)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        os._exit(0 if c_kernels.library() is not None and computes() else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    thread.join()
+    assert computes()
+    assert len(list(anew.iterdir())) == 1
+
+
+@needs_compiler
+def test_what_a_killed_process_left_of_a_compilation_goes_with_the_next_one(
+    anew: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusing = script(tmp_path / "mycc", 'case "$*" in *-o*) kill -9 $PPID; exit 1;; esac', f'exec {COMPILER} "$@"')
+    code = "from pege_fx.kernels import c_kernels; c_kernels.library()"
+    environment = os.environ | {"CC": str(refusing)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == -signal.SIGKILL
+    (left,) = anew.iterdir()
+    monkeypatch.setenv("CC", str(refusing))
+    script(refusing, f'exec {COMPILER} "$@"')
+    assert c_kernels.library() is not None
+    (kept,) = anew.iterdir()
+    assert kept.suffix == ".so" != left.suffix
 
 
 @pytest.mark.skipif(c_kernels.library() is None, reason="no C compiler here")
