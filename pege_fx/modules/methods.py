@@ -278,8 +278,10 @@ class LSQ(ForwardMethod, name="lsq"):
         return self.broadcast(safe_scale(self.scale)), None
 
     def scale_gradient(self, x: Tensor) -> float:
-        shared_by = x.shape[0] if self.kind == "activation" and x.ndim > 1 else self.scale.numel()
-        return float((max(x.numel(), 1) / max(shared_by, 1) * self.q_max) ** -0.5)
+        # From the sizes behind the batch, and not as a number: while a compiler traces they have none, and asking for one
+        # would make a graph for each size.
+        sharing = math.prod(x.shape[1:]) if self.kind == "activation" and x.ndim > 1 else x.numel() // self.scale.numel()
+        return (max(sharing, 1) * self.q_max) ** -0.5
 
 
 class PACT(ForwardMethod, name="pact"):

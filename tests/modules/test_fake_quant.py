@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
 import pege_fx
@@ -502,3 +503,51 @@ def test_statistics_are_dropped_after_initialisation() -> None:
     assert isinstance(fq.statistics, Statistics)
     fq.finish_observing()
     assert fq.statistics is None
+
+
+class Flexible(nn.Module):
+    """Takes batches of any size, and sequences of any length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Linear(512, 256), nn.Linear(256, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.narrow(torch.relu(self.wide(x)))
+        return out
+
+
+def graphs_of(model: nn.Module, batches: list[Tensor]) -> int:
+    """How many graphs dynamo makes for these batches; ``backend="eager"`` checks guards alone."""
+    torch.compiler.reset()
+    compiled_by_dynamo = []
+
+    def backend(gm: GraphModule, _: Any) -> Any:
+        compiled_by_dynamo.append(gm)
+        return gm.forward
+
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
+    for batch in batches:
+        compiled(batch)
+    return len(compiled_by_dynamo)
+
+
+@pytest.mark.parametrize("method", ["lsq", "pact", "minmax"])
+@pytest.mark.parametrize("training", [True, False])
+def test_under_a_compiler_no_size_makes_a_graph_of_its_own(method: str, training: bool) -> None:
+    """From below the size that is worth a kernel of its own to above it, at each fake-quant; batches and lengths."""
+    policy = QuantPolicy((Rule(weight="4", input=QuantSpec(bits=4, method=method)),))
+    gm = pege_fx.prepare(Flexible(), policy, (torch.randn(8, 5, 512),))
+    PEGEScheduler(gm, 10)
+    gm(torch.randn(8, 5, 512))
+    batches = [torch.randn(n, n + 1, 512) for n in (3, 5, 7, 9, 17, 30)]
+    float_graphs = graphs_of(Flexible().train(training), batches)
+    assert graphs_of(gm.train(training), batches) == float_graphs == 1
+
+
+def test_a_free_batch_and_length_are_exported() -> None:
+    gm = pege_fx.prepare(Flexible(), "W4A4", (torch.randn(8, 5, 512),)).eval()
+    free = ({0: torch.export.Dim("batch", min=2, max=512), 1: torch.export.Dim("length", min=2, max=512)},)
+    program = torch.export.export(gm, (torch.randn(8, 5, 512),), dynamic_shapes=free)
+    x = torch.randn(40, 3, 512)
+    torch.testing.assert_close(program.module()(x), gm(x))
