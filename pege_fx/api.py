@@ -200,6 +200,8 @@ def prepare(
         run(captured.graphs, pipeline)
         _whole_plan(captured, policy)
     gm = captured.root
+    # transformers.Trainer asks for this before it looks at the signature: its loss arguments are fixed as all others are.
+    vars(gm)["accepts_loss_kwargs"] = example is not None and "num_items_in_batch" in example[1]
     if example is not None:
         with trial(modules):
             observe(gm, [fresh(example)])

@@ -23,7 +23,7 @@ class PEGECallback(Callback):
         ScheduleError: when training begins, if the training has no end and ``total_steps`` was not given.
     """
 
-    scheduler: PEGEScheduler
+    scheduler: PEGEScheduler | None = None
 
     def __init__(self, total_steps: int | None = None, **options: Any) -> None:
         self.total_steps, self.options = total_steps, options
@@ -38,19 +38,23 @@ class PEGECallback(Callback):
         self.scheduler = PEGEScheduler(prepared, int(total), **self.options)
         if self._loaded is not None:
             self.scheduler.load_state_dict(self._loaded)
+            self._loaded = None  # a second fit starts anew
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._seen = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if trainer.global_step > self._seen:  # not in every batch, where gradients are accumulated
+            assert self.scheduler is not None
             self._seen = trainer.global_step
             self.scheduler.step()
             rate, (weight, activation) = self.scheduler.rate, self.scheduler.lambdas
             pl_module.log_dict({"pege/p": rate, "pege/weight_lambda": weight, "pege/activation_lambda": activation})
 
     def state_dict(self) -> dict[str, Any]:
-        return self.scheduler.state_dict()
+        """Return the scheduler's state; before training what was loaded, or nothing: validate, test and predict have none."""
+        return dict(self._loaded or {}) if self.scheduler is None else self.scheduler.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._loaded = state_dict
+        """Keep a state for the scheduler that training makes."""
+        self._loaded = dict(state_dict) or None

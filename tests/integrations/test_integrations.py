@@ -160,3 +160,114 @@ def test_transformers_steps_the_schedule_resumes_it_and_logs_it(tmp_path: Path, 
     parts, other, _ = transformers_run(tmp_path / "parts", 8, resume=True)
     assert other.scheduler.state_dict() == callback.scheduler.state_dict()
     assert_equal(parts, whole)
+
+
+def trained_stock(folder: Path, make: Any, labels: Tensor, **options: Any) -> Any:
+    """A stock class, prepared and trained by a Trainer that knows nothing of it but the callback."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    from pege_fx.integrations.transformers import PEGECallback
+
+    torch.manual_seed(0)
+    ids = torch.randint(3, 32, (16, 6))
+    data = [
+        {"input_ids": i, "attention_mask": torch.ones_like(i), "labels": label}
+        for i, label in zip(ids, labels(ids), strict=True)
+    ]
+    batch = {name: torch.stack([row[name] for row in data[:4]]) for name in data[0]}
+    gm = pege_fx.prepare(make(transformers), "W4A8", example_kwargs=batch)
+    settings: dict[str, Any] = {"per_device_train_batch_size": 4, "max_steps": 2, "save_steps": 2, "logging_steps": 1}
+    settings |= {"report_to": [], "use_cpu": True, "disable_tqdm": True, "output_dir": str(folder)} | options
+    trainer = transformers.Trainer(
+        gm, transformers.TrainingArguments(**settings), train_dataset=data, eval_dataset=data[:4], callbacks=[PEGECallback()]
+    )
+    return trainer, data
+
+
+def bert(transformers: Any) -> Any:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=32, num_labels=2, **sizes))
+
+
+def llama(transformers: Any) -> Any:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    options = {"num_key_value_heads": 2, "tie_word_embeddings": True, "use_cache": False}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=32, **sizes, **options))
+
+
+@pytest.mark.parametrize(("make", "labels"), [(bert, lambda ids: ids[:, 0] % 2), (llama, lambda ids: ids)])
+@pytest.mark.filterwarnings("ignore")
+def test_stock_classes_train_evaluate_predict_and_are_saved(make: Any, labels: Any, tmp_path: Path) -> None:
+    trainer, data = trained_stock(tmp_path, make, labels)
+    assert "eval_loss" in trainer.evaluate()  # before any training
+    trainer.train()
+    assert trainer.predict(data[:4]).predictions is not None
+    again, _ = trained_stock(tmp_path, make, labels)
+    again._load_from_checkpoint(str(tmp_path / "checkpoint-2"))
+    assert_equal(again.model, trainer.model)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_accumulated_losses_are_averaged_and_the_callback_says_so(tmp_path: Path) -> None:
+    trainer, _ = trained_stock(tmp_path, llama, lambda ids: ids, gradient_accumulation_steps=2)
+    with pytest.warns(pege_fx.PegeWarning, match="takes no num_items_in_batch"):
+        trainer.train()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_activation_checkpointing_by_a_trainer_is_refused(tmp_path: Path) -> None:
+    trainer, _ = trained_stock(tmp_path, llama, lambda ids: ids, gradient_checkpointing=True)
+    with pytest.raises(ModelError, match=r"leave gradient_checkpointing out.*\n.*recompute=True"):
+        trainer.train()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_reporter_and_the_history_have_p(tmp_path: Path) -> None:
+    trainer, _ = trained_stock(tmp_path, bert, lambda ids: ids[:, 0] % 2)
+    seen: list[dict[str, float]] = []
+
+    class Reporter(type(trainer.callback_handler.callbacks[-1]).__mro__[1]):  # type: ignore[misc]
+        def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+            seen.append(dict(logs))
+
+    trainer.callback_handler.callbacks.insert(1, Reporter())  # where reporters stand: before a user's callbacks
+    trainer.train()
+    assert all("pege_p" in logs and "pege_weight_lambda" in logs for logs in seen)
+    assert all("pege_p" in row for row in trainer.state.log_history)
+
+
+def test_lightning_without_fit_saves_and_goes_on(tmp_path: Path) -> None:
+    lightning = pytest.importorskip("lightning.pytorch")
+    from pege_fx.integrations.lightning import PEGECallback
+
+    class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.gm = prepared()
+
+        def step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+            return F.cross_entropy(self.gm(batch["x"]), batch["labels"])
+
+        training_step = validation_step = test_step = predict_step = step
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.Adam(pege_fx.parameter_groups(self.gm, 1e-2))
+
+    def trainer(**options: Any) -> Any:
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+        return lightning.Trainer(max_epochs=1, accelerator="cpu", **quiet, **options)
+
+    data, callback, module = DataLoader(Points(), batch_size=6), PEGECallback(), Module()
+    for way in ("validate", "test", "predict"):
+        run = trainer(callbacks=[callback])
+        getattr(run, way)(module, data)
+        run.save_checkpoint(tmp_path / way)
+        assert callback.state_dict() == {}
+    run = trainer(callbacks=[callback])
+    run.fit(module, data, ckpt_path=tmp_path / "validate")  # holds no schedule: it starts
+    assert callback.scheduler.t == 4
+    run.save_checkpoint(tmp_path / "fitted")
+    other = PEGECallback()
+    run = trainer(callbacks=[other])
+    run.validate(Module(), data, ckpt_path=tmp_path / "fitted")
+    assert other.state_dict() == callback.state_dict()  # what was loaded is in the next checkpoint too
