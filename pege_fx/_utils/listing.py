@@ -2,7 +2,10 @@
 
 import html
 import json
-from collections.abc import Callable, Iterator, Mapping
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from pege_fx.errors import OutputError
 
 Row = tuple[str, ...]
 
+_GAP, _INDENT = 2, 2
 _STYLES = {"float": "yellow", "2": "bright_green", "3": "green", "4": "cyan", "8": "blue"}
 
 
@@ -51,7 +55,36 @@ class Listing:
                 yield self.headings[number], True
             yield row, False
 
+    @property
+    def widths(self) -> list[int]:
+        """Characters that each column takes."""
+        return [max(map(len, column)) for column in zip(self.columns, *(row for row, _ in self.lines()), strict=True)]
+
+    def fits(self, width: int) -> bool:
+        """Whether every row has room on one line."""
+        return sum(self.widths) + _GAP * (len(self.columns) - 1) <= width
+
+    def narrow(self, width: int) -> Iterator[Text]:
+        """Yield the lines for a terminal of that width: no cell is broken, columns without room stand below the others."""
+        bands = list(_bands(self.widths, width))
+        yield from _wrapped(self.title, width)
+        for row, is_heading in [(self.columns, True), *self.lines()]:
+            for band in bands:
+                line = Text("" if band.start == 0 else " " * _INDENT, style="bold" * is_heading)
+                for column in band:
+                    line.append(
+                        row[column].ljust(self.widths[column] + _GAP), "" if is_heading else _STYLES.get(row[column], "")
+                    )
+                line.rstrip()
+                if line.plain:
+                    yield from _wrapped(line, width)
+        for note in self.notes:
+            yield from _wrapped(note, width)
+
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if not self.fits(options.max_width):
+            yield from self.narrow(options.max_width)
+            return
         table = Table(title=Text(self.title), title_justify="left", box=None, pad_edge=False)
         for column in self.columns:
             table.add_column(Text(column), overflow="fold", no_wrap=column == self.columns[0])
@@ -61,9 +94,15 @@ class Listing:
         yield from map(Text, self.notes)
 
     def __str__(self) -> str:
-        cells = [self.columns, *(row for row, _ in self.lines())]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        body = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
+        width = shutil.get_terminal_size().columns
+        if sys.stdout.isatty() and not self.fits(width):
+            return "\n".join(line.plain for line in self.narrow(width))
+        return self.to_text()
+
+    def to_text(self) -> str:
+        """Return the table with one line for each row, however long."""
+        cells, widths = [self.columns, *(row for row, _ in self.lines())], self.widths
+        body = [(" " * _GAP).join(map(str.ljust, row, widths)).rstrip() for row in cells]
         return "\n".join([self.title, *body, *self.notes])
 
     def to_dict(self) -> dict[str, Any]:
@@ -98,6 +137,28 @@ class Listing:
     _repr_html_ = to_html
 
 
+def _bands(widths: Sequence[int], width: int) -> Iterator[range]:
+    """Yield the columns that stand side by side: as many as fit, from the second band on indented."""
+    start, used = 0, -_GAP
+    for column, own in enumerate(widths):
+        if used + _GAP + own > width and column > start:
+            yield range(start, column)
+            start, used = column, _INDENT - _GAP
+        used += _GAP + own
+    yield range(start, len(widths))
+
+
+def _wrapped(line: str | Text, width: int) -> Iterator[Text]:
+    """Break a line between words; the rest is indented. A word that is longer than the line is left to the terminal."""
+    text = Text(line) if isinstance(line, str) else line
+    if len(text) <= width:
+        yield text
+        return
+    indent = len(text.plain) - len(text.plain.lstrip()) + _INDENT
+    rows = textwrap.wrap(text.plain, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+    yield from (Text(row, style=text.style) for row in rows)
+
+
 def write_listing(listing: Any, path: str | Path) -> None:
     """Write a table, or what prints as one, by the file's ending: .txt, .md, .json or .html.
 
@@ -105,7 +166,7 @@ def write_listing(listing: Any, path: str | Path) -> None:
         OutputError: for another ending, or where nothing can be written.
     """
     writers: dict[str, Callable[[Any], str]] = {
-        ".txt": str,
+        ".txt": lambda shown: str(getattr(shown, "listing", shown).to_text()),
         ".md": lambda shown: shown.to_markdown(),
         ".json": lambda shown: json.dumps(shown.to_dict(), indent=2),
         ".html": lambda shown: "<!doctype html>\n<meta charset='utf-8'>\n" + shown.to_html(),

@@ -1,11 +1,14 @@
 """One table, five forms: each holds every cell, and none lets a cell become markup."""
 
+import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from pege_fx import Listing, OutputError
 from pege_fx._utils.listing import write_listing
@@ -55,3 +58,45 @@ def test_what_can_not_be_written_is_said(tmp_path: Path) -> None:
         write_listing(LISTING, tmp_path / "t.foo")
     with pytest.raises(OutputError, match=r"can not write .*none/t.txt: No such file"):
         write_listing(LISTING, tmp_path / "none" / "t.txt")
+
+
+def wide() -> Listing:
+    row = ("layer1.0.conv1", "conv2d", "4", "a verdict", "2,408,448", "rule 1: a reason in words")
+    return Listing("A model", ("path", "op", "weight", "BatchNorm", "MACs", "rule or reason"), (row, row), ("note " * 30,), {})
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
+def test_a_narrow_terminal_breaks_no_cell(width: int) -> None:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(wide())
+    shown = console.export_text()
+    assert all(len(line.rstrip()) <= width for line in shown.splitlines())
+    assert all(cell in shown for cell in (*wide().columns, *wide().rows[0]))
+
+
+def test_columns_without_room_stand_below_the_others_indented() -> None:
+    lines = [line.plain for line in wide().narrow(50)]
+    assert lines[:5] == [
+        "A model",
+        "path            op      weight  BatchNorm",
+        "  MACs       rule or reason",
+        "layer1.0.conv1  conv2d  4       a verdict",
+        "  2,408,448  rule 1: a reason in words",
+    ]
+
+
+def test_print_fits_the_terminal_and_a_pipe_has_whole_lines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    in_a_pipe = str(wide())
+    monkeypatch.setattr("sys.stdout", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setenv("COLUMNS", "60")
+    assert max(map(len, str(wide()).splitlines())) <= 60
+    assert in_a_pipe == wide().to_text()
+    write_listing(wide(), tmp_path / "table.txt")  # a file is as wide as it has to be, also from a terminal
+    assert (tmp_path / "table.txt").read_text() == in_a_pipe + "\n"
+
+
+@given(listings(), st.integers(20, 100))
+def test_no_width_loses_a_cell(listing: Listing, width: int) -> None:
+    text = "\n".join(line.plain for line in listing.narrow(width))
+    assert all(cell in text for row in listing.rows for cell in row)
+    assert all(len(line) <= width for line in text.splitlines()) or max(listing.widths) > width - 4
