@@ -88,8 +88,8 @@ def test_only_graph_reads_the_arguments_of_a_node(name: str) -> None:
     """An attribute ``args`` or ``kwargs`` outside of signatures is a node's; the tracer evaluates nodes and may."""
     tree = ast.parse(FILES[name].read_text())
     found = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr in ("args", "kwargs")]
-    # trace: the node it runs; ranks, batches: a BoundArguments; testing.graphs: a Python function's syntax tree
-    allowed = {"passes.capture.tracer": 2, "passes.ranks": 2, "testing.graphs": 2, "training.batches": 1}.get(name, 0)
+    # guards, ranks, batches: a BoundArguments; testing.graphs: a Python function's syntax tree
+    allowed = {"passes.capture.guards": 2, "passes.ranks": 2, "testing.graphs": 2, "training.batches": 1}.get(name, 0)
     assert len(found) <= allowed, f"{name} lines {found}"
 
 

@@ -1,17 +1,17 @@
 """What stands for a tensor while a module is traced: it keeps work in place, and tells Python what may be told."""
 
+import dis
 import operator
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import numpy
-from torch import Tensor
 from torch.fx import Node, Proxy
 from torch.fx.proxy import Attribute
 
 from pege_fx.passes.capture.patching import LocalTracer
 from pege_fx.passes.capture.rng_guard import RAND
-from pege_fx.passes.graph import size_class
 
 
 class DataDependenceError(Exception):
@@ -20,10 +20,6 @@ class DataDependenceError(Exception):
 
 class ContextError(Exception):
     """A ``with`` block or a call that means something to autograd and would be lost in a graph."""
-
-
-class Missing:
-    """What ``ProxyTracer.example_of`` returns if an example value is known and lacks the attribute."""
 
 
 def is_protocol(name: str) -> bool:
@@ -38,13 +34,37 @@ class ProxyTracer(LocalTracer):
         """Whether a node is a shape, or a number."""
         raise NotImplementedError
 
-    def fixed(self, proxy: Proxy, use: str, *, sized: bool = False) -> Any:
+    def fixed(self, proxy: Proxy, use: str, *, sized: bool = False, place: str = "") -> Any:
         """Return what Python asks for, or raise ``DataDependenceError``."""
         raise NotImplementedError
 
-    def example_of(self, proxy: Proxy, name: str) -> Any:
-        """Return an attribute of the example value; ``Missing()`` if the value lacks it, None if no value is known."""
+    def attribute(self, proxy: "InPlaceProxy", name: str) -> Any:
+        """Return an attribute of what a proxy stands for."""
+        return proxy.attribute(name)
+
+    def part(self, whole: Proxy, name: str, key: Any, value: Any) -> Any:
+        """Return an entry of a collection."""
         raise NotImplementedError
+
+    def class_of(self, proxy: Proxy) -> type:
+        """Return the class of what a proxy stands for."""
+        return type(proxy)
+
+    def hashed(self, proxy: Proxy) -> int:
+        """Return the hash of what a proxy stands for."""
+        raise NotImplementedError
+
+    def text(self, proxy: Proxy, write: Callable[[Any], str]) -> str:
+        """Return what a proxy stands for as a text."""
+        raise NotImplementedError
+
+    def has(self, proxy: Proxy, item: Any) -> bool:
+        """Return whether a collection has an item, or raise ``DataDependenceError``."""
+        raise NotImplementedError
+
+
+_READS = dis.opmap["LOAD_ATTR"]
+_OWN = {"tracer", "node", "root", "attr", "_node"}  # what fx sets on a proxy
 
 
 class InPlaceProxy(Proxy):
@@ -53,9 +73,11 @@ class InPlaceProxy(Proxy):
     tracer: ProxyTracer
     __array_priority__ = 1000  # as a tensor's: a number of NumPy leaves the operation to the proxy
 
-    def __getattr__(self, name: str) -> Attribute:
-        if is_protocol(name) or name == "node" or ((cls := size_class(self.node)) and not hasattr(cls, name)):
-            raise AttributeError(f"what is traced has no attribute {name}")
+    def __getattr__(self, name: str) -> Any:
+        return self.tracer.attribute(self, name)
+
+    def attribute(self, name: str) -> Attribute:
+        """The attribute as a value of the graph, or a method about to be called."""
         return InPlaceAttribute(self, name)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
@@ -70,6 +92,28 @@ class InPlaceProxy(Proxy):
     def __rdivmod__(self, other: Any) -> tuple[Any, Any]:
         return other // self, other % self
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """The class of what it stands for, if Python code reads the attribute, as ``functools.singledispatch`` does.
+
+        It is not for ``isinstance``, by which torch's own code in C would take a proxy for the memory of a tensor.
+        """
+        asking = sys._getframe(1)
+        is_read = asking.f_code.co_code[asking.f_lasti] == _READS
+        return self.tracer.class_of(self) if is_read else type(self)
+
+    def __hash__(self) -> int:
+        return self.tracer.hashed(self)
+
+    def __str__(self) -> str:
+        return self.tracer.text(self, str)
+
+    def __repr__(self) -> str:
+        return self.tracer.text(self, repr)
+
+    def __format__(self, spec: str) -> str:
+        return self.tracer.text(self, lambda value: format(value, spec))
+
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
@@ -79,8 +123,8 @@ class InPlaceProxy(Proxy):
         return self.tracer.create_proxy("call_function", operator.lt, (self, other), {})
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("data", "grad"):
-            raise ContextError(f"it sets .{name} of a tensor, which a graph does not hold")
+        if name not in _OWN:
+            raise ContextError(f"it sets .{name} of a tensor or an object, which a graph does not hold")
         super().__setattr__(name, value)
 
 
@@ -106,24 +150,17 @@ for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "
 class ExampleProxy(InPlaceProxy):
     """A proxy whose value on the example inputs is known, for sizes and what is computed from them."""
 
-    def __getattr__(self, name: str) -> Any:
-        if is_protocol(name) or name == "node" or isinstance(value := self.tracer.example_of(self, name), Missing):
-            raise AttributeError(f"what is traced has no attribute {name}")
-        attribute = ExampleAttribute(self, name)
-        # Python may ask what no proxy hears of (isinstance, a key of a dictionary), and text has no other use.
-        return self.tracer.fixed(attribute, f".{name}") if isinstance(value, str) else attribute
-
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
         return numpy.asarray(self.tracer.fixed(self, "NumPy"), dtype)
+
+    def attribute(self, name: str) -> Attribute:
+        return ExampleAttribute(self, name)
 
     def __len__(self) -> int:
         return len(self.tracer.fixed(self, "len()", sized=True))
 
     def __contains__(self, item: Any) -> bool:
-        value = self.tracer.fixed(self, "in", sized=True)
-        if isinstance(value, Tensor) or isinstance(item, Proxy):
-            raise DataDependenceError(f"in asks for the value of {self.node}, which depends on data")
-        return item in value
+        return self.tracer.has(self, item)
 
     def __index__(self) -> int:
         return int(self.tracer.fixed(self, "a whole number"))

@@ -28,10 +28,11 @@ from pege_fx.modules.mode import PYTHON_FORWARD, TRAINING_MODE, PythonForward, T
 from pege_fx.modules.stages import check_stage, unwrapped
 from pege_fx.passes.capture.branches import MergeError, merge_branches
 from pege_fx.passes.capture.examples import fresh
+from pege_fx.passes.capture.guards import Known
 from pege_fx.passes.capture.model_copy import copied
 from pege_fx.passes.capture.patching import reserve_self, uncompiled
 from pege_fx.passes.capture.source_location import place_of
-from pege_fx.passes.capture.tracer import Known, NotTraceableError, PegeTracer, is_steady
+from pege_fx.passes.capture.tracer import NotTraceableError, PegeTracer, is_steady
 from pege_fx.passes.graph import (
     attribute_of,
     has_parameters,
@@ -177,9 +178,9 @@ class _Ladder:
             return self._keep_root(root, prefix, error)
         captured = Captured(_graph_module(root, graph, tracer, prefix))
         captured.graphs.append(captured.root)
-        for place, what in tracer.specialised.items():
-            captured.notes.append(Capture(prefix, "specialised", place, what))
-        if not tracer.specialised:
+        for guard in tracer.guards:
+            captured.notes.append(Capture(prefix, "specialised", guard.place, str(guard)))
+        if not tracer.guards:
             both = ("", "") if branches is None else (branches.place, "both branches, one for training, one for evaluation")
             captured.notes.append(Capture(prefix, "symbolic", *both))
         for path, failure in opaque.items():
@@ -247,7 +248,7 @@ class _Ladder:
             if branches is None:
                 return _follow(new, root, known)
             (tracer, training), (other, evaluation) = (_follow(new, root, known, mode) for mode in (True, False))
-            tracer.specialised |= other.specialised
+            tracer.guards += [guard for guard in other.guards if guard not in tracer.guards]
             try:
                 return tracer, merge_branches(training, evaluation, root)
             except MergeError as error:

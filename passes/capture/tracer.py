@@ -10,7 +10,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy
@@ -23,60 +23,18 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_leaves
 
 from pege_fx.decompositions.attention import multi_head_attention_forward
-from pege_fx.decompositions.recurrent import CELLS, LAYERS, given_or_zeros
 from pege_fx.kernels.inductor import TRACING
 from pege_fx.modules.batch_norm import NORM_THEN, BatchNorm
-from pege_fx.modules.mode import TRAINING_MODE, check_argument, check_class, check_keys
-from pege_fx.passes.capture.examples import fresh
+from pege_fx.modules.mode import CHECKS, TRAINING_MODE
+from pege_fx.passes.capture.dictionaries import GuardedDict
+from pege_fx.passes.capture.guards import UNKNOWN, GuardingTracer, Known
 from pege_fx.passes.capture.module_state import ModuleState, write_buffer
 from pege_fx.passes.capture.patching import replaced, reserve_self
-from pege_fx.passes.capture.proxies import ContextError, DataDependenceError, ExampleProxy, InPlaceProxy, Missing, ProxyTracer
+from pege_fx.passes.capture.proxies import ContextError, DataDependenceError, ExampleProxy, InPlaceProxy
+from pege_fx.passes.capture.questions import IS_TENSOR, class_of, globals_of, is_tensor, questions
 from pege_fx.passes.capture.rng_guard import DRAWING, GENERATORS, DrawsOfConstants, guards
-from pege_fx.passes.capture.source_location import called_by_checkpoint, described, here, line, where_raised
+from pege_fx.passes.capture.source_location import called_by_checkpoint, line, where_raised
 from pege_fx.passes.graph import arguments, attribute_name, has_parameters, is_leaf_function, is_matrix, join, plain, reads_size
-
-
-@dataclass(frozen=True)
-class Known:
-    """What is known of a forward's arguments.
-
-    Attributes:
-        values: by parameter name: the defaults, and those of an example call if there is one.
-        given: names of the parameters that the call gives; without a call those without a default.
-        positional: how many of them by position.
-        is_call: there is a call: ``*args`` and ``**kwargs`` hold what they say and nothing else.
-    """
-
-    values: Mapping[str, Any]
-    given: frozenset[str]
-    positional: int
-    is_call: bool
-
-    @classmethod
-    def of_call(cls, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> "Known":
-        """Of an example call; raises ``TypeError`` if it does not fit."""
-        bound = inspect.signature(forward).bind(*args, **kwargs)
-        given = frozenset(bound.arguments)
-        bound.apply_defaults()
-        return cls(dict(bound.arguments), given, len(args), is_call=True)
-
-    @classmethod
-    def defaults(cls, forward: Callable[..., Any]) -> "Known":
-        """Of a call without its optional arguments."""
-        parameters = inspect.signature(forward).parameters.values()
-        required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-        positional = sum(p.kind is not p.KEYWORD_ONLY for p in required)
-        values = {p.name: p.default for p in parameters if p.default is not p.empty}
-        return cls(values, frozenset(p.name for p in required), positional, is_call=False)
-
-    def fresh(self, *, tensors: bool) -> "Known":
-        """The same call with objects of its own, which following ``forward`` may fill; with copies of tensors if asked."""
-        return replace(self, values=fresh(dict(self.values), tensors=tensors))
-
-    def call(self, forward: Callable[..., Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The positional and keyword arguments of the call."""
-        bound = inspect.BoundArguments(inspect.signature(forward), OrderedDict(self.values))
-        return bound.args, bound.kwargs
 
 
 class ModeError(Exception):
@@ -98,7 +56,7 @@ def _context() -> tuple[bool, bool, bool]:
     return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
 
 
-class PegeTracer(ProxyTracer):
+class PegeTracer(GuardingTracer):
     """fx's tracer; with ``live_training``, ``self.training`` is a value of the graph.
 
     Unpickling a GraphModule makes one without: it traces the generated code, where that value is a module's call.
@@ -107,7 +65,7 @@ class PegeTracer(ProxyTracer):
         live_training: see above.
         opaque: paths of modules that are not looked into.
         known: of the arguments of ``forward``. What is None stays None: ``is None`` is no question to a graph.
-        evaluate: compute values beside the graph; then sizes may steer Python, and ``specialised`` says where.
+        evaluate: compute values beside the graph; then sizes may steer Python, and ``guards`` says where.
         mode: what ``if self.training`` takes; None: to ask is an error.
 
     ``state`` says what ``forward`` left in the modules, once it was followed.
@@ -129,13 +87,14 @@ class PegeTracer(ProxyTracer):
         self.opaque = opaque or {}
         self.known = None if known is None else known.fresh(tensors=evaluate)  # each attempt has a call of its own
         self.evaluate = evaluate
-        self.specialised: dict[str, str] = {}
+        self.guards = []
         self.state: ModuleState
         self.failed: str | None = None
-        self._values: dict[Node, Any] = {}
-        self._unsized: set[Node] = set()  # tensors whose sizes depend on what tensors hold
-        self._static: set[Node] = set()  # made of parameters and buffers alone
-        self._learned: set[Node] = set()  # of parameters
+        self._values = {}
+        self._checked, self._lists, self._texts, self._of_objects, self._asked = set(), [], [], set(), []
+        self._unsized = set()  # tensors whose sizes depend on what tensors hold
+        self._static = set()  # made of parameters and buffers alone
+        self._learned = set()  # of parameters
         self._evaluating = False
         self._installed: set[nn.Module] = set()
         self._mode_node: Node | None = None
@@ -148,6 +107,7 @@ class PegeTracer(ProxyTracer):
         self.state = ModuleState(root, self.opaque)
         try:
             graph = self.trace(root)
+            self.settle()
             self._keep_buffers(graph)
             self.state.note()
             return graph
@@ -192,13 +152,17 @@ class PegeTracer(ProxyTracer):
 
     def _stand_ins(self, root: Any) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
         """What stands in for functions while tracing: (namespace, by name)."""
-        yield vars(torch), {name: self._factory(getattr(torch, name)) for name in _FACTORIES}
+        yield vars(torch), {name: self._factory(getattr(torch, name)) for name in _FACTORIES} | {"is_tensor": is_tensor(self)}
         yield vars(F), {"grouped_mm": self._factory(F.grouped_mm)}
         others = guards(self.refuse_to_draw) | {check: _assume(check) for check in _checks()}
-        own = {"isinstance": self._isinstance}
+        others[IS_TENSOR] = is_tensor(self)
+        own = questions(self)
         kinds = set(map(type, others))
-        for namespace, more in (*((names, {}) for names in GENERATORS), *((names, own) for names in _globals_of(root))):
+        for namespace, more in (*((names, {}) for names in GENERATORS), *((names, own) for names in globals_of(root))):
             yield namespace, {n: others[v] for n, v in namespace.items() if type(v) in kinds and v in others} | more
+
+    def class_of(self, proxy: Proxy) -> type:
+        return class_of(self, proxy)
 
     @property
     def is_following(self) -> bool:
@@ -208,17 +172,6 @@ class PegeTracer(ProxyTracer):
     def refuse_to_draw(self) -> None:
         if self.live_training and self.is_following:
             raise ContextError("it draws random numbers, which a graph would hold as constants")
-
-    def _isinstance(self, value: Any, cls: Any) -> bool:
-        """``isinstance`` for the code of the model: a proxy is what it stands for, a tensor where that is not known."""
-        if not isinstance(value, Proxy) or isinstance(value, cls):
-            return isinstance(value, cls)
-        known = self._values.get(value.node, _UNKNOWN)
-        if known is _UNKNOWN and value.node.op == "placeholder" and self.known is not None:
-            known = self.known.values.get(str(value.node.target), _UNKNOWN)
-        if known is _UNKNOWN:
-            return value.node.target is not getattr and isinstance(_SOME_TENSOR, cls)
-        return isinstance(known, cls)
 
     def _factory(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original, updated=())
@@ -330,46 +283,6 @@ class PegeTracer(ProxyTracer):
                 keywords[name] = fixed
         return lambda root: forward(root, *positional, **keywords), [self.root]
 
-    def _fix(self, argument: Proxy) -> Any:
-        """Return what ``forward`` gets for a parameter: mostly a proxy.
-
-        None, a truth value, a whole number or a text is fixed to what it is known to be, because Python may ask for it in ways
-        that no proxy hears of (``is None``, ``isinstance``); a collection of extras becomes one of proxies.
-        """
-        target = str(argument.node.target)
-        name = target.lstrip("*")
-        if self.known is None:
-            return argument
-        if name == "hx" and isinstance(self.root, CELLS):
-            source = self.proxy(next(iter(self.graph.nodes)))
-            given = (argument, source, self.root.hidden_size, isinstance(self.root, nn.LSTMCell))
-            proxy = self.create_proxy("call_function", given_or_zeros, given, {})
-            proxy.node.meta["is_wrapped"] = True  # one node for a tracer of the generated code as well
-            return proxy
-        if name == "hx" and isinstance(self.root, LAYERS):
-            return argument
-        nothing: Any = {} if target.startswith("**") else () if target.startswith("*") else argument
-        value = self.known.values.get(name, nothing)
-        if target == name:
-            return self._fix_value(argument, name, value)
-        keys = tuple(value) if isinstance(value, dict) else tuple(range(len(value)))
-        self._check(check_keys, argument, name, keys)
-        parts = {key: self.create_proxy("call_function", operator.getitem, (argument, key), {}) for key in keys}
-        fixed = {key: self._fix_value(part, f"{name}[{key!r}]", value[key]) for key, part in parts.items()}
-        return fixed if isinstance(value, dict) else tuple(fixed.values())
-
-    def _fix_value(self, argument: Proxy, name: str, value: Any) -> Any:
-        if value is None or isinstance(value, (bool, int, str)):
-            self._check(check_argument, argument, name, value)
-            return value
-        if not isinstance(value, (Proxy, Tensor, float, tuple, list, dict, set)):
-            self._check(check_class, argument, name, type(value).__qualname__)
-        return argument
-
-    def _check(self, function: Callable[..., None], argument: Proxy, name: str, traced: Any) -> None:
-        node = self.create_node("call_function", function, (argument.node, name, traced, described(self.root)), {})
-        node.meta["is_wrapped"] = True  # one node for a tracer of the generated code as well
-
     def is_size(self, node: Node) -> bool:
         """Whether a node is a shape, or a number: as the example says, or made of shapes alone."""
         if self.evaluate:
@@ -386,7 +299,7 @@ class PegeTracer(ProxyTracer):
         node = super().create_node(kind, target, args, kwargs, *rest, **more)
         if self.live_training and (where := line()):
             node.meta["stack_trace"] = where
-        if self.evaluate and kind != "output" and target not in (TRAINING_MODE, check_argument, check_class, check_keys):
+        if self.evaluate and kind != "output" and target not in (TRAINING_MODE, *CHECKS):
             self._values[node] = self._evaluate(node)
             self._note_origin(node)
         return node
@@ -397,6 +310,8 @@ class PegeTracer(ProxyTracer):
         selects = _depends_on_data(node, [self._values.get(s) for s in sources])
         if selects or (any(s in self._unsized for s in sources) and not _is_sized_anyway(node)):
             self._unsized.add(node)
+        if any(source in self._of_objects for source in sources):
+            self._of_objects.add(node)
         sized = reads_size(node)
         if node.op == "get_attr" or (sources and all(source in self._static for source in sources)):
             self._static.add(node)
@@ -406,11 +321,13 @@ class PegeTracer(ProxyTracer):
         is_number = isinstance(self._values[node], (bool, int, float, complex))
         of_tensor = any(isinstance(self._values.get(source), Tensor) for source in sources)
         if is_number and of_tensor and not (sized or is_constant):
-            self._values[node] = _UNKNOWN
+            self._values[node] = UNKNOWN
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
         if getattr(target, "__module__", "") == "einops.einops" and target.__name__ == "einsum":
             return torch.einsum(_letters(args[-1]), *args[:-1])  # a product, with operands to quantize
+        if target is torch._assert:
+            self.assert_with(str((*args, *kwargs.values())[-1]))
         if self.live_training and target is F.multi_head_attention_forward:
             written_out = multi_head_attention_forward(*args, **kwargs)
             if written_out is not NotImplemented:
@@ -432,6 +349,8 @@ class PegeTracer(ProxyTracer):
         kind: Any = type(a)
         if kind in _PLAIN:
             return a
+        if kind is GuardedDict:
+            return a.proxy.node
         if issubclass(kind, dict) and is_dataclass(a):  # a result by name, as transformers' ModelOutput
             present = {f.name: getattr(a, f.name) for f in fields(a) if getattr(a, f.name) is not None}
             return self.create_node("call_function", kind, (), {k: self.create_arg(v) for k, v in present.items()})
@@ -477,37 +396,16 @@ class PegeTracer(ProxyTracer):
 
     # --- example values --------------------------------------------------------------------------------------
 
-    def fixed(self, proxy: Proxy, use: str, *, sized: bool = False) -> Any:
-        """Return what Python asks for, and note where: a size, a number made of sizes; never the value of a tensor.
-
-        What is made of buffers alone is a constant of the model, and nothing to note.
-        """
-        value = self._values.get(proxy.node, _UNKNOWN)
-        if proxy.node in self._static and proxy.node not in self._learned:
-            return value
-        if value is _UNKNOWN or proxy.node in self._unsized or (isinstance(value, Tensor) and not sized):
-            raise DataDependenceError(f"{use} asks for the value of {proxy.node}, which depends on data")
-        shown = f"{len(value)} items" if sized else repr(value)
-        self.specialised[here()] = f"{use} of {proxy.node} is {shown}"
-        return value
-
-    def example_of(self, proxy: Proxy, name: str) -> Any:
-        """Return an attribute of the example value; ``Missing()`` if the value lacks it, None if no value is known."""
-        value = self._values.get(proxy.node, _UNKNOWN)
-        if value is _UNKNOWN:
-            return None
-        if isinstance(value, Tensor):  # to ask may warn (``grad``), or compute
-            return None if hasattr(type(value), name) or name in vars(value) else Missing()
-        return getattr(value, name, Missing())
-
     def _evaluate(self, node: Node) -> Any:
         assert self.known is not None
         if node.op == "placeholder":
-            return self.known.values.get(str(node.target).lstrip("*"), _UNKNOWN)
-        inputs = [self._values.get(source, _UNKNOWN) for source in node.all_input_nodes]
-        if any(value is _UNKNOWN for value in inputs):
-            return _UNKNOWN
-        args, kwargs = (plain(map_arg(part, self._values.__getitem__)) for part in arguments(node))
+            return self.known.values.get(str(node.target).lstrip("*"), UNKNOWN)
+        return self.evaluated(node, self._values)
+
+    def evaluated(self, node: Node, values: Mapping[Node, Any]) -> Any:
+        if any(values.get(source, UNKNOWN) is UNKNOWN for source in node.all_input_nodes):
+            return UNKNOWN
+        args, kwargs = (plain(map_arg(part, values.__getitem__)) for part in arguments(node))
         before, self._evaluating = self._evaluating, True
         try:
             with torch.no_grad():
@@ -525,10 +423,8 @@ def is_steady(tracer: PegeTracer, graph: Graph, again: PegeTracer) -> bool:
             return False
 
 
-_UNKNOWN = object()
 _PLAIN = {type(None), bool, int, float, str}
 _VIEWS = ("keys", "values", "items")  # of a dictionary
-_SOME_TENSOR = torch.empty(0)
 NORM_THEN_TYPES = tuple(NORM_THEN.values())
 _STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 _SELECTING: set[Any] = {
@@ -553,18 +449,6 @@ _FACTORIES = (
     "iinfo",
     *(f.__name__ for f in DRAWING),
 )
-
-
-def _globals_of(root: Any) -> list[dict[str, Any]]:
-    """The globals of every ``forward`` that may run, but torch's."""
-    if not isinstance(root, nn.Module):
-        return []
-    found: dict[int, dict[str, Any]] = {}
-    for cls in {type(module) for module in root.modules()}:
-        names = getattr(inspect.unwrap(cls.forward), "__globals__", None)
-        if names is not None and not str(names.get("__name__")).startswith(("torch.", "pege_fx.")):
-            found[id(names)] = names
-    return list(found.values())
 
 
 def _depends_on_data(node: Node, sources: list[Any]) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.fx
-from torch import nn
+from torch import Tensor, nn
 
 from pege_fx.errors import OtherCallError
 
@@ -102,18 +102,40 @@ def written(x: Any) -> Any:
 
 @torch.fx.has_side_effect
 def check_argument(value: Any, name: str, traced: Any, module: str = "the model") -> None:
-    """Raise ``OtherCallError`` unless an argument is the None, number or text that the graph was traced for."""
-    if value is not traced and (type(value) is not type(traced) or value != traced):
-        shown = repr(value) if isinstance(value, (bool, int, float, str)) or value is None else f"a {type(value).__name__}"
+    """Raise ``OtherCallError`` unless a value is the None, number, text or tuple of them that the graph was traced for."""
+    if value is not traced and not _is_equal(value, traced):
+        shown = repr(value) if isinstance(value, (*_SHOWN, *_SYMBOLIC)) or value is None else f"a {type(value).__name__}"
         raise _other_call(module, f"{name} was {traced!r} when the model was traced, and is {shown} now")
+
+
+def _is_equal(value: Any, traced: Any) -> bool:
+    """Whether two values are equal and of one type: True is not 1; a size that ``torch.export`` leaves open is a number."""
+    if type(value) is not type(traced) and not isinstance(value, (*_SYMBOLIC, type(traced))):
+        return False
+    return bool(value == traced) and isinstance(value, bool) == isinstance(traced, bool)
+
+
+@torch.fx.has_side_effect
+def check_tensor(value: Any, name: str, module: str = "the model") -> None:
+    """Raise ``OtherCallError`` unless an argument is a tensor, as it was when the graph was traced."""
+    if not isinstance(value, Tensor):
+        check_class(value, name, "Tensor", module)
 
 
 @torch.fx.has_side_effect
 def check_class(value: Any, name: str, traced: str, module: str = "the model") -> None:
-    """Raise ``OtherCallError`` unless an argument that is no tensor is of the class that the graph was traced for."""
-    if traced not in (cls.__qualname__ for cls in type(value).__mro__):
+    """Raise ``OtherCallError`` unless an argument is of the class that was traced (an int may be given for a float)."""
+    classes = [cls.__qualname__ for cls in type(value).__mro__]
+    if traced not in classes and not (traced == "float" and type(value) is int):
         shown = "None" if value is None else f"a {type(value).__name__}"
         raise _other_call(module, f"{name} was a {traced} when the model was traced, and is {shown} now")
+
+
+@torch.fx.has_side_effect
+def check_given(value: Any, name: str, module: str = "the model") -> None:
+    """Raise ``OtherCallError`` if an argument is None, for which no graph was traced."""
+    if value is None:
+        raise _other_call(module, f"{name} was taken for a tensor when the model was traced, and is None now")
 
 
 @torch.fx.has_side_effect
@@ -122,6 +144,21 @@ def check_keys(value: Any, name: str, traced: tuple[Any, ...], module: str = "th
     found = tuple(value) if isinstance(value, dict) else tuple(range(len(value)))
     if found != traced:
         raise _other_call(module, f"{name} had {list(traced)} when the model was traced, now it has {list(found)}")
+
+
+def length(value: Any) -> int:
+    """Return ``len(value)``, as a node of the graph that other tracers keep."""
+    return len(value)
+
+
+def contains(value: Any, item: Any) -> bool:
+    """Return ``item in value``, as a node of the graph that other tracers keep."""
+    return item in value
+
+
+CHECKS = (check_argument, check_tensor, check_class, check_given, check_keys)
+_SHOWN = (bool, int, float, str, tuple, torch.dtype, torch.device)
+_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 def _other_call(module: str, what: str) -> OtherCallError:

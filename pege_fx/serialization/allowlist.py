@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pege_fx.decompositions import attention
 from pege_fx.decompositions.recurrent import recurrent
-from pege_fx.modules.mode import check_argument, check_class, check_keys, written
+from pege_fx.modules.mode import CHECKS, contains, length, written
 from pege_fx.numerics.functional import dequantize, quantize
 from pege_fx.numerics.packing import unpack
 from pege_fx.serialization.records import named_tuple, record
@@ -52,7 +52,7 @@ _TORCHVISION = {  # functions that torchvision keeps whole in a trace
 _OWN: dict[str, tuple[Callable[..., Any], ...]] = {  # names in files outlive the modules that they once were
     "pege_fx.functional": (quantize, dequantize),
     "pege_fx.packing": (unpack,),
-    "pege_fx.mode": (written, check_argument, check_class, check_keys),
+    "pege_fx.mode": (written, *CHECKS, length, contains),
     "pege_fx.attention": (attention.attention_mask, attention.padding_mask, attention.check_batched),
     "pege_fx.recurrent": (recurrent,),
     "pege_fx.results": (record, named_tuple),
