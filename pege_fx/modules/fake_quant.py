@@ -448,6 +448,10 @@ def _follow_loaded_state(module: nn.Module, state: dict[str, Any], prefix: str, 
     module.is_calibrated = bool(loaded) if isinstance(loaded, Tensor) else False
     if not module.is_calibrated:
         module.calibrated.fill_(False)
+    for name, parameter in module.method.named_parameters():
+        key = f"{prefix}method.{name}"
+        if isinstance(value := state.get(key), Tensor) and value.ndim == 0 and parameter.shape == (1,):
+            state[key] = value.reshape(1)  # a state of when one value per tensor was 0-d
 
 
 def fake_quants(module: nn.Module) -> dict[str, FakeQuant]:

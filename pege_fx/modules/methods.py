@@ -186,13 +186,13 @@ class ForwardMethod(nn.Module, ABC):
         return not non_negative
 
     def new_parameter(self, value: float) -> nn.Parameter:
-        """One value per channel, shape ``(channels.count,)``, or a 0-d one per tensor."""
-        return nn.Parameter(torch.full((), value) if self.channels is None else torch.full((self.channels.count,), value))
+        """One value per channel, shape ``(channels.count,)``, or one per tensor, shape ``(1,)``: FSDP refuses 0-d ones."""
+        return nn.Parameter(torch.full((1 if self.channels is None else self.channels.count,), value))
 
     def broadcast(self, values: Tensor) -> Tensor:
-        """Lay out what ``new_parameter`` holds so that it broadcasts to the tensor."""
+        """Lay out what ``new_parameter`` holds so that it broadcasts to the tensor, 0-d ones too."""
         if self.channels is None or self.shape is None:
-            return values
+            return values.reshape(()) if values.numel() == 1 else values
         return self.channels.broadcast(values, self.shape)
 
     @abstractmethod
@@ -418,6 +418,7 @@ class MovingMinMax(ForwardMethod, name="minmax"):
     def __init__(self, spec: QuantSpec, kind: Kind, shape: tuple[int, ...] | None, channels: Channels | None) -> None:
         super().__init__(spec, kind, shape, channels)
         values = self.new_parameter(1.0).detach()
+        values = values if channels is not None else values.reshape(())  # buffers may be 0-d
         self.register_buffer("low", -values if self.q_min else torch.zeros_like(values))
         self.register_buffer("high", values.clone())
 

@@ -5,7 +5,7 @@
 Every public function asks here for the stage that it works on, so that the same mistake has the same message everywhere.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -124,6 +124,21 @@ def _flattening() -> tuple[type[nn.Module], ...]:
     from torch.distributed.fsdp import FullyShardedDataParallel  # a second to import, and few need it
 
     return (FullyShardedDataParallel,)
+
+
+def refuse_sharded_grids(sites: Iterable[FakeQuant], *, calibrated: bool = False) -> None:
+    """Raise ``ModelError`` if a grid that data would set is sharded: what a forward writes into it is gone after it.
+
+    Args:
+        sites: of a prepared model.
+        calibrated: grids that were set before will be set again.
+    """
+    for site in sites:
+        if (calibrated or not site.is_calibrated) and any(map(is_sharded, site.method.parameters())):
+            raise ModelError(
+                f"{site.site.name} would be set from data, and its values are sharded among processes.\n"
+                "  calibrate before the model is sharded, give prepare example_inputs, or shard it by pege_fx.shard(gm)."
+            )
 
 
 def refuse_shards(gm: GraphModule, fix: str) -> None:

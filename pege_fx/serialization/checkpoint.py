@@ -174,7 +174,9 @@ def _take_over(
     optimizer: torch.optim.Optimizer | None,
 ) -> None:
     _check_sites(path, info, gm)
-    _check_tensors(path, tree["model"], gm.state_dict())
+    held = gm.state_dict()
+    tree["model"] = {name: _as_held(value, held[name]) if name in held else value for name, value in tree["model"].items()}
+    _check_tensors(path, tree["model"], held)
     if optimizer is not None:
         _check_optimizer(path, tree["optimizer"], _described(gm, optimizer))
     if scheduler is not None:
@@ -305,14 +307,23 @@ def _optimizer_state(state: Mapping[str, Any], optimizer: torch.optim.Optimizer)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     laid_out = {
         index: {
-            name: laid_out_as(value, parameters[index])
-            if isinstance(value, Tensor) and value.shape == parameters[index].shape
-            else value
+            name: _beside(value, parameters[index]) if isinstance(value, Tensor) and name != "step" else value
             for name, value in entries.items()
         }
         for index, entries in state["state"].items()
     }
     return {"state": laid_out, "param_groups": state["param_groups"]}
+
+
+def _beside(value: Tensor, parameter: Tensor) -> Tensor:
+    """What an optimizer holds for a parameter, laid out as that is if it has its shape."""
+    value = _as_held(value, parameter)
+    return laid_out_as(value, parameter) if value.shape == parameter.shape else value
+
+
+def _as_held(value: Tensor, here: Tensor) -> Tensor:
+    """A value per tensor in the shape that it has here: files of before 0.1.0 hold it 0-d."""
+    return value.reshape(1) if value.ndim == 0 and here.shape == (1,) else value
 
 
 # --- random numbers ------------------------------------------------------------------------------------------------

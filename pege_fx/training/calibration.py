@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 from pege_fx.errors import InputError, ModelError
 from pege_fx.modules.fake_quant import fake_quants
 from pege_fx.modules.mode import evaluating
-from pege_fx.modules.stages import check_stage
+from pege_fx.modules.stages import check_stage, refuse_sharded_grids
 from pege_fx.numerics.functional import discretization_error
 from pege_fx.training.batches import as_arguments, batches_of, call
 
@@ -36,6 +36,7 @@ def calibrate(gm: GraphModule, batches: Iterable[Any]) -> None:
     True
     """
     check_stage(gm, "prepared")
+    refuse_sharded_grids(fake_quants(gm).values(), calibrated=True)
     observe(gm, (as_arguments(gm, batch) for batch in batches_of(batches, "calibrate")))
 
 

@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 from pege_fx._utils.collectives import rank_and_size
 from pege_fx.errors import CheckpointError, ModelError, ScheduleError, closest
 from pege_fx.modules.fake_quant import FakeQuant, ScheduleState, fake_quants
-from pege_fx.modules.stages import check_stage
+from pege_fx.modules.stages import check_stage, refuse_sharded_grids
 from pege_fx.numerics.functional import refresh_key
 from pege_fx.policy.plan import Plan
 from pege_fx.training.curves import Exponential, LogReplacement, RampReplacement
@@ -118,6 +118,7 @@ class PEGEScheduler:
             raise ScheduleError(f'refresh={refresh!r}: give "step" or "never".')
         self._fingerprint = plan_of(gm).fingerprint
         self._sites: list[FakeQuant] = list(fake_quants(gm).values())
+        refuse_sharded_grids(self._sites)
         self._states: dict[str, ScheduleState] = {site.schedule.group: site.schedule for site in self._sites}
         self.total_steps, self.refresh = total_steps, refresh
         self.replacement = replacement or default_replacement(total_steps)

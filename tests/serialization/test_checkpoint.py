@@ -361,3 +361,25 @@ def test_a_baseline_in_float_is_saved_and_resumed_by_the_same_code(tmp_path: Pat
     assert train(other, 2) == losses
     with pytest.raises(ModelError, match="was not prepared"):
         pege_fx.save(pege_fx.convert(pege_fx.prepare(net(), "W3A3", (X,)).eval()), tmp_path / "deployed")
+
+
+def test_a_file_of_when_one_value_per_tensor_was_0d_still_loads_and_goes_on(tmp_path: Path) -> None:
+    def as_before(value: Any, name: str = "") -> Any:
+        if isinstance(value, dict):
+            return {key: as_before(part, str(key)) for key, part in value.items()}
+        is_single = isinstance(value, Tensor) and value.shape == (1,)
+        return value.reshape(()) if is_single else value
+
+    run = made()
+    train(run, 2)
+    pege_fx.save(run[0], tmp_path / "now", scheduler=run[1], optimizer=run[2])
+    tree = tensor_tree.read(tmp_path / "now", KIND)
+    before = tree | {name: as_before(tree[name]) for name in ("model", "optimizer")}
+    assert any(value.ndim == 0 and name.endswith("method.scale") for name, value in before["model"].items())
+    tensor_tree.write(before, tmp_path / "before", KIND)
+    losses, other = train(run, 2), made()
+    pege_fx.load(tmp_path / "before", other[0], scheduler=other[1], optimizer=other[2])
+    assert train(other, 2) == losses
+    again = made()[0]
+    again.load_state_dict(before["model"])  # a plain state of torch.save, too
+    assert all(torch.equal(value, tree["model"][name]) for name, value in again.state_dict().items())

@@ -71,6 +71,27 @@ def test_n_processes_train_as_one_does_on_the_global_batch(ranks: Any, task: str
                 assert not torch.equal(parts[0], parts[1])
 
 
+def test_whoever_calls_fully_shard_the_result_is_that_of_one_process(ranks: Any) -> None:
+    one = worker.trained(worker.prepared("lsq").double(), 0, 1)
+    assert_all_equal_one(ranks("fsdp_of_others", 2), "lsq pege", one)
+
+
+def test_scales_are_sharded_when_the_grid_is_set_from_data() -> None:
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    x = torch.randn(4, 8)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for call in (lambda gm: pege_fx.calibrate(gm, [x]), lambda gm: PEGEScheduler(gm, 4)):
+            gm = pege_fx.prepare(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4)), "W4A4")
+            fully_shard(gm)
+            with pytest.raises(pege_fx.ModelError, match="calibrate before the model is sharded"):
+                call(gm)
+    finally:
+        dist.destroy_process_group()
+
+
 @pytest.mark.parametrize("size", [2, 3])
 def test_a_checkpoint_of_many_processes_goes_on_there_and_in_one(ranks: Any, size: int, tmp_path: Path) -> None:
     results = ranks("resumed", size)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import pege_fx
@@ -122,12 +123,17 @@ def fsdp(rank: int, size: int, folder: Path) -> dict[str, Any]:
     return found | {"lsq pege made again in backward": trained(prepared("lsq", recompute=True), rank, size, pege_fx.shard)}
 
 
+def fsdp_of_others(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    """As whatever shards by itself does it; it wants parameters of one dtype."""
+    return {"lsq pege": trained(prepared("lsq").double(), rank, size, fully_shard)}
+
+
 def resumed(rank: int, size: int, folder: Path) -> dict[str, Any]:
     ways = {"ddp": DistributedDataParallel, "fsdp": pege_fx.shard}
     return {name: trained(prepared("lsq"), rank, size, wrap, state=folder / name) for name, wrap in ways.items()}
 
 
-TASKS = {"ddp": ddp, "fsdp": fsdp, "resumed": resumed}
+TASKS = {"ddp": ddp, "fsdp": fsdp, "fsdp_of_others": fsdp_of_others, "resumed": resumed}
 
 if __name__ == "__main__":
     task, rank, size, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
