@@ -188,6 +188,11 @@ class GuardingTracer(ProxyTracer):
         proxy.node.meta["is_wrapped"] = True
         return proxy
 
+    @property
+    def values(self) -> Mapping[Node, Any]:
+        """What is known of nodes in the example call."""
+        return self._values
+
     # --- questions of Python ---------------------------------------------------------------------------------
 
     def answered(self, value: Any) -> Any:

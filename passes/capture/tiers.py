@@ -250,7 +250,7 @@ class _Ladder:
             (tracer, training), (other, evaluation) = (_follow(new, root, known, mode) for mode in (True, False))
             tracer.guards += [guard for guard in other.guards if guard not in tracer.guards]
             try:
-                return tracer, merge_branches(training, evaluation, root)
+                return tracer, merge_branches(training, evaluation, root, (tracer.values, other.values))
             except MergeError as error:
                 raise NotTraceableError(branches.path, branches.place, f"{branches.reason}: {error}") from error
 

@@ -100,10 +100,13 @@ def written(x: Any) -> Any:
     return x
 
 
+# Checks of what tracing took for granted. One that belongs to a branch on the mode is not ``active`` in the other mode.
+
+
 @torch.fx.has_side_effect
-def check_argument(value: Any, name: str, traced: Any, module: str = "the model") -> None:
+def check_argument(value: Any, name: str, traced: Any, module: str = "the model", active: bool = True) -> None:
     """Raise ``OtherCallError`` unless a value is the None, number, text or tuple of them that the graph was traced for."""
-    if value is not traced and not _is_equal(value, traced):
+    if active and value is not traced and not _is_equal(value, traced):
         shown = repr(value) if isinstance(value, (*_SHOWN, *_SYMBOLIC)) or value is None else f"a {type(value).__name__}"
         raise _other_call(module, f"{name} was {traced!r} when the model was traced, and is {shown} now")
 
@@ -116,33 +119,33 @@ def _is_equal(value: Any, traced: Any) -> bool:
 
 
 @torch.fx.has_side_effect
-def check_tensor(value: Any, name: str, module: str = "the model") -> None:
+def check_tensor(value: Any, name: str, module: str = "the model", active: bool = True) -> None:
     """Raise ``OtherCallError`` unless an argument is a tensor, as it was when the graph was traced."""
-    if not isinstance(value, Tensor):
+    if active and not isinstance(value, Tensor):
         check_class(value, name, "Tensor", module)
 
 
 @torch.fx.has_side_effect
-def check_class(value: Any, name: str, traced: str, module: str = "the model") -> None:
+def check_class(value: Any, name: str, traced: str, module: str = "the model", active: bool = True) -> None:
     """Raise ``OtherCallError`` unless an argument is of the class that was traced (an int may be given for a float)."""
     classes = [cls.__qualname__ for cls in type(value).__mro__]
-    if traced not in classes and not (traced == "float" and type(value) is int):
+    if active and traced not in classes and not (traced == "float" and type(value) is int):
         shown = "None" if value is None else f"a {type(value).__name__}"
         raise _other_call(module, f"{name} was a {traced} when the model was traced, and is {shown} now")
 
 
 @torch.fx.has_side_effect
-def check_given(value: Any, name: str, module: str = "the model") -> None:
+def check_given(value: Any, name: str, module: str = "the model", active: bool = True) -> None:
     """Raise ``OtherCallError`` if an argument is None, for which no graph was traced."""
-    if value is None:
+    if active and value is None:
         raise _other_call(module, f"{name} was taken for a tensor when the model was traced, and is None now")
 
 
 @torch.fx.has_side_effect
-def check_keys(value: Any, name: str, traced: tuple[Any, ...], module: str = "the model") -> None:
+def check_keys(value: Any, name: str, traced: tuple[Any, ...], module: str = "the model", active: bool = True) -> None:
     """Raise ``OtherCallError`` unless ``**kwargs`` have the keys, or ``*args`` the positions, that the graph was traced for."""
-    found = tuple(value) if isinstance(value, dict) else tuple(range(len(value)))
-    if found != traced:
+    found = () if not active else tuple(value) if isinstance(value, dict) else tuple(range(len(value)))
+    if active and found != traced:
         raise _other_call(module, f"{name} had {list(traced)} when the model was traced, now it has {list(found)}")
 
 

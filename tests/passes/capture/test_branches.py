@@ -1,6 +1,7 @@
 """``if self.training``: both branches in one graph, or the reason why no graph holds both."""
 
 import copy
+import pickle
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -188,3 +189,52 @@ def test_what_training_alone_writes_to_is_not_deployed() -> None:
     deployed = pege_fx.convert(gm)
     assert not {"add_", "view", "zeros_like"} & {str(node.target) for node in deployed.graph.nodes}
     assert torch.equal(deployed(X), gm(X))
+
+
+OTHER_FORMS: dict[str, tuple[Callable[[Any, Tensor], Any], Callable[[Any, Tensor], Any]]] = {
+    "a list of another length, and what fits one alone": (
+        lambda self, x: torch.stack([x, x * 2]),
+        lambda self, x: torch.stack([x]).squeeze(0).gather(1, torch.zeros(2, 1, 6, 6, dtype=torch.long)),
+    ),
+    "another number of results": (lambda self, x: (x, x * 2), lambda self, x: x * 3),
+    "another type": (lambda self, x: torch.cat([x.double(), x]), lambda self, x: torch.cat([x, x]).view(torch.int32)),
+    "a result under a name, or not": (lambda self, x: {"loss": x.mean(), "y": x}, lambda self, x: x),
+    "another attribute": (
+        lambda self, x: x * 2 if x.dtype == torch.float32 else x,
+        lambda self, x: x * 3 if x.device.type == "cpu" else x,
+    ),
+    "an object that is called": (lambda self, x: self.sides["log"](x), lambda self, x: x),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_FORMS)
+def test_what_differs_in_form_is_never_mixed(name: str) -> None:
+    """Both sides were run on the values of either; one that does not fit raised, or answered for the other."""
+    model = Branching(*OTHER_FORMS[name])
+    model.sides["log"] = lambda x: x + 1
+    gm = prepared(model)
+    for mode in (True, False, True):
+        wanted = copy.deepcopy(model).train(mode)(X)
+        torch.testing.assert_close(gm.train(mode)(X), wanted, rtol=0, atol=0)
+    deployed = pege_fx.convert(gm.eval())
+    torch.testing.assert_close(deployed(X), gm(X), rtol=0, atol=0)
+
+
+def test_what_each_mode_reads_of_a_value_has_a_pickle() -> None:
+    """The names of attributes were selected by mode, which no tracer of the generated code follows."""
+    gm = prepared(Branching(*OTHER_FORMS["another attribute"]))
+    torch.testing.assert_close(pickle.loads(pickle.dumps(gm))(X), gm(X), rtol=0, atol=0)
+
+
+def test_what_one_mode_asked_is_checked_in_that_mode() -> None:
+    model = Branching(lambda self, x: x * 2 if x.shape[0] == 2 else x, lambda self, x: x if x.shape[0] < 5 else x * 3)
+    gm, one, many = prepared(model), X[:1], torch.cat([X, X, X])
+    for mode, right, wrong in ((True, X, one), (False, one, many)):
+        torch.testing.assert_close(gm.train(mode)(right), model.train(mode)(right))
+        with pytest.raises(pege_fx.OtherCallError, match=r"conv.shape\[0\]"):
+            gm(wrong)
+    deployed = pege_fx.convert(gm.eval())
+    torch.testing.assert_close(deployed(one), model(one))
+    with pytest.raises(pege_fx.OtherCallError, match=r"conv.shape\[0\] < 5"):
+        deployed(many)
+    assert "active" not in deployed.code

@@ -158,7 +158,7 @@ class TestEveryRung:
 
 
 def test_rung_3_names_module_file_line_and_reason() -> None:
-    with pytest.warns(PegeWarning, match=r"inner stays Python: .*test_capture\.py:\d+ in Branching\.forward") as caught:
+    with pytest.warns(PegeWarning, match=r"inner stays Python: .*test_tiers\.py:\d+ in Branching\.forward") as caught:
         gm = pege_fx.prepare(Outer(), "W4A4", (image(),))
     assert {warning.filename for warning in caught} == {__file__}  # the line that prepares
     by_path = {note.path: note for note in captures(gm)}
