@@ -22,6 +22,7 @@ from pege_fx.inspection.draw import COLOURS, FLOAT, PLAIN, PYTHON, colour_of, in
 from pege_fx.inspection.size import size_report
 from pege_fx.inspection.tables import totals
 from pege_fx.modules.fake_quant import FakeQuant, fake_quants
+from pege_fx.modules.measures import relative_error, squares
 from pege_fx.modules.mode import evaluating
 from pege_fx.modules.stages import graph_of
 from pege_fx.training.batches import as_arguments, call, each_batch
@@ -166,12 +167,12 @@ def _measured(gm: GraphModule, batches: Iterable[Any] | None) -> dict[str, dict[
 
 
 def _histogram(fq: FakeQuant, x: Tensor, y: Tensor) -> dict[str, Any]:
+    error = float(relative_error(squares(fq, fq.enter(x))))
     if fq.fold is not None:
         x = x * fq.fold.broadcast(fq.fold.factor(), x).to(x.dtype)
     stride = max(1, x.numel() // SAMPLE) | 1
     x, y = (value.flatten()[::stride].float().cpu() for value in (x, y))
     low, high = min(float(x.min()), float(y.min())), max(float(x.max()), float(y.max()))
-    error = float((x - y).norm() / x.norm().clamp_min(1e-12))
     if not all(map(math.isfinite, (low, high, error))):
         return {}
     counts = {name: torch.histc(v, BINS, low, high).int().tolist() for name, v in (("continuous", x), ("quantized", y))}

@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from pege_fx.errors import NonFiniteError, PegeWarning
 from pege_fx.modules.fake_quant import FakeQuant, fake_quants
+from pege_fx.modules.measures import clipped_share
 from pege_fx.modules.mode import evaluating
 from pege_fx.modules.stages import check_stage
 from pege_fx.passes.graph import join, owner
@@ -147,21 +148,6 @@ class Guard:
 
 
 _FIX = "lower the learning rate or λ, clip gradients, or train that part in float32."
-
-
-def clipped_share(site: FakeQuant, x: Tensor) -> float:
-    """Return which part of ``x`` lies beyond the ends of a site's grid, 0 to 1."""
-    with torch.no_grad():
-        entered = site.enter(x)
-        continuous = site.method.transform(entered)
-        scale, zero_point = site.method.step()
-        position = continuous.to(scale.dtype) / scale + (0.0 if zero_point is None else zero_point)
-        q_min, q_max = site.site.spec.bounds
-        if site.method.is_plain:
-            beyond = (position.round() < q_min) | (position.round() > q_max)
-        else:  # the transform has clipped already, to the very ends; a zero there is a ReLU's, and exact
-            beyond = ((position <= q_min) | (position >= q_max)) & (entered != 0)
-        return float(beyond.float().mean())
 
 
 def _step(site: FakeQuant) -> Tensor:

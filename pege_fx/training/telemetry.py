@@ -16,9 +16,8 @@ from torch.fx import GraphModule
 from pege_fx._utils.files import path_of, path_to_read
 from pege_fx.errors import OutputError, ScheduleError
 from pege_fx.modules.fake_quant import FakeQuant, fake_quants
-from pege_fx.modules.methods import ForwardMethod
+from pege_fx.modules.measures import is_clipped, relative_error, squares
 from pege_fx.modules.stages import check_stage
-from pege_fx.numerics.functional import compute_dtype
 
 Row: TypeAlias = dict[str, Any]
 
@@ -126,51 +125,21 @@ class Telemetry:
 def _figures(fq: FakeQuant, x: Tensor) -> Tensor:
     """What adds up over the forwards of a step, as ``_SEEN`` names it, float32 on the device."""
     entered = fq.enter(x)
-    wide = entered.to(compute_dtype(entered))
-    difference = wide - fq.method.restore(_quantized(fq.method, entered)).to(wide.dtype)
-    outside = _outside(fq, entered)
-    elements = torch.full_like(wide.sum(), float(x.numel()))
-    return torch.stack([difference.square().sum(), wide.square().sum(), outside.sum().to(wide.dtype), elements]).float()
-
-
-def _quantized(method: ForwardMethod, x: Tensor) -> Tensor:
-    scale, zero_point = method.step()
-    shift = 0.0 if zero_point is None else zero_point
-    codes = torch.round(method.transform(x) / scale + shift).clamp(method.q_min, method.q_max)
-    return (codes - shift) * scale
-
-
-def _outside(fq: FakeQuant, x: Tensor) -> Tensor:
-    """Where values lie beyond the grid, before any clip of the method's own."""
-    method = fq.method
-    scale, zero_point = method.step()
-    if type(method).transform is ForwardMethod.transform:
-        position = x / scale
-    elif type(method).encoding is ForwardMethod.encoding or (fq.site.kind == "weight" and _restores(method, x)):
-        position = method.transform(x) / scale
-    else:
-        encoding = method.encoding()
-        inside = x if encoding.lower is None or encoding.width is None else (x - encoding.lower) / encoding.width
-        position = inside / encoding.scale
-    codes = position if zero_point is None else position + zero_point
-    return (codes < method.q_min - 0.5) | (codes > method.q_max + 0.5)
-
-
-def _restores(method: ForwardMethod, x: Tensor) -> bool:
-    """A weight's method that maps back without an interval: its input is bent, and where the grid ends no clip says."""
-    return type(method).restore is not ForwardMethod.restore and method.encoding().lower is None
+    seen = squares(fq, entered)
+    clipped = is_clipped(fq, entered).sum().to(seen.dtype)
+    return torch.cat([seen, torch.stack([clipped, torch.full_like(clipped, float(x.numel()))])]).float()
 
 
 def _on_device(fq: FakeQuant, seen: Tensor) -> Tensor:
     """A row's figures, in the order of the columns."""
-    error, squares, clipped, elements = seen
+    clipped, elements = seen[2:]
     schedule = fq.schedule
     scale, _ = fq.method.decoding()
     parts = [
         schedule.rate,
         schedule.weight_lambda,
         schedule.activation_lambda,
-        error / squares.clamp(min=torch.finfo(seen.dtype).tiny),
+        relative_error(seen[:2]),
         clipped / elements.clamp(min=1),
         scale.mean(),
     ]

@@ -1,0 +1,65 @@
+"""What quantization does to the values of a site: its relative error, and which values are clipped. Defined here alone.
+
+The relative error is ``||x - x_q||^2 / ||x||^2``. A value is clipped if it lies beyond the ends of the grid by more than half a
+step, where it enters: before any clip of the forward method's own. What a method bends (tanh) is not clipped by that.
+"""
+
+import torch
+from torch import Tensor
+
+from pege_fx.modules.fake_quant import FakeQuant
+from pege_fx.modules.methods import ForwardMethod
+from pege_fx.numerics.functional import compute_dtype
+
+
+def squares(fq: FakeQuant, x: Tensor) -> Tensor:
+    """Return ``||x - x_q||^2`` and ``||x||^2``, fully quantized, in float32 at least: those of several batches add up.
+
+    Args:
+        fq: a calibrated site.
+        x: as the forward method sees it, see ``FakeQuant.enter``.
+    """
+    wide, method = x.to(compute_dtype(x)), fq.method
+    scale, zero_point = method.step()
+    shift = 0.0 if zero_point is None else zero_point
+    codes = torch.round(method.transform(x) / scale + shift).clamp(method.q_min, method.q_max)
+    x_q = method.restore((codes - shift) * scale)
+    return torch.stack([(wide - x_q.to(wide.dtype)).square().sum(), wide.square().sum()])
+
+
+def relative_error(of_squares: Tensor) -> Tensor:
+    """Return the relative error from the (added) ``squares``; 0 where there is neither a value nor an error."""
+    error, norm = of_squares
+    return torch.div(error, norm.clamp(min=torch.finfo(norm.dtype).tiny))
+
+
+def is_clipped(fq: FakeQuant, x: Tensor) -> Tensor:
+    """Return which values lie beyond the grid of a site, bool, of the shape of ``x``.
+
+    Args:
+        fq: a calibrated site.
+        x: as the forward method sees it, see ``FakeQuant.enter``.
+    """
+    method = fq.method
+    scale, zero_point = method.step()
+    if type(method).transform is ForwardMethod.transform:
+        position = x / scale
+    elif type(method).encoding is ForwardMethod.encoding or (fq.site.kind == "weight" and _bends(method)):
+        position = method.transform(x) / scale
+    else:
+        encoding = method.encoding()
+        inside = x if encoding.lower is None or encoding.width is None else (x - encoding.lower) / encoding.width
+        position = inside / encoding.scale
+    codes = position if zero_point is None else position + zero_point
+    return (codes < method.q_min - 0.5) | (codes > method.q_max + 0.5)
+
+
+def _bends(method: ForwardMethod) -> bool:
+    """A weight's method that maps back without an interval: where its grid ends, no clip says."""
+    return type(method).restore is not ForwardMethod.restore and method.encoding().lower is None
+
+
+def clipped_share(fq: FakeQuant, x: Tensor) -> float:
+    """Return which part of what a site is given is clipped, 0 to 1."""
+    with torch.no_grad():
+        return float(is_clipped(fq, fq.enter(x)).float().mean())
