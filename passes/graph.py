@@ -366,16 +366,6 @@ def attribute_of(gm: nn.Module, node: Node) -> Any:
     return look_up(gm, str(node.target))
 
 
-def source_of(cls: type) -> str:
-    """Return the source of a module's class, "" for torch's own and where there is none."""
-    if cls.__module__.startswith("torch."):
-        return ""
-    try:
-        return inspect.getsource(cls)
-    except (OSError, TypeError):
-        return ""
-
-
 def tensor_of(gm: GraphModule, node: Any) -> Tensor | None:
     """Return the tensor that a ``get_attr`` node reads, or None."""
     value = attribute(gm, node)

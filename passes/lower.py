@@ -14,6 +14,7 @@ from pege_fx.modules.methods import Decoding
 from pege_fx.modules.mode import PythonForward
 from pege_fx.numerics.functional import dequantize, quantize
 from pege_fx.numerics.packing import integer_bias, pack, unpack
+from pege_fx.passes.capture.bytecode import names_in_forward
 from pege_fx.passes.graph import (
     arguments,
     attribute_of,
@@ -31,7 +32,6 @@ from pege_fx.passes.graph import (
     remove_dead_nodes,
     replace,
     set_operand,
-    source_of,
     tensor_of,
 )
 from pege_fx.passes.values import computed, constants_of
@@ -198,7 +198,7 @@ class _Used:
 
     def __init__(self) -> None:
         self.tensors: set[int] = set()
-        self.python = ""  # the source of modules that stay Python
+        self.python: set[str] = set()  # names of attributes that modules which stay Python read
         self.modules: set[nn.Module] = set()
         self.below_python: set[nn.Module] = set()
 
@@ -208,7 +208,7 @@ class _Used:
                 continue
             value = attribute_of(gm, node)
             if isinstance(value, PythonForward):
-                self.python += source_of(type(value.code))
+                self.python |= names_in_forward(value.code).read
                 self.modules.add(value)
             elif isinstance(value, nn.Module):
                 self._add_module(value)
@@ -221,14 +221,14 @@ class _Used:
         if isinstance(module, GraphModule):
             self.below_python.add(module)
             return
-        self.python += source_of(type(module))
+        self.python |= names_in_forward(module).read
         self.tensors |= {id(value) for value in [*module.parameters(recurse=False), *module.buffers(recurse=False)]}
         for child in module.children():
             self._add_module(child)
 
     def may_be_read(self, module: nn.Module, name: str) -> bool:
         """Whether Python code may ask a graph below it for a parameter, as in ``self.layer.weight.dtype``."""
-        return module in self.below_python and f".{name}" in self.python
+        return module in self.below_python and name in self.python
 
 
 def _delete(gm: GraphModule, path: str) -> None:

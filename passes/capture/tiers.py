@@ -7,7 +7,6 @@ quantized all the same. The result is a GraphModule in every case, and every par
 import contextlib
 import inspect
 import math
-import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from pege_fx.modules.fake_quant import FakeQuant
 from pege_fx.modules.mode import PYTHON_FORWARD, TRAINING_MODE, PythonForward, TrainingMode, evaluating, trial
 from pege_fx.modules.stages import check_stage, unwrapped
 from pege_fx.passes.capture.branches import MergeError, merge_branches
+from pege_fx.passes.capture.bytecode import NO_NAMES, Names, names_in_forward
 from pege_fx.passes.capture.examples import fresh
 from pege_fx.passes.capture.guards import Known
 from pege_fx.passes.capture.model_copy import copied
@@ -40,7 +40,6 @@ from pege_fx.passes.graph import (
     join,
     parent_and_name,
     remove_dead_nodes,
-    source_of,
 )
 from pege_fx.policy.plan import Capture
 from pege_fx.policy.rules import path_pattern
@@ -272,15 +271,19 @@ class _Ladder:
         captured.root = _python_root(root, prefix)
         return captured
 
-    def _capture_children(self, captured: Captured, module: nn.Module, prefix: str) -> None:
-        """Replace every child that has something to quantize by a GraphModule of its own."""
+    def _capture_children(self, captured: Captured, module: nn.Module, prefix: str, around: Names = NO_NAMES) -> None:
+        """Replace every child that has something to quantize by a GraphModule of its own.
+
+        ``around``: names in the Python code around the module, which may reach through it.
+        """
+        names = around | names_in_forward(module)
         for name, child in list(module.named_children()):
             path = join(prefix, name)
             if isinstance(child, GraphModule) or not any(p.ndim > 1 for p in child.parameters()):
                 continue
-            is_container = type(child).forward is nn.Module.forward or _is_iterated(module, name, child)
-            if is_container or _is_asked_for_more(module, name, child):
-                self._capture_children(captured, child, path)
+            is_container = type(child).forward is nn.Module.forward or _is_iterated(names, name, child)
+            if is_container or _is_asked_for_more(names, name, child):
+                self._capture_children(captured, child, path, names)
                 continue
             if PegeTracer().is_leaf_module(child, path) and any(True for _ in child.children()):
                 continue  # torch's own composite module (attention, a transformer layer): its parts are not called
@@ -330,11 +333,11 @@ def _repeats(root: nn.Module, known: Known) -> bool:
     return all(torch.equal(first.nan_to_num(), second.nan_to_num()) for first, second in zip(*results, strict=True))
 
 
-def _is_asked_for_more(parent: nn.Module, name: str, child: nn.Module) -> bool:
-    """Tell whether a parent's code calls another method of a child than its forward: a graph has none."""
-    methods = re.findall(rf"self\.{name}\.(\w+)\(", source_of(type(parent)))
-    own = set(dir(type(child))) - set(dir(nn.Module))
-    return any(method in own and method not in dict(child.named_children()) for method in methods)
+def _is_asked_for_more(names: Names, name: str, child: nn.Module) -> bool:
+    """Tell whether code may call another method of a child than its forward: a graph has none."""
+    classes = [cls for cls in type(child).__mro__ if not cls.__module__.startswith("torch.")]
+    own = {method for cls in classes for method, value in vars(cls).items() if callable(value) or hasattr(value, "__func__")}
+    return any(names.may_call(name, method) for method in own - set(dir(nn.Module)) - set(child._modules))
 
 
 def _record_calls(root: nn.Module, example: Call) -> dict[nn.Module, list[Known]]:
@@ -354,18 +357,9 @@ def _record_calls(root: nn.Module, example: Call) -> dict[nn.Module, list[Known]
     return calls
 
 
-def _is_iterated(parent: nn.Module, name: str, child: nn.Module) -> bool:
-    """Tell whether a parent's code walks through a Sequential instead of calling it."""
-    if not isinstance(child, nn.Sequential):
-        return False
-    try:
-        source = inspect.getsource(type(parent))
-    except (OSError, TypeError):
-        return True
-    return (
-        re.search(rf"\bin\s+(\w+\()*\s*self\.{name}\b(?!\()|self\.{name}\[|self\.{name}\.(items|values|children)", source)
-        is not None
-    )
+def _is_iterated(names: Names, name: str, child: nn.Module) -> bool:
+    """Tell whether code may walk through a Sequential instead of calling it."""
+    return isinstance(child, nn.Sequential) and name in names.values
 
 
 class Grafted(GraphModule):
@@ -461,8 +455,7 @@ def _python_root(root: nn.Module, prefix: str) -> GraphModule:
             setattr(holder, name, part)
         else:
             holder.register_buffer(name, part, persistent=name in persistent)
-    source = "".join(map(source_of, type(root).__mro__))
-    assigned = [name for name in root._buffers if name in parts and re.search(rf"self\.{name}\b[^\n=]*=[^=]", source)]
+    assigned = root._buffers.keys() & parts & names_in_forward(root).written
     holder.add_module(PYTHON_FORWARD, PythonForward(root, assigned).train(root.training))
     gm = (Grafted if prefix else GraphModule)(holder, graph, class_name=type(root).__name__)
     gm.meta["prefix"] = prefix

@@ -210,12 +210,6 @@ def test_a_graph_inside_a_module_counts_for_itself_alone() -> None:
     assert (counts[id(holder.own)], counts[id(inner.weight)]) == (1, 1)
 
 
-@pytest.mark.parametrize("place", ["builtins", __name__, "no_such_module"])
-def test_a_class_without_source_has_none(place: str) -> None:
-    assert g.source_of(type("Made", (nn.Module,), {"__module__": place})) == ""
-    assert "def __init__" in g.source_of(Nested)
-
-
 class OwnDropout(nn.Dropout):
     pass
 
