@@ -41,8 +41,8 @@ from pege_fx.passes.graph import (
     parent_and_name,
     remove_dead_nodes,
 )
+from pege_fx.policy.patterns import PathPattern
 from pege_fx.policy.plan import Capture
-from pege_fx.policy.rules import path_pattern
 
 
 @dataclass
@@ -119,7 +119,7 @@ def capture(
     chosen: set[str] = set()
     for block in [blocks] if isinstance(blocks, str) else blocks:
         names = [name for name, _ in model.named_modules() if name]
-        found = {name for name in names if path_pattern(block).fullmatch(name)}
+        found = {name for name in names if PathPattern(block).fullmatch(name)}
         if not found:
             raise PolicyError(f"blocks={block!r} names no module.\n  closest paths: {closest(block, names)}")
         chosen |= found

@@ -14,7 +14,7 @@ from pege_fx.inspection.changes import KINDS, Change, Kind, NodeView, Snapshot, 
 from pege_fx.inspection.diff_picture import draw_region
 from pege_fx.inspection.size import graphs_of
 from pege_fx.passes.pipeline import Pass, name_of
-from pege_fx.policy.rules import path_pattern
+from pege_fx.policy.patterns import PathPattern
 
 _SHOWN = 40
 
@@ -102,7 +102,7 @@ def changed_region(found: Diff, match: str | None = None, context: int = 1) -> "
             if view.name in gone or source in gone:
                 ends = (f"-{name}" if name in gone else present[name] for name in (source, view.name))
                 graph.add_edge(*ends)
-    pattern = path_pattern(match or "*")
+    pattern = PathPattern(match or "*")
     chosen = {name for name, kind in graph.nodes(data="kind") if kind != "same" and pattern.fullmatch(name.lstrip("-"))}
     if match is not None and not chosen:
         names = [name.lstrip("-") for name, kind in graph.nodes(data="kind") if kind != "same"]

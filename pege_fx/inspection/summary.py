@@ -30,8 +30,8 @@ from pege_fx.modules.batch_norm import BatchNorm
 from pege_fx.modules.fake_quant import FakeQuant
 from pege_fx.modules.stages import graph_of
 from pege_fx.passes.graph import first_argument, function_name, join, joining_of, module_of, operator_of, scope
+from pege_fx.policy.patterns import PathPattern
 from pege_fx.policy.plan import Operation, Plan, in_words
-from pege_fx.policy.rules import path_pattern
 from pege_fx.training.scheduler import plan_of
 
 _NO_OPERATION = "not quantized itself: only operations with a weight and matrix products are"
@@ -87,7 +87,7 @@ class Summary:
             return self.plan.operations
         selects = self.match
         if isinstance(selects, str):
-            pattern = path_pattern(selects)
+            pattern = PathPattern(selects)
             return tuple(operation for operation in self.plan.operations if pattern.fullmatch(operation.path))
         return tuple(filter(selects, self.plan.operations))
 

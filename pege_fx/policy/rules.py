@@ -2,7 +2,6 @@
 
 import dataclasses
 import enum
-import fnmatch
 import functools
 import json
 import os
@@ -17,6 +16,7 @@ from torch import nn
 from pege_fx._utils.files import path_of, path_to_read
 from pege_fx.errors import PolicyError, closest
 from pege_fx.numerics.spec import QuantSpec
+from pege_fx.policy.patterns import PathPattern
 
 
 class Unset(enum.Enum):
@@ -145,18 +145,18 @@ class Rule:
         if all(getattr(self, name) is UNSET for name in _FIELDS):
             raise PolicyError(f"{self!r} sets nothing: give weight, input, output, schedule, shared_scale or recompute.")
         if self.match is not None:
-            object.__setattr__(self, "_pattern", path_pattern(self.match))
+            object.__setattr__(self, "_pattern", PathPattern(self.match))
 
     def selects(self, op: Op) -> bool:
         """Tell whether the rule is about this operation."""
         return (
-            (self.match is None or self._pattern.fullmatch(op.path) is not None)
+            (self._pattern is None or self._pattern.fullmatch(op.path))
             and (self.module is None or self.module in op.classes)
             and (not op.on_request if self.function is None else self.function in (op.function, *op.aliases))
             and (self.role is None or self.role in op.roles)
         )
 
-    _pattern: re.Pattern[str] = field(init=False, repr=False, compare=False, default=re.compile(""))
+    _pattern: PathPattern | None = field(init=False, repr=False, compare=False, default=None)
 
     def __repr__(self) -> str:
         return self._text  # every edge that is planned names its rule
@@ -172,18 +172,6 @@ class Rule:
 def _would_select(rule: Rule, op: Op) -> bool:
     """Whether a rule would be about an operation if that did not have to be named."""
     return rule.function is None and rule.selects(dataclasses.replace(op, on_request=False))
-
-
-def path_pattern(match: str) -> re.Pattern[str]:
-    """Compile what ``Rule(match=...)`` takes: a glob (``*`` also crosses dots), or ``re:`` and a regular expression."""
-    if not isinstance(match, str):
-        raise PolicyError(f"match={match!r} is not text: give a glob, or 're:' and a regular expression.")
-    if not match.startswith("re:"):
-        return re.compile(fnmatch.translate(match))
-    try:
-        return re.compile(match.removeprefix("re:"))
-    except (re.error, OverflowError, RecursionError) as error:
-        raise PolicyError(f"match={match!r} is not a regular expression: {error}.") from error
 
 
 def _short(value: Any) -> str:
