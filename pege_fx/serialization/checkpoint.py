@@ -1,10 +1,11 @@
 """Checkpoints: everything that a run needs to go on as if nothing had happened, in one safe and self-describing file."""
 
+import operator
 import os
 import platform
 import random
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -174,23 +175,28 @@ def _take_over(
     optimizer: torch.optim.Optimizer | None,
 ) -> None:
     _check_sites(path, info, gm)
-    held = gm.state_dict()
-    tree["model"] = {name: _as_held(value, held[name]) if name in held else value for name, value in tree["model"].items()}
-    _check_tensors(path, tree["model"], held)
+    here = gm.state_dict()
+    tree["model"] = {name: _as_held(value, here[name]) if name in here else value for name, value in tree["model"].items()}
+    _check_tensors(path, tree["model"], here)
+    keys = {name: torch.tensor(operator.index(key), dtype=torch.int32) for name, key in tree["masks"].items()}
+    tensors = {name: laid_out_as(value, here[name]) for name, value in tree["model"].items()}
     if optimizer is not None:
         _check_optimizer(path, tree["optimizer"], _described(gm, optimizer))
+        _check_entries(path, tree["optimizer"], optimizer)
+        optimizer_state = _optimizer_state(tree["optimizer"], optimizer)
+    if scheduler is not None or optimizer is not None:
+        set_random_state = _random_state_to_set(path, tree["random"])
     if scheduler is not None:
         if info.scheduler is None:
             raise CheckpointError(f"{path} was saved without a scheduler: load it without, or give save the scheduler.")
-        scheduler.load_state_dict(info.scheduler)
-    here = gm.state_dict()
-    gm.load_state_dict({name: laid_out_as(value, here[name]) for name, value in tree["model"].items()})
+        scheduler.load_state_dict(info.scheduler)  # the first to change something, and the last that may refuse
+    gm.load_state_dict(tensors)
     for name, site in fake_quants(gm).items():
-        site.site_key.fill_(tree["masks"][name])
+        site.site_key.copy_(keys[name])
     if optimizer is not None:
-        optimizer.load_state_dict(_optimizer_state(tree["optimizer"], optimizer))
+        optimizer.load_state_dict(optimizer_state)
     if scheduler is not None or optimizer is not None:
-        _set_random_state(tree["random"])
+        set_random_state()
 
 
 def checkpoint_info(path: str | os.PathLike[str]) -> CheckpointInfo:
@@ -300,6 +306,43 @@ def _check_optimizer(path: Any, there: Mapping[str, Any] | None, here: Mapping[s
         )
 
 
+def _check_entries(path: Any, there: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """What the optimizer itself finds out when it steps: the options of its groups, and what it keeps for a parameter."""
+    mine = optimizer.state_dict()
+    for number, (group, other) in enumerate(zip(mine["param_groups"], there["param_groups"], strict=True)):
+        for name in group.keys() & other.keys():
+            if not (_is_like(other[name], group[name]) and (name != "params" or other[name] == group[name])):
+                raise CheckpointError(
+                    f"{path}: {name} of the optimizer's group {number} is {other[name]!r} there and {group[name]!r} here."
+                )
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, entries in there["state"].items():
+        if index not in range(len(parameters)) or not isinstance(entries, Mapping):
+            raise CheckpointError(f"{path}: the optimizer's state {index!r} belongs to none of {len(parameters)} parameters.")
+        known, shape = mine["state"].get(index, {}), parameters[index].shape
+        if known and known.keys() != entries.keys():
+            raise CheckpointError(f"{path}: the optimizer keeps {[*entries]} for parameter {index}, here {[*known]}.")
+        for name, value in entries.items():
+            shapes = [known[name].shape] if isinstance(known.get(name), Tensor) else _shapes_kept(optimizer, shape)
+            shapes += [torch.Size()] if shape == (1,) else []  # in files of before 0.1.0, see _as_held
+            if shapes and isinstance(value, Tensor) and value.shape not in shapes:
+                raise CheckpointError(
+                    f"{path}: {name} of the optimizer has shape {tuple(value.shape)}, not {tuple(shape)}."
+                )
+
+
+def _is_like(value: Any, here: Any) -> bool:
+    """Whether an option of an optimizer is of the kind of the one that it has; a number may be a tensor of one."""
+    kinds = (bool, str, NoneType, list, tuple, (int, float, Tensor))
+    return any(isinstance(value, kind) and isinstance(here, kind) for kind in kinds) or None in (value, here)
+
+
+def _shapes_kept(optimizer: torch.optim.Optimizer, shape: torch.Size) -> list[torch.Size]:
+    """What torch's optimizers keep for a parameter: numbers, and tensors of its shape. Of others nothing is known."""
+    plain = type(optimizer).__module__.startswith("torch.optim.") and type(optimizer).__name__ not in ("Adafactor", "LBFGS")
+    return [torch.Size(), torch.Size((1,)), shape] if plain else []
+
+
 # --- tensors of this run, on however many ranks --------------------------------------------------------------------
 
 
@@ -312,7 +355,8 @@ def _optimizer_state(state: Mapping[str, Any], optimizer: torch.optim.Optimizer)
         }
         for index, entries in state["state"].items()
     }
-    return {"state": laid_out, "param_groups": state["param_groups"]}
+    groups = zip(optimizer.state_dict()["param_groups"], state["param_groups"], strict=True)
+    return {"state": laid_out, "param_groups": [{**mine, **other} for mine, other in groups]}  # another torch has more options
 
 
 def _beside(value: Tensor, parameter: Tensor) -> Tensor:
@@ -339,18 +383,35 @@ def _random_state() -> dict[str, Any]:
     return state
 
 
-def _set_random_state(states: list[dict[str, Any]]) -> None:
+def _random_state_to_set(path: Any, states: list[dict[str, Any]]) -> Callable[[], None]:
+    """Return what sets the generators of this rank; each state was tried on a generator of its own before."""
     rank, _ = rank_and_size()
     if rank >= len(states):  # a run that goes on with more ranks than it had: the new ones keep their own
-        return
+        return lambda: None
     state = states[rank]
-    random.setstate(state["python"])
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    if "numpy" in state and (numpy := sys.modules.get("numpy")) is not None:
-        name, keys, *rest = state["numpy"]
-        numpy.random.set_state((name, keys.numpy().astype("uint32"), *rest))
+    setters: list[Callable[[], object]] = []
+    try:
+        random.Random().setstate(state["python"])
+        setters.append(lambda: random.setstate(state["python"]))
+        torch.Generator().set_state(state["torch"])
+        setters.append(lambda: torch.set_rng_state(state["torch"]))
+        if "cuda" in state and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+            for device, value in enumerate(state["cuda"]):
+                torch.Generator(f"cuda:{device}").set_state(value)
+            setters.append(lambda: torch.cuda.set_rng_state_all(state["cuda"]))
+        if "numpy" in state and (numpy := sys.modules.get("numpy")) is not None:
+            name, keys, *rest = state["numpy"]
+            whole_state = (name, keys.numpy().astype("uint32"), *rest)
+            numpy.random.RandomState().set_state(whole_state)
+            setters.append(lambda: numpy.random.set_state(whole_state))
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} has no state of random number generators that one can take: {error}.") from error
+
+    def set_all() -> None:
+        for setter in setters:
+            setter()
+
+    return set_all
 
 
 def newest(path: str | os.PathLike[str]) -> Path | None:

@@ -344,6 +344,64 @@ def test_values_of_another_kind_are_refused(tmp_path: Path) -> None:
             pege_fx.load(tmp_path / "y", gm)
 
 
+CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "a mask of text": (lambda tree: tree["masks"].update(dict.fromkeys(tree["masks"], "x")), "is not what save wrote"),
+    "a mask of two numbers": (lambda tree: tree["masks"].update({[*tree["masks"]][-1]: [1, 2]}), "is not what save wrote"),
+    "a mask of a fraction": (lambda tree: tree["masks"].update({[*tree["masks"]][-1]: 1.5}), "is not what save wrote"),
+    "half of torch's generator": (
+        lambda tree: tree["random"][0].update(torch=torch.zeros(9, dtype=torch.uint8)),
+        "no state of random",
+    ),
+    "python's generator": (lambda tree: tree["random"][0].update(python=(3, (1, 2), None)), "no state of random"),
+    "numpy's generator": (
+        lambda tree: tree["random"][0].update(numpy=("MT19937", torch.ones(3), 1, 0, 0.0)),
+        "no state of random",
+    ),
+    "no generator": (lambda tree: tree["random"][0].pop("python"), "no state of random"),
+    "a number for a parameter": (lambda tree: tree["optimizer"]["state"].update({0: 3}), "state 0 belongs to none"),
+    "a parameter too many": (lambda tree: tree["optimizer"]["state"].update({99: {}}), "state 99 belongs to none"),
+    "another shape": (
+        lambda tree: tree["optimizer"]["state"][0].update(exp_avg=torch.ones(3, 1)),
+        r"exp_avg of the optimizer has shape \(3, 1\), not \(4, 3, 3, 3\)",
+    ),
+    "a rate of text": (
+        lambda tree: tree["optimizer"]["param_groups"][0].update(lr="fast"),
+        "lr of the optimizer's group 0 is 'fast'",
+    ),
+    "other parameters": (
+        lambda tree: tree["optimizer"]["param_groups"][0].update(params=[7]),
+        "params of the optimizer's group 0",
+    ),
+    "no groups": (lambda tree: tree["optimizer"].pop("param_groups"), "is not what save wrote"),
+    "a position": (lambda tree: tree["scheduler"].update(t=99), "t=99 is no position"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_a_file_says_wrongly_is_found_before_anything_is_changed(tmp_path: Path, name: str) -> None:
+    gm, scheduler, optimizer = run = made()
+    train(run, 2)
+    pege_fx.save(gm, tmp_path / "x", scheduler=scheduler, optimizer=optimizer)
+    tree = tensor_tree.read(tmp_path / "x", KIND)
+    change, words = CHANGES[name]
+    change(tree)
+    tensor_tree.write(tree, tmp_path / "y", KIND)
+    refused(tmp_path / "y", words, made())
+
+
+def test_options_that_another_torch_does_not_have_stay_as_they_are_here(tmp_path: Path) -> None:
+    gm, scheduler, optimizer = run = made()
+    train(run, 1)
+    pege_fx.save(gm, tmp_path / "x", scheduler=scheduler, optimizer=optimizer)
+    tree = tensor_tree.read(tmp_path / "x", KIND)
+    for group in tree["optimizer"]["param_groups"]:
+        del group["weight_decay"]
+    tensor_tree.write(tree, tmp_path / "y", KIND)
+    gm, scheduler, optimizer = run = made()
+    pege_fx.load(tmp_path / "y", gm, scheduler=scheduler, optimizer=optimizer)
+    train(run, 1)
+
+
 def test_models_that_were_not_prepared_are_not_saved(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="was not prepared"):
         pege_fx.save(net(), tmp_path / "x")
