@@ -13,7 +13,7 @@ from typing import Any, Final, Literal, TypeAlias
 
 from torch import nn
 
-from pege_fx._utils.files import path_of, path_to_read
+from pege_fx._utils.files import atomic_write, path_to_read
 from pege_fx.errors import PolicyError, closest
 from pege_fx.numerics.spec import QuantSpec
 from pege_fx.policy.patterns import PathPattern
@@ -320,11 +320,8 @@ class QuantPolicy:
         text = tomli_w.dumps(self.to_dict())
         if path is None:
             return text
-        path = path_of(path, PolicyError)
-        try:
-            path.write_text(text, encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise PolicyError(f"can not write the policy {path}: {error}.") from error
+        with atomic_write(path, PolicyError) as temporary:
+            temporary.write_text(text, encoding="utf-8")
         return text
 
     @classmethod

@@ -326,9 +326,7 @@ def _check_entries(path: Any, there: Mapping[str, Any], optimizer: torch.optim.O
             shapes = [known[name].shape] if isinstance(known.get(name), Tensor) else _shapes_kept(optimizer, shape)
             shapes += [torch.Size()] if shape == (1,) else []  # in files of before 0.1.0, see _as_held
             if shapes and isinstance(value, Tensor) and value.shape not in shapes:
-                raise CheckpointError(
-                    f"{path}: {name} of the optimizer has shape {tuple(value.shape)}, not {tuple(shape)}."
-                )
+                raise CheckpointError(f"{path}: {name} of the optimizer has shape {tuple(value.shape)}, not {tuple(shape)}.")
 
 
 def _is_like(value: Any, here: Any) -> bool:

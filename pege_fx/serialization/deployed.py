@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from pege_fx._utils.files import atomic_write, path_to_read
+from pege_fx._utils.files import atomic_write, path_to_read, while_replaced
 from pege_fx.errors import CheckpointError, ExportError
 from pege_fx.inspection.size import stored_codes
 from pege_fx.modules.stages import graph_of
@@ -91,7 +91,8 @@ def load_deployed(path: str | os.PathLike[str]) -> GraphModule:
     ...     torch.equal(load_deployed(f"{folder}/model.safetensors")(x), deployed(x))
     True
     """
-    header, tensors = _read(path_to_read(path, CheckpointError))
+    path = path_to_read(path, CheckpointError)
+    header, tensors = while_replaced(path, lambda: _read(path), CheckpointError)
     try:
         for name, (bits, signed, shape) in header["packed"].items():
             tensors[name] = unpack(tensors[name], shape, bits=bits, signed=signed)
@@ -117,7 +118,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
     except FileNotFoundError as error:
         raise CheckpointError(f"there is no file {path}.") from error
-    except (SafetensorError, OSError, TypeError, ValueError) as error:
+    except (SafetensorError, OSError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} is broken or no safetensors file: {error}") from error
     text = found.get(FORMAT)
     if text is None:

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import signal
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -14,8 +15,9 @@ from torch.fx import GraphModule
 
 import pege_fx
 from pege_fx.__main__ import main
-from pege_fx._utils.files import atomic_write
+from pege_fx._utils.files import atomic_write, while_replaced
 from pege_fx.errors import PegeError
+from pege_fx.serialization import tensor_tree
 
 X = torch.randn(2, 4)
 NO_PATHS = ["a\0b.html", Path("a\0b.svg"), "\ud800", 3, None, b"bytes", [1], nn.Linear(2, 2)]
@@ -112,6 +114,126 @@ def test_what_can_not_be_replaced_by_a_file_is_said(kind: str, said: str, tmp_pa
     with refused, atomic_write(tmp_path / kind, pege_fx.OutputError):
         pytest.fail("there is no file to write")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["folder", "pipe"]
+
+
+WRITES = {
+    "save": "state",
+    "save_deployed": "model",
+    "export_onnx": "model.onnx",
+    "draw": "model.dot",
+    "report": "page.html",
+    "to_toml": "p",
+}
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link to a device"])
+@pytest.mark.parametrize("name", WRITES)
+def test_what_is_no_file_is_not_replaced_by_one(name: str, kind: str, tmp_path: Path) -> None:
+    place = tmp_path / WRITES[name]
+    if kind == "pipe":
+        os.mkfifo(place)
+    elif kind == "folder":
+        place.mkdir()
+    else:
+        place.symlink_to("/dev/null")
+    with pytest.raises(PegeError, match=r"can not write .*: it is a (device, not a file|folder)"):
+        TAKES_A_PATH[name](place)
+    assert [path.name for path in tmp_path.iterdir()] == [place.name]
+    assert not place.is_file()
+    assert Path("/dev/null").is_char_device()
+
+
+def test_a_link_is_followed_by_what_is_saved_and_by_what_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "state").symlink_to(tmp_path / "disk" / "real")
+    for _ in range(2):
+        pege_fx.save(prepared(), tmp_path / "state")
+    assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["real", "real.previous"]
+    assert [path.name for path in tmp_path.iterdir() if path.is_symlink()] == ["state"]
+    (tmp_path / "disk" / "real").write_bytes(b"cut")
+    assert pege_fx.newest(tmp_path / "state") == tmp_path / "disk" / "real.previous"
+
+
+def in_processes(count: int, work: Callable[[int], None]) -> list[int]:
+    """Exit statuses of forked processes: 0 where ``work`` raises nothing."""
+    children = []
+    for number in range(count):
+        child = os.fork()
+        if child == 0:
+            try:
+                work(number)
+            except BaseException:  # whatever it is, a child must not run the rest of the tests
+                os._exit(1)
+            os._exit(0)
+        children.append(child)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_several_processes_write_one_path_while_others_read_it(tmp_path: Path) -> None:
+    tensor_tree.write([0] * 3, tmp_path / "x", "test")
+
+    def work(number: int) -> None:
+        for _ in range(40):
+            if number < 3:
+                tensor_tree.write([number] * (3 + 500 * number), tmp_path / "x", "test")
+            else:
+                found = tensor_tree.read(tmp_path / "x", "test")
+                assert len(set(found)) == 1
+                assert len(found) == 3 + 500 * found[0]
+
+    assert in_processes(5, work) == [0] * 5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x", "x.previous"]
+    assert set(tensor_tree.read(tmp_path / "x.previous", "test")) <= {0, 1, 2}
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_one_and_what_others_write_stays(tmp_path: Path) -> None:
+    def half(_: int) -> None:
+        with atomic_write(tmp_path / "x") as temporary:
+            temporary.write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_processes(1, half) == [-signal.SIGKILL]
+    assert len(list(tmp_path.iterdir())) == 1
+    with atomic_write(tmp_path / "x") as first:
+        first.write_text("first")
+        with atomic_write(tmp_path / "x") as second:
+            second.write_text("second")
+        assert (tmp_path / "x").read_text() == "second"
+        assert len(list(tmp_path.iterdir())) == 2
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("x", "first")]
+
+
+def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, real=real, name=name: (done.append(name), real(*args))[1])
+    with atomic_write(tmp_path / "x") as temporary:
+        temporary.write_text("whole")
+    assert done == ["fsync", "replace", "fsync"]  # the file, its name, the folder
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_read_again(tmp_path: Path) -> None:
+    tries: list[int] = []
+
+    def read() -> str:
+        tries.append(len(tries))
+        if len(tries) < 4:
+            with atomic_write(tmp_path / "x") as temporary:
+                temporary.write_text(f"{len(tries)}")
+            raise PegeError("the header of one, the content of another")
+        return (tmp_path / "x").read_text()
+
+    assert while_replaced(tmp_path / "x", read, PegeError) == "3"
+    with pytest.raises(PegeError, match="is broken"):
+        while_replaced(tmp_path / "x", lambda: broken(tries), PegeError)
+    assert len(tries) == 5
+
+
+def broken(tries: list[int]) -> str:
+    tries.append(0)
+    raise PegeError("it is broken")
 
 
 def test_every_public_function_that_takes_a_path_is_tried() -> None:
