@@ -61,7 +61,7 @@ def transformed(
 
         @staticmethod
         def jvp(ctx: Any, x_tangent: Tensor | None, scale_tangent: Tensor | None, *_: None) -> Tensor:
-            """dy = k * dx_c + (y - k * x_c) / s * ds, where k says what is in range: the transpose of ``backward``, without λ."""
+            """dy = k * dx_c + (y - k * x_c) / s * ds, k says what is in range: the transpose of ``backward``, without λ."""
             if kept is None:
                 raise SpecError(
                     f"the estimator {name} has no forward-mode derivative: it is no linear map of a gradient.\n"
