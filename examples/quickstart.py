@@ -13,8 +13,8 @@ images (8 pairs, 5 seeds, best mean of the three methods). EWGS keeps its defaul
 reaches 1 at half of training, λ as in an ancestor of the paper's code); on the validation split λ = 0, larger λ and growing
 masks made no difference beyond the spread. An earlier setting (Adam 3e-3, 30 epochs) had been looked at on the test images.
 
-On a machine that is busy with other work, put OMP_NUM_THREADS=1 before the command: two threads wait for each other at every
-small operation, and took 460 s there.
+It computes in one thread, or in as many as --threads says. On a machine that is busy with other work, two wait for each other at
+every small operation, and took 460 s there.
 """
 
 import argparse
@@ -262,6 +262,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=positive, default=15, help="of quantization-aware training (default: %(default)s)")
     parser.add_argument("--float-epochs", type=positive, default=15, help="before it (default: %(default)s)")
     parser.add_argument("--seeds", type=positive, default=3, help="how many (default: %(default)s)")
+    parser.add_argument("--threads", type=positive, default=1, help="that compute (default: %(default)s)")
     parser.add_argument("--subset", type=positive, help=f"use this many images, {SMALLEST_SUBSET} or more (default: all)")
     parser.add_argument("--bits", default="W2A2", help="of weights and activations (default: %(default)s)")
     args = parser.parse_args(argv)
@@ -277,6 +278,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = arguments(argv)
+    torch.set_num_threads(args.threads)
     console, data = Console(highlight=False), Data(args.subset)
     wall, cpu = time.perf_counter(), time.process_time()
     results = []

@@ -1,4 +1,4 @@
-"""The command line: python -m pege_fx explain torchvision:resnet18 --policy W4A4 --input 1x3x224x224"""
+"""What the commands do: python -m pege_fx explain torchvision:resnet18 --policy W4A4 --input 1x3x224x224"""
 
 import argparse
 import contextlib
@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +22,11 @@ from pege_fx._utils.listing import write_listing
 from pege_fx.errors import ModelError, OutputError, PegeError, closest
 from pege_fx.inspection.coverage import Coverage
 from pege_fx.policy.rules import QuantPolicy
+from pege_fx_cli import main
+
+__all__ = ["COMMANDS", "load_model", "load_policy", "main", "parse_input", "run"]
 
 FAILURE, INTERRUPTED = 1, 130
-
-EXAMPLES = """\
-models:   torchvision:resnet18   timm:vit_tiny_patch16_224   package.module:function (or :instance)
-inputs:   --input 1x3x224x224   --input 1x16:int64   --input [3x320x320,3x400x300] (a list); one for each argument
-policies: --policy W4A4   --policy policy.toml   --policy policy.json
-
-  pege-fx explain torchvision:resnet18 --policy W4A4 --match 'layer1.0.*'
-  pege-fx draw torchvision:resnet18 --policy W4A4 --output resnet18.svg
-  pege-fx coverage torchvision:fasterrcnn_resnet50_fpn --input '[3x320x320]'
-  pege-fx export model.safetensors --input 1x3x224x224 --style qcdq -o model.onnx
-"""
 
 
 # --- what the arguments mean -----------------------------------------------------------------------------------------
@@ -224,63 +216,14 @@ def _export(options: argparse.Namespace) -> None:
             raise pege_fx.ExportError(f"{path} does not compute what {options.file} does: see the verdict.")
 
 
-def _add_export(commands: Any) -> None:
-    about = "a converted model, stored by save_deployed, as ONNX, verified in ONNX Runtime"
-    added = commands.add_parser("export", help=about, description=about)
-    added.set_defaults(run=_export)
-    added.add_argument("file", metavar="FILE", help="what save_deployed wrote")
-    added.add_argument(
-        "--input",
-        action="append",
-        type=parse_input,
-        required=True,
-        metavar="SHAPE",
-        help="1x3x224x224; repeat for each argument; its values are random",
-    )
-    added.add_argument("--style", default="qdq", metavar="STYLE", help="qdq, qcdq or qonnx (default: %(default)s)")
-    added.add_argument("--opset", type=int, help="version of the operators (default: what the style and the bits need)")
-    added.add_argument("--no-verify", dest="verify", action="store_false", help="only write the file")
-    added.add_argument("-o", "--output", metavar="ONNX", help="default: FILE with the ending .onnx")
-
-
-def parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
-    made = argparse.ArgumentParser(
-        prog="pege-fx",
-        description="See what a quantization policy does to a model.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    made.add_argument("--version", action="version", version=f"pege_fx {pege_fx.__version__}, torch {torch.__version__}")
-    commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(name: str, run: Callable[[argparse.Namespace], None], about: str, output: str | None) -> Any:
-        added = commands.add_parser(name, help=about, description=about)
-        added.set_defaults(run=run)
-        added.add_argument("model", metavar="MODEL", help="torchvision:NAME, timm:NAME or package.module:function")
-        added.add_argument("--policy", default="W4A4", help='"W4A4", or a .toml or .json file (default: %(default)s)')
-        added.add_argument(
-            "--input", action="append", type=parse_input, metavar="SHAPE", help="1x3x224x224; repeat for each argument"
-        )
-        added.add_argument("--batch-norm", choices=("train", "freeze", "keep"), default="train")
-        endings = "a .txt, .md, .json or .html file (default: print)" if output is None else "the file (default: %(default)s)"
-        added.add_argument("-o", "--output", default=output, metavar="FILE", help=endings)
-        return added
-
-    explained = command("explain", _explain, "what prepare would do: bits, rule or reason for every operation", None)
-    explained.add_argument(
-        "--match", action="append", metavar="PATH", help="only this module or node, or pattern, in full; repeatable"
-    )
-    summed = command("summary", _summary, "what the prepared model has become, with its size", None)
-    summed.add_argument("--match", metavar="PATTERN", help="only these operations: a glob, or re:REGEX")
-    summed.add_argument("--depth", type=int, help="one row for each module of that many path components")
-    command("coverage", _coverage, "what share is quantized, how each module was traced, what stays float", None)
-    drawn = command("draw", _draw, "the graph as a picture", "graph.svg")
-    drawn.add_argument("--depth", type=int, help="collapse modules below that many path components")
-    reported = command("report", _report, "the graph as a page to explore offline", "report.html")
-    reported.add_argument("--history", metavar="CSV", help="a run's telemetry, as CSVWriter leaves it")
-    _add_export(commands)
-    return made
+COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "explain": _explain,
+    "summary": _summary,
+    "coverage": _coverage,
+    "draw": _draw,
+    "report": _report,
+    "export": _export,
+}
 
 
 def _one_line(message: object) -> str:
@@ -291,14 +234,13 @@ def _warn(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -
     print(f"pege-fx: warning: {_one_line(message)}", file=sys.stderr)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 1 for what went wrong, 2 for wrong usage, 130 if interrupted."""
-    options = parser().parse_args(arguments)
+def run(options: argparse.Namespace) -> int:
+    """Run the command that was parsed; returns the exit code: 0, 1 for what went wrong, 130 if interrupted."""
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warn
             warnings.simplefilter("always", pege_fx.PegeWarning)
-            options.run(options)
+            COMMANDS[options.command](options)
             sys.stdout.flush()
     except PegeError as error:
         print(f"pege-fx: error: {_one_line(error)}", file=sys.stderr)

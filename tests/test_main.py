@@ -236,3 +236,20 @@ def test_the_module_runs_and_a_closed_pipe_is_no_error() -> None:
     command = f"{sys.executable} -m pege_fx explain {SMALL} | head -1"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "Sequential: dry run\n", "")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["explain", "--help"], ["--version"], ["explain", "model", "--batch-norm", "none"], []]
+)
+def test_help_and_wrong_usage_do_not_wait_for_torch(arguments: list[str]) -> None:
+    code = f"""
+import sys
+from pege_fx_cli import main
+try:
+    main({arguments!r})
+finally:
+    assert "torch" not in sys.modules, "torch was imported"
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert "torch was imported" not in done.stderr
+    assert ("usage: pege-fx" in done.stdout + done.stderr) != (arguments == ["--version"])
