@@ -47,22 +47,27 @@ NO_NAMES = Names()
 def names_in_forward(module: nn.Module) -> Names:
     """Return the names in a module's ``forward``, in the methods that it may call, and in the functions that it names."""
     found: dict[types.CodeType, Names] = {}
-    waiting = [(function, True) for function in _attribute(module, "forward")]
+    waiting = [(function, True) for value in _attributes(module, "forward")[:1] for function in _functions(value)]
     while waiting:
         function, is_method = waiting.pop()
         if function.__code__ in found or _is_library(function):
             continue
         found[function.__code__] = names = names_of(function.__code__, is_method=is_method)
         for name in names.read:
-            waiting += [(method, True) for method in _attribute(module, name)]
+            candidates = _attributes(module, name)
+            waiting += [
+                (method, True)
+                for value in candidates[: None if "super" in names.variables else 1]
+                for method in _functions(value)
+            ]
         for name in names.variables:
             waiting += [(helper, False) for helper in _functions(function.__globals__.get(name))]
     return functools.reduce(operator.or_, found.values(), NO_NAMES)
 
 
-def _attribute(module: nn.Module, name: str) -> Iterator[types.FunctionType]:
-    for names in (vars(module), *map(vars, type(module).__mro__)):  # all of them: ``super`` calls those of bases
-        yield from _functions(names.get(name))
+def _attributes(module: nn.Module, name: str) -> list[Any]:
+    """What a module has under a name, first its own, then those of base classes, which ``super`` finds."""
+    return [names[name] for names in (vars(module), *map(vars, type(module).__mro__)) if name in names]
 
 
 @functools.cache

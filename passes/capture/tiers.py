@@ -150,6 +150,7 @@ class _Ladder:
     def __init__(self, root: nn.Module, example: Call | None, blocks: set[str], refused: set[str]) -> None:
         self.root, self.example, self.blocks, self.refused = root, example, blocks, refused
         self._calls: dict[nn.Module, list[Known]] | None = None
+        self._led_by_data: list[str] = []  # modules that stay Python because what tensors hold decides what they do
 
     def _known(self, module: nn.Module, prefix: str) -> Known:
         """What is known of a module's arguments: those of its call in the example, or its defaults."""
@@ -167,7 +168,15 @@ class _Ladder:
         for name in () if isinstance(module, (*LAYERS, *CELLS)) else calls[0].values:
             if len({call.values[name] is None for call in calls}) > 1:
                 raise NotTraceableError("", place_of(module), f"it is called with {name} and without")
+            if self._may_be_given(calls[0], name, prefix):
+                reason = f"{name} is None in the example, and data decide whether it is"
+                raise NotTraceableError("", place_of(module), reason)
         return calls[0]
+
+    def _may_be_given(self, call: Known, name: str, prefix: str) -> bool:
+        """Whether the code around a module gives None for an argument, and another batch may give a tensor (a mask)."""
+        led_by_data = any(prefix.startswith(f"{path}.") or not path for path in self._led_by_data)
+        return led_by_data and name in call.given and any(leaf is None for leaf in _leaves(call.values[name]))
 
     def climb(self, root: nn.Module, prefix: str) -> Captured:
         opaque = self._blocks_in(root, prefix)
@@ -193,6 +202,7 @@ class _Ladder:
             captured.notes.append(Capture(join(prefix, path), rung, failure.place, failure.reason))
             for node in captured.root.graph.find_nodes(op="call_module", target=path):
                 node.meta["stays_python"] = f"stays Python: {failure.reason} ({failure.place})"
+            self._led_by_data += [join(prefix, path)] if failure.asks_data else []
             self._capture_children(captured, captured.root.get_submodule(path), join(prefix, path))
         return captured
 
@@ -267,6 +277,7 @@ class _Ladder:
     def _keep_root(self, root: nn.Module, prefix: str, failure: NotTraceableError) -> Captured:
         captured = Captured(GraphModule(nn.Module(), Graph()))
         captured.notes.append(Capture(prefix, "python", failure.place, failure.reason))
+        self._led_by_data += [prefix] if failure.asks_data else []
         self._capture_children(captured, root, prefix)
         captured.root = _python_root(root, prefix)
         return captured
@@ -313,6 +324,11 @@ def _follow(
         if mode is not None and not error.asks_mode:
             error.reason = f"traced for {'training' if mode else 'evaluation'}: {error.reason}"
         raise
+
+
+def _leaves(value: Any) -> list[Any]:
+    """The leaves of nested collections, None among them."""
+    return tree_leaves(value, is_leaf=lambda part: part is None)
 
 
 def _stateful(root: nn.Module, path: str, what: str) -> NotTraceableError:

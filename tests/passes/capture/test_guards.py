@@ -223,3 +223,27 @@ def test_the_same_question_is_checked_once() -> None:
 
     gm = pege_fx.prepare(Asking(often), FLOAT, (X,))
     assert gm.code.count("x.shape[0] == 2") == 1
+
+
+class MaskedIfPadded(nn.Module):
+    """Gives its part a mask only if there is something to mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = Asking(lambda fc, x, mask: fc(x) if mask is None else fc(x).masked_fill(~mask, 0.0))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Any:
+        return self.part(x, None if mask.all() else mask)
+
+
+@pytest.mark.parametrize("full_first", [True, False])
+def test_a_part_that_gets_none_by_what_a_tensor_holds_takes_both_or_refuses(full_first: bool) -> None:
+    model, full = MaskedIfPadded(), torch.ones(4, dtype=torch.bool)
+    padded = full & (torch.arange(4) < 2)
+    gm = pege_fx.prepare(model, FLOAT, (X, full if full_first else padded))
+    torch.testing.assert_close(gm(X, padded), model(X, padded))
+    if full_first:
+        torch.testing.assert_close(gm(X, full), model(X, full))
+    else:
+        with pytest.raises(OtherCallError, match="was a Tensor when the model was traced, and is None now"):
+            gm(X, full)
