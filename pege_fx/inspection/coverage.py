@@ -23,13 +23,19 @@ class Coverage:
 
     @property
     def shares(self) -> dict[str, tuple[int, int]]:
-        """Quantized and all: of "MACs" (where shapes are known), of "weights" (elements) and of "operations"."""
+        """Quantized and all: of "MACs" (where shapes are known), of "weights" (elements, once each) and of "operations"."""
         found = {"MACs": [0, 0], "weights": [0, 0], "operations": [0, 0]}
+
+        def count(what: str, amount: int, quantized: bool) -> None:
+            found[what][0] += amount * quantized
+            found[what][1] += amount
+
         for operation in self.plan.operations:
-            held = sum(edge.elements for edge in operation.weights) if operation.edges else operation.parameters
-            for what, count in (("MACs", operation.macs or 0), ("weights", held), ("operations", 1)):
-                found[what][0] += count * is_quantized(operation)
-                found[what][1] += count
+            count("MACs", operation.macs or 0, is_quantized(operation))
+            count("weights", 0 if operation.edges else operation.parameters, is_quantized(operation))
+            count("operations", 1, is_quantized(operation))
+        for readers in self.plan.weights:  # one that is tied counts as quantized if all of its readers are
+            count("weights", readers[0][1].elements, all(is_quantized(operation) for operation, _ in readers))
         return {what: (part, whole) for what, (part, whole) in found.items() if whole}
 
     @property

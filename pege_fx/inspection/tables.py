@@ -130,16 +130,11 @@ def operation_to_dict(operation: Operation) -> dict[str, Any]:
 
 def parameters_by_bits(plan: Plan) -> Counter[int]:
     """Count the model's parameters by the bits that hold them; what is not a quantized weight has ``FLOAT_BITS``."""
-    counted: dict[tuple[str, str], tuple[int, int]] = {}
-    alone = sum(capture.rung != "python" for capture in plan.captures) <= 1
-    for operation in plan.operations:
-        for edge in operation.weights:
-            if edge.spec is not None:
-                # In a model of one graph a source is one tensor; graphs inside Python modules have names of their own.
-                counted[edge.source, "" if alone else operation.path] = (edge.spec.bits, edge.elements)
     found: Counter[int] = Counter()
-    for bits, count in counted.values():
-        found[bits] += count
+    for readers in plan.weights:
+        specs = [(edge.spec.bits, edge.elements) for _, edge in readers if edge.spec is not None]
+        for bits, count in specs[-1:]:
+            found[bits] += count
     found[FLOAT_BITS] = max(plan.parameters - sum(found.values()), 0)
     return +found
 

@@ -174,6 +174,19 @@ class Plan:
                     yield operation, edge, edge.spec
 
     @property
+    def weights(self) -> list[list[tuple[Operation, Edge]]]:
+        """Every weight once, as the operations that read it with their edges: a tied one has several.
+
+        In a model of one graph a source is one tensor; graphs inside modules that stay Python have names of their own.
+        """
+        alone = sum(capture.rung != "python" for capture in self.captures) <= 1
+        found: dict[tuple[str, str], list[tuple[Operation, Edge]]] = {}
+        for operation in self.operations:
+            for edge in operation.weights:
+                found.setdefault((edge.source, "" if alone else operation.path), []).append((operation, edge))
+        return list(found.values())
+
+    @property
     def fingerprint(self) -> str:
         """A short hash of what is quantized and how: equal for equal graphs under equal policies."""
         lines = [

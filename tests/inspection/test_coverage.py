@@ -12,6 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import pege_fx
+from pege_fx import Coverage
+
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT))
 
@@ -179,3 +182,20 @@ def test_the_page_says_what_was_exported_and_what_was_not() -> None:
     assert cells["refused"] == ["–", "**no**", "–"]
     assert cells["untried"] == ["–", "–", "–"]
     assert "1 of the 3 that were tried are verified." in page
+
+
+def test_a_tied_weight_counts_once() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.middle, self.head = nn.Embedding(10, 4), nn.Linear(4, 4), nn.Linear(4, 10, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.head(self.middle(self.embedding(x)).relu())
+            return out
+
+    plan = pege_fx.explain(Tied(), "W4A4", (torch.zeros(2, 3, dtype=torch.long),)).plan
+    assert plan.parameters == 60
+    assert Coverage(plan).shares["weights"] == (56, 56)
+    assert [len(readers) for readers in plan.weights] == [2, 1]
