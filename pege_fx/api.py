@@ -19,6 +19,7 @@ from pege_fx.modules.mode import trial
 from pege_fx.modules.stages import graph_of, refuse_shards
 from pege_fx.passes.capture.examples import fresh
 from pege_fx.passes.capture.tiers import Captured, capture, check_model, stays_python, warn_of
+from pege_fx.passes.capture.validate import validate
 from pege_fx.passes.pipeline import Pass, Pipeline, run
 from pege_fx.passes.plan import record_classes, warn_if_nothing
 from pege_fx.passes.ranks import OtherGraphCallError, record_shapes
@@ -164,6 +165,7 @@ def prepare(
     blocks: Iterable[str] = (),
     share_parameters: bool = False,
     passes: Iterable[Pass] | None = None,
+    check: bool = True,
 ) -> GraphModule:
     """Return a GraphModule that trains quantized: traced, BatchNorm folded, a fake-quant on every edge of the policy.
 
@@ -183,8 +185,11 @@ def prepare(
             Training the graph then trains the model; ``prepare`` itself changes nothing of it. Move the model before, not the
             graph after: ``to()`` moves parameters for both and buffers for the graph alone.
         passes: run instead of ``prepare_passes(policy, batch_norm=..., seed=...)``.
+        check: with example inputs, run what was captured beside the model, in evaluation and in training, and compare outputs,
+            gradients and buffers before anything is quantized. It takes a few forward and backward passes.
 
     Raises:
+        VerifyError: if what was captured is not what the model computes.
         PegeError: a subclass says what, where and the fix.
 
     >>> import torch
@@ -196,6 +201,8 @@ def prepare(
     pipeline = prepare_passes(policy, batch_norm=batch_norm, seed=seed) if passes is None else passes
     with _collector_paused():
         captured, example = _capture(model, example_inputs, example_kwargs, blocks, share_parameters)
+        if check and example is not None:
+            validate(model, captured.root, captured.graphs, example)
         modules = [] if example is None else list(captured.root.modules())  # those of the model
         run(captured.graphs, pipeline)
         _whole_plan(captured, policy)
@@ -307,6 +314,7 @@ def trace_passes(
     batch_norm: BatchNormMode = "train",
     seed: int = 0,
     passes: Iterable[Pass] | None = None,
+    check: bool = True,
 ) -> PassTrace:
     """Return what each pass of ``prepare`` does to the graph, from the one that torch.fx traced.
 
@@ -318,6 +326,7 @@ def trace_passes(
         batch_norm: "train", "freeze" or "keep", as for ``prepare``.
         seed: of the replacement masks.
         passes: run instead of ``prepare``'s own.
+        check: as for ``prepare``.
 
     Raises:
         PegeError: as ``prepare`` does.
@@ -329,5 +338,5 @@ def trace_passes(
     """
     pipeline = prepare_passes(policy, batch_norm=batch_norm, seed=seed) if passes is None else passes
     trace = PassTrace()
-    prepare(model, policy, example_inputs, example_kwargs, passes=trace.watching(pipeline))
+    prepare(model, policy, example_inputs, example_kwargs, passes=trace.watching(pipeline), check=check)
     return trace

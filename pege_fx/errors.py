@@ -37,7 +37,7 @@ class FoldError(PegeError):
 
 
 class VerifyError(PegeError):
-    """A graph that is not what its plan says."""
+    """A graph that is not what its plan says, or does not compute what its model does."""
 
 
 class CheckpointError(PegeError):

@@ -16,18 +16,25 @@ _PLAIN = {type(None), bool, int, float, str}
 _COLLECTIONS = {dict, OrderedDict, set, tuple}
 
 
-def copied(model: nn.Module, share_parameters: bool) -> nn.Module:
+def copied(model: nn.Module, share_parameters: bool, share_buffers: bool | None = None) -> nn.Module:
     """Do as ``copy.deepcopy``, which takes longer than tracing, with short cuts for what modules are mostly made of.
 
     Large parameters: memory from NumPy, which asks for huge pages; touching it costs a quarter. Modules that say nothing of
     how they are copied, and in them tensors, numbers, and collections by names or of them (a module has a dozen).
+
+    Args:
+        model: left alone.
+        share_parameters: hold the model's own parameters.
+        share_buffers: hold its own buffers; None: as ``share_parameters``.
     """
+    share_buffers = share_parameters if share_buffers is None else share_buffers
     modules = list(model.modules())
     copies: dict[int, Any] = {}
     for module in modules:
-        for value in (*module._parameters.values(), *module._buffers.values()):
-            if value is not None and id(value) not in copies:
-                _copy_tensor(value, copies, share_parameters)
+        for values, shared in ((module._parameters, share_parameters), (module._buffers, share_buffers)):
+            for value in values.values():
+                if value is not None and id(value) not in copies:
+                    _copy_tensor(value, copies, shared)
     try:
         for module in reversed(modules):  # children first
             if id(module) not in copies and _is_copied_by_its_attributes(type(module)):

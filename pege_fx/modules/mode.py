@@ -72,6 +72,7 @@ def trial(modules: Iterable[nn.Module]) -> Iterator[None]:
     tensors = {buffer for module in modules for buffer in module.buffers(recurse=False)}
     tensors |= {parameter for module in own for parameter in module.parameters(recurse=False)}
     values = [(tensor, tensor.detach().clone()) for tensor in tensors if not tensor.is_meta]
+    leaves = {tensor for tensor in tensors if tensor.is_leaf}
     try:
         yield
     finally:
@@ -80,7 +81,9 @@ def trial(modules: Iterable[nn.Module]) -> Iterator[None]:
         with torch.no_grad():
             for tensor, value in values:
                 if not torch.equal(tensor, value):
-                    tensor.copy_(value)
+                    (tensor if tensor.shape == value.shape else tensor.resize_(value.shape)).copy_(value)
+                if tensor.grad_fn is not None and tensor in leaves:
+                    tensor.detach_()  # a write of what needs a gradient made it part of that call's graph
 
 
 class TrainingMode(nn.Module):
