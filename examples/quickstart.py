@@ -13,8 +13,8 @@ images (8 pairs, 5 seeds, best mean of the three methods). EWGS keeps its defaul
 reaches 1 at half of training, λ as in an ancestor of the paper's code); on the validation split λ = 0, larger λ and growing
 masks made no difference beyond the spread. An earlier setting (Adam 3e-3, 30 epochs) had been looked at on the test images.
 
-It computes in one thread, or in as many as --threads says. On a machine that is busy with other work, two wait for each other at
-every small operation, and took 460 s there.
+It computes in one thread, or in as many as --threads says. On a machine that is busy with other work, two wait for each other
+at every small operation, and took 460 s there.
 """
 
 import argparse
