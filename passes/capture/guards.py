@@ -20,7 +20,7 @@ from pege_fx.decompositions.recurrent import CELLS, LAYERS, given_or_zeros
 from pege_fx.modules.mode import check_argument, check_class, check_given, check_keys, check_tensor, contains, length
 from pege_fx.passes.capture.dictionaries import GuardedDict
 from pege_fx.passes.capture.examples import fresh
-from pege_fx.passes.capture.proxies import DataDependenceError, InPlaceProxy, ProxyTracer, is_protocol
+from pege_fx.passes.capture.proxies import DataDependenceError, InPlaceProxy, ProxyTracer, StateDependenceError, is_protocol
 from pege_fx.passes.capture.source_location import described, here
 from pege_fx.passes.graph import arguments, size_class
 
@@ -301,13 +301,13 @@ class GuardingTracer(ProxyTracer):
                 self._asked.append((proxy.node, answer[0]))
 
     def settle(self) -> None:
-        """Raise ``DataDependenceError`` if the graph depends on what a call changes.
+        """Raise ``StateDependenceError`` if the graph depends on what a call changes.
 
         That is a list of the call whose parts decide what ``forward`` does, or an object that now gives another answer.
         """
         for name, parts, before in self._lists:
             if len(parts) != len(before) or any(a is not b for a, b in zip(parts, before, strict=True)):
-                raise DataDependenceError(f"it writes into the list {name}, whose parts decide what it does")
+                raise StateDependenceError(f"it writes into the list {name}, whose parts decide what it does")
         with self.graph.inserting_before(self.graph.output_node()):
             for _, proxy, place in self._texts:
                 self.fixed(proxy, "a text", place=place)
@@ -315,7 +315,7 @@ class GuardingTracer(ProxyTracer):
         for node, answer in self._asked:
             now = self._recomputed(node, again)
             if not (isinstance(now, Tensor) if answer is Tensor else repr(now) == repr(answer)):
-                raise DataDependenceError(f"{shown(node)} is {answer!r} at first and {now!r} after a call, which changes it")
+                raise StateDependenceError(f"{shown(node)} is {answer!r} at first and {now!r} after a call, which changes it")
 
     def _recomputed(self, node: Node, again: dict[Node, Any]) -> Any:
         """What a node would be now, after the call."""

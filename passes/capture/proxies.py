@@ -18,6 +18,10 @@ class DataDependenceError(Exception):
     """Python asked for the value of a tensor: no example may decide that."""
 
 
+class StateDependenceError(DataDependenceError):
+    """Python asked an object for what a call changes: another call gets another answer."""
+
+
 class ContextError(Exception):
     """A ``with`` block or a call that means something to autograd and would be lost in a graph."""
 

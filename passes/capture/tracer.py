@@ -49,7 +49,7 @@ class NotTraceableError(Exception):
         self.path, self.place, self.reason = path, place, reason
         self.is_block = is_block
         self.asks_mode = isinstance(cause, ModeError)
-        self.asks_data = isinstance(cause, DataDependenceError)
+        self.asks_data = type(cause) is DataDependenceError
         self.keeps_meaning = isinstance(cause, (ModeError, ContextError))  # by staying Python, and nothing could be decided
 
 

@@ -131,8 +131,9 @@ def check_tensor(value: Any, name: str, module: str = "the model", active: bool 
 @torch.fx.has_side_effect
 def check_class(value: Any, name: str, traced: str, module: str = "the model", active: bool = True) -> None:
     """Raise ``OtherCallError`` unless an argument is of the class that was traced (an int may be given for a float)."""
-    classes = [cls.__qualname__ for cls in type(value).__mro__]
-    if active and traced not in classes and not (traced == "float" and type(value) is int):
+    if not active or type(value).__qualname__ == traced or (traced == "float" and isinstance(value, (float, int))):
+        return  # a compiler follows this, and no loop over classes
+    if traced not in (cls.__qualname__ for cls in type(value).__mro__):
         shown = "None" if value is None else f"a {type(value).__name__}"
         raise _other_call(module, f"{name} was a {traced} when the model was traced, and is {shown} now")
 

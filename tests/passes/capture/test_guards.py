@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor, nn
 
 import pege_fx
@@ -247,3 +248,23 @@ def test_a_part_that_gets_none_by_what_a_tensor_holds_takes_both_or_refuses(full
     else:
         with pytest.raises(OtherCallError, match="was a Tensor when the model was traced, and is None now"):
             gm(X, full)
+
+
+def test_a_compiler_follows_the_checks_in_one_graph_for_every_batch() -> None:
+    """The question that a check asks is a question that the model's own code would ask the compiler too."""
+
+    def asks(fc: Any, x: Tensor, mask: Tensor, named: dict[str, Tensor]) -> Any:
+        y = fc(x) * mask if x.dim() == 3 else fc(x)
+        return y + named["bias"] if x.shape[2] == 4 and "bias" in named and x.dtype == torch.float32 else y
+
+    named = {"bias": MASK}
+    model = Asking(asks)
+    gm = pege_fx.prepare(model, FLOAT, (X, MASK, named))
+    assert gm.code.count("check_") >= 6
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(gm, backend=counter, fullgraph=True, dynamic=True)
+    for rows in (2, 3, 5, 7):
+        x = torch.randn(rows, 3, 4)
+        torch.testing.assert_close(compiled(x, MASK, named), model(x, MASK, named))
+    assert counter.frame_count == 1
