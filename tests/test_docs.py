@@ -6,9 +6,13 @@ import os
 import re
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
+from html.parser import HTMLParser
 from pathlib import Path
 from statistics import mean, stdev
+from urllib.parse import unquote
 
 import pytest
 
@@ -161,6 +165,19 @@ def test_figures_next_to_others_and_of_a_gpu_are_those_of_the_result_files() -> 
     assert [row for row in (*rows_next_to_others(), *rows_of_a_gpu()) if row not in lines] == []
 
 
+def test_what_pages_say_of_exports_is_in_the_file_that_they_name() -> None:
+    models = json.loads((RESULTS / "exports.json").read_text()).values()
+    verified = sum(model.get("verdict") in ("exact", "ties") for model in models)
+    codes, differing = (sum(model.get(key, 0) for model in models) for key in ("codes", "differing"))
+    furthest = max(model.get("excess", 0) for model in models)
+    readme = " ".join(PAGES["README.md"].read_text().split())
+    assert f"{verified} of torchvision's {len(models)} classifiers and segmenters are verified in W4A4" in readme
+    assert (
+        f"of {codes / 1e6:,.0f} million codes {differing} differ, none more than {furthest:.1e} steps from a border" in readme
+    )
+    assert f"verdicts on {len(models)} models" in PAGES["docs/benchmarks.md"].read_text()
+
+
 def anchors(page: Path) -> set[str]:
     """The anchors of a page's headings, as GitHub and mkdocs both make them of plain words."""
     headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S), re.M)
@@ -172,10 +189,55 @@ def test_a_page_is_in_the_menu_of_the_site(name: str) -> None:
     assert f" {name}\n" in (ROOT / "mkdocs.yml").read_text(), f"add {name} to nav in mkdocs.yml"
 
 
+def prose(name: str) -> str:
+    """A page without its code."""
+    return re.sub(r"^```.*?^```|`[^`\n]+`", "", PAGES[name].read_text(), flags=re.M | re.S)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_site_finds_what_a_page_shows_and_links_to(name: str) -> None:
+    """mkdocs gives each page a folder and rewrites what Markdown links to, files alone; HTML on a page stays as it is."""
+    assert re.findall(r"""<[^>]+\b(?:src|href)=["'](?![a-z]+:|#)[^"']*""", prose(name)) == []
+    for target in re.findall(r"\]\((?![a-z]+:)([^)#\s]+)", prose(name)):
+        assert (PAGES[name].parent / target).resolve().is_file(), f"{target} is no file"
+
+
+class Targets(HTMLParser):
+    """What a page of the site asks for: images, links, scripts and style sheets."""
+
+    def __init__(self, page: Path) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.feed(page.read_text())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found += [value for name, value in attrs if name in ("src", "href") and value]
+
+
+def test_every_image_and_link_of_the_built_site_leads_somewhere(tmp_path: Path) -> None:
+    for package in ("mkdocs", "material", "mkdocstrings", "latex2mathml"):
+        pytest.importorskip(package)
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, check=True)
+    missing = {
+        f"{page.relative_to(tmp_path)}: {target}"
+        for page in tmp_path.rglob("*.html")
+        for target in Targets(page).found
+        if not re.match(r"[a-z]+:|//|#", target) and not there(page, target, tmp_path)
+    }
+    assert missing == set()
+
+
+def there(page: Path, target: str, site: Path) -> bool:
+    """Whether a server would find a file: a folder is its index.html, and a leading slash is the top of the site."""
+    path = unquote(re.split(r"[?#]", target)[0])
+    found = site / path.lstrip("/") if path.startswith("/") else page.parent / path
+    return found.is_file() or (found / "index.html").is_file()
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_links_lead_somewhere(name: str) -> None:
-    prose = re.sub(r"^```.*?^```|`[^`\n]+`", "", PAGES[name].read_text(), flags=re.M | re.S)
-    for target in re.findall(r"\]\((?![a-z]+:)([^)\s]+)\)", prose):
+    for target in re.findall(r"\]\((?![a-z]+:)([^)\s]+)\)", prose(name)):
         path, _, anchor = target.partition("#")
         found = PAGES[name] if not path else (PAGES[name].parent / path).resolve()
         assert found.exists(), f"{target} is not there"
