@@ -10,6 +10,7 @@ numbers, powers of two) stays exact, as it does on every processor.
 import hashlib
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -23,6 +24,11 @@ _BITS = {
     torch.float16: 4,
     torch.bfloat16: 2,
 }  # what is exact has no more behind the point
+# These compare with other processes, which round as this processor does.
+_WITH_OTHER_PROCESSES = (
+    "test_n_processes_train_as_one_does_on_the_global_batch",
+    "test_a_file_is_read_without_the_code_that_made_it",
+)
 _LIBRARY = torch.library.Library("aten", "IMPL")
 
 
@@ -30,6 +36,13 @@ def pytest_configure() -> None:
     """Put every product behind its imitation, for all threads of this process."""
     for name in PRODUCTS:
         _LIBRARY.impl(name, _other(name), "CPU", with_keyset=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out what can not agree."""
+    for item in items:
+        if item.name.split("[")[0] in _WITH_OTHER_PROCESSES:
+            item.add_marker(pytest.mark.skip(reason="compares with processes that round as this processor does"))
 
 
 def _other(name: str) -> Any:

@@ -72,6 +72,8 @@ def test_the_factor_may_change_from_step_to_step_and_a_scaler_may_be_off() -> No
         scaler.scale(loss).backward()
         assert all(torch.equal(value.grad / factor, wanted[name]) for name, value in gm.named_parameters())
     scheduler.follow(torch.amp.GradScaler("cpu", enabled=False))
+    states = [fq.schedule for fq in pege_fx.fake_quants(gm).values()]
+    assert {(state.is_scaled, float(state.loss_scale)) for state in states} == {(False, 1.0)}
     found = gradients(gm)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 

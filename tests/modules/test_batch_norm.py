@@ -303,7 +303,11 @@ IMAGE = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0))
 
 @pytest.mark.parametrize(
     ("policy", "reason"),
-    [("W4A4", "_1 is quantized, W8A8"), (QuantPolicy((Rule(weight="4", input=None),)), "_1 is quantized, W4A32")],
+    [
+        ("W4A4", "_1 is quantized, W8A8"),
+        (QuantPolicy((Rule(weight="4", input=None),)), "_1 is quantized, W4A32"),
+        (QuantPolicy((Rule(weight=None, input="4"),)), "_1 is quantized, W32A4"),
+    ],
 )
 def test_a_quantized_layer_keeps_the_norm_in_front_of_it(policy: Any, reason: str) -> None:
     model = leading().eval()
