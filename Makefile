@@ -8,7 +8,7 @@ WORKERS ?= 2
 # One thread a worker: two cores shared by two workers go faster than four threads that fight.
 TEST := OMP_NUM_THREADS=1 PYTHONWARNINGS=default
 
-.PHONY: demo test test-oldest test-kernels test-isa lint format docs bench coverage test-coverage fuzz mutants long-run clean
+.PHONY: demo test test-oldest test-kernels test-isa lint format docs bench coverage test-coverage fuzz fuzz-programs mutants long-run clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py --output runs/quickstart
@@ -68,8 +68,14 @@ long-run: $(VENV)/.installed
 
 # Random networks through everything; docs/fuzzing.md. ARGS="--seed 17" makes one batch again.
 MINUTES ?= 10
-fuzz: $(VENV)/.installed
+fuzz: fuzz-programs
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fuzz.py --minutes $(MINUTES) --workers $(WORKERS) $(ARGS)
+
+# Random Python around layers, called in other ways than it was prepared from: the model's answer, or an error.
+# PROGRAM_ARGS="--seed 17" makes one again.
+PROGRAMS ?= 1000
+fuzz-programs: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/programs.py --programs $(PROGRAMS) $(PROGRAM_ARGS)
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -3,7 +3,7 @@
 One thread, medians of interleaved runs, CPU time: what else the machine does counts less than in wall time. Kernel: against a
 copy of the same tensor. Training step (forward, backward, SGD) and evaluation: against the float model, eager and compiled,
 next to other libraries where they are installed (extra ``bench``). Prepare: against ``torch.fx.symbolic_trace`` of the same
-model. ``--only eager`` measures the parts with that word in their title, and leaves the rest of the file as it is. "Memory
+model, and with two images of 224 pixels as example inputs, where what was captured is checked against the model, or not. ``--only eager`` measures the parts with that word in their title, and leaves the rest of the file as it is. "Memory
 kept" is a part once more, in a process whose malloc hands nothing back to the system: without page faults, which come and go.
 """
 
@@ -205,16 +205,20 @@ def prepare_time(repeats: int) -> list[dict[str, Any]]:
     rows = []
     for name in ("resnet18", "mobilenet_v3_large", "efficientnet_b0", "swin_t", "vit_b_16"):
         model = torchvision.models.get_model(name, weights=None)
+        x = torch.randn(2, 3, 224, 224)
         calls: dict[str, Callable[[], object]] = {
             "trace": lambda model=model: torch.fx.symbolic_trace(model),
             "prepare": lambda model=model: pege_fx.prepare(model, "W4A4"),
             "shared": lambda model=model: pege_fx.prepare(model, "W4A4", share_parameters=True),
+            "unchecked": lambda model=model, x=x: pege_fx.prepare(model, "W4A4", (x,), check=False),
+            "checked": lambda model=model, x=x: pege_fx.prepare(model, "W4A4", (x,)),
         }
         times = {call: cost.seconds for call, cost in interleaved(calls, repeats).items()}
         rows.append(
             {"model": name}
             | {f"{call} ms": 1e3 * seconds for call, seconds in times.items()}
             | {"over trace": times["prepare"] / times["trace"], "shared over trace": times["shared"] / times["trace"]}
+            | {"checked over unchecked": times["checked"] / times["unchecked"]}
         )
     return rows
 
