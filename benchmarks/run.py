@@ -3,8 +3,9 @@
 One thread, medians of interleaved runs, CPU time: what else the machine does counts less than in wall time. Kernel: against a
 copy of the same tensor. Training step (forward, backward, SGD) and evaluation: against the float model, eager and compiled,
 next to other libraries where they are installed (extra ``bench``). Prepare: against ``torch.fx.symbolic_trace`` of the same
-model, and with two images of 224 pixels as example inputs, where what was captured is checked against the model, or not. ``--only eager`` measures the parts with that word in their title, and leaves the rest of the file as it is. "Memory
-kept" is a part once more, in a process whose malloc hands nothing back to the system: without page faults, which come and go.
+model; with two images of 224 pixels, what was captured is checked against the model or not. ``--only eager`` measures the parts
+with that word in their title, and leaves the rest of the file as it is. "Memory kept" is a part once more, in a process whose
+malloc hands nothing back to the system: without page faults, which come and go.
 """
 
 import argparse
