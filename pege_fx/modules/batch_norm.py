@@ -180,6 +180,11 @@ class Fold:
         """The BatchNorm normalises with batch statistics, or a dropout is active: nothing is folded at the moment."""
         return any(module.training for module in (self.bn, *self.between))
 
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The tensors that the factor is computed from."""
+        return self.bn.weight, self.bn.running_var
+
     def factor(self) -> Tensor:
         """k = gamma / sqrt(var + eps), one per channel, in float32 at least, never zero; where gamma is, it still learns."""
         variance = self.bn.running_var

@@ -1,8 +1,10 @@
 """The module behind every fake-quant node: a forward method, an estimator, and the schedule it shares with others."""
 
+import copy
 import weakref
 from dataclasses import dataclass
 from functools import partial
+from types import NoneType
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -30,6 +32,10 @@ class ScheduleState(nn.Module):
     ``loss_scale`` is the factor of a ``GradScaler`` that the scheduler follows, if it follows one (``is_scaled``).
 
     They are kept as bits, since ``half()`` rounds whatever is floating point, and float16 has no 1e-8.
+
+    An average of a model (``AveragedModel``, an EMA of a ``state_dict``) is a copy that somebody writes into. It stands where
+    its model does, whether buffers are copied, averaged, or left out as a ``state_dict`` leaves these: a copy without a
+    scheduler, whose buffers or whose sites' somebody wrote, takes the values of the state that it was copied from.
     """
 
     rate_bits: Tensor
@@ -37,6 +43,7 @@ class ScheduleState(nn.Module):
     activation_lambda_bits: Tensor
     loss_scale_bits: Tensor
     refresh_key: Tensor
+    touched: Tensor
 
     def __init__(self, group: str) -> None:
         super().__init__()
@@ -48,21 +55,54 @@ class ScheduleState(nn.Module):
         self._complete_version = version_of(self.rate_bits)
         key = torch.tensor(functional.refresh_key(0), dtype=torch.int32)
         self.register_buffer("refresh_key", key, persistent=False)
+        self.register_buffer("touched", torch.tensor(0, dtype=torch.int32), persistent=False)  # which nobody here writes
+        self._original: weakref.ref[ScheduleState] | None = None
+        self._touched_version: int | None = None
 
     @property
     def rate(self) -> Tensor:
+        self._follow_original()
         return self.rate_bits.view(torch.float32)
 
     def set_rate(self, rate: float) -> None:
+        self._original = None  # there is a schedule of its own
         self.rate.fill_(rate)
         self._complete_version = version_of(self.rate_bits) if rate == 1 else None
 
     @property
     def is_complete(self) -> bool:
+        self._follow_original()
         return self._complete_version is not None and self._complete_version == version_of(self.rate_bits)
 
+    def notice_writes(self) -> None:
+        """Somebody wrote buffers of a site: if this is a copy, the model is an average."""
+        self._touched_version = None
+
+    def _follow_original(self) -> None:
+        """Take the values of the state that this one was copied from, if somebody wrote buffers since."""
+        if self._original is None or is_traced() or version_of(self.touched) == self._touched_version:
+            return
+        self._touched_version = version_of(self.touched)
+        if (original := self._original()) is None:
+            return
+        self._complete_version = None
+        is_complete = original.is_complete
+        with torch.no_grad():
+            for mine, other in zip(self.buffers(), original.buffers(), strict=True):
+                if mine is not self.touched:
+                    mine.copy_(other)
+        if is_complete:
+            self._complete_version = version_of(self.rate_bits)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_complete_version": None}  # a copy's tensors count their versions anew
+        # A copy's tensors count their versions anew, and what it was copied from is nothing to save.
+        return {**vars(self), "_complete_version": None, "_original": None, "_touched_version": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ScheduleState":
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))  # type: ignore[no-untyped-call]
+        copied._original, copied._touched_version = weakref.ref(self), version_of(copied.touched)
+        return copied
 
     @property
     def weight_lambda(self) -> Tensor:
@@ -82,7 +122,10 @@ class ScheduleState(nn.Module):
 
 def version_of(tensor: Tensor) -> int | None:
     """How often a tensor was written, or None where nobody counts."""
-    return None if tensor.is_inference() else tensor._version
+    try:
+        return None if tensor.is_inference() else tensor._version
+    except RuntimeError:  # under vmap
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +191,6 @@ class FakeQuant(nn.Module):
 
     site_key: Tensor
     calibrated: Tensor
-    is_calibrated = False
     observing = False
     statistics: Statistics | None = None
     recompute = False  # y is not kept for backward, but made again there
@@ -176,14 +218,36 @@ class FakeQuant(nn.Module):
         )
         if self.estimator.strength != "lambda":
             self.register_buffer("strength", torch.tensor(float(self.estimator.strength)))
-        self.register_buffer("calibrated", torch.tensor(False))
+        # A number, not a bool, which no average can subtract: above 0 if the grid, or one that it is an average of, was set.
+        self.register_buffer("calibrated", torch.tensor(0.0))
+        self._calibrated, self._read = False, (self.calibrated, version_of(self.calibrated))
         self.register_load_state_dict_pre_hook(_follow_loaded_state)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_has_loaded_state)  # type: ignore[no-untyped-call]
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether the grid was set from data: the buffer ``calibrated``, which is asked when somebody wrote it since.
+
+        A tensor in its place that nobody wrote (moved, or empty after ``to_empty``) says nothing new.
+        """
+        if not is_traced():
+            tensor, version = self.calibrated, version_of(self.calibrated)
+            known, before = self._read
+            if version is not None and (version != before if tensor is known else version > 0) and not tensor.is_meta:
+                self._calibrated = bool(tensor > 0)
+                self.schedule.notice_writes()
+            self._read = tensor, version
+        return self._calibrated
+
+    @is_calibrated.setter
+    def is_calibrated(self, value: bool) -> None:
+        self._calibrated, self._read = value, (self.calibrated, version_of(self.calibrated))
 
     def initialize(self, statistics: Statistics) -> None:
         """Set the grid from data, by the forward method's own rule."""
         with torch.no_grad():
             self.method.initialize(statistics)
-            self.calibrated.fill_(True)
+            self.calibrated.fill_(1.0)
         self.is_calibrated = True
 
     def initialize_from(self, *inputs: Tensor) -> None:
@@ -274,7 +338,7 @@ class FakeQuant(nn.Module):
 
     def _discretize(self, x: Tensor, number: int = 0, others: tuple[Tensor, ...] = (), sign: Tensor | None = None) -> Tensor:
         if self.training and number == 0:
-            self.method.observe(torch.cat([value.flatten() for value in (x, *others)]) if others else x)
+            self._show_method(torch.cat([value.flatten() for value in (x, *others)]) if others else x, sign)
         continuous = self.method.transform(x)
         scale, zero_point = self.method.step()
         # Compiled code and captured graphs outlive p = 1, and do not ask. Eager mode saves itself the hash.
@@ -298,6 +362,12 @@ class FakeQuant(nn.Module):
             before = _LAST_FORWARD.get(self, []) if number else []
             _LAST_FORWARD[self] = [*before, weakref.ref(replaced.grad_fn)]
         return replaced
+
+    def _show_method(self, x: Tensor, sign: Tensor | None) -> None:
+        """Let the method see a training batch, as evaluation will quantize it: a weight with the sign of its fold."""
+        if sign is not None and type(self.method).observe is not ForwardMethod.observe:
+            x = x * sign.to(x.dtype)
+        self.method.observe(x)
 
     def codes(self, x: Tensor) -> Tensor:
         """Return the integer codes of ``x`` (as floating point), as evaluation and ``convert`` use them."""
@@ -336,11 +406,14 @@ class FakeQuant(nn.Module):
         """``deployed(x)``, computed anew when something that it depends on has changed since."""
         if _is_recorded(x) or type(x) not in (Tensor, nn.Parameter) or x.is_meta or not has_memory(x):
             return self.deployed(x)
-        norm = () if self.fold is None else (self.fold.bn.weight, self.fold.bn.running_var)
+        settings = _settings_of(self.method)
+        if settings is None:
+            return self.deployed(x)
+        norm, folded = ((), ()) if self.fold is None else (self.fold.tensors, (self.fold.live, self.fold.bn.eps))
         tensors = (x, *norm, *self.method.parameters(), *self.method.buffers())
         try:
             sources = [(t.detach(), t._version) for t in tensors if t is not None]
-            decisions = (self.site, self.method, self.fold is not None and self.fold.live, len(sources))
+            decisions = (self.site, self.method, settings, folded, len(sources))
             known = _DEPLOYED.get(self)
             if known is None or not known.is_of(decisions, sources):
                 with torch.inference_mode(mode=False), torch.no_grad():
@@ -350,8 +423,9 @@ class FakeQuant(nn.Module):
         return known.value
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode; what was kept for evaluation goes."""
+        """Set the mode; what was kept for evaluation goes, and ``is_calibrated`` is asked before a compiler may."""
         _DEPLOYED.pop(self, None)
+        self._calibrated = self.is_calibrated
         return super().train(mode)
 
     # A folded weight is quantized with the sign of its BatchNorm's factor k, so that scale * |k| is positive: with one
@@ -433,6 +507,20 @@ def below_transforms(x: Tensor) -> Tensor:
     return x if has_memory(x) else torch.func.debug_unwrap(x)
 
 
+_OF_EVERY_MODULE = vars(nn.Module()).keys() - {"training"}
+_FIXED = (bool, int, float, str, NoneType, torch.dtype, torch.device, QuantSpec, Channels)
+
+
+def _settings_of(method: ForwardMethod) -> tuple[Any, ...] | None:
+    """What a method's grid may depend on beside its tensors; None if some of it may change without anybody noticing."""
+    held = [(name, value) for part in method.modules() for name, value in vars(part).items() if name not in _OF_EVERY_MODULE]
+    is_fixed = all(
+        isinstance(value, _FIXED) or (type(value) is tuple and all(isinstance(item, _FIXED) for item in value))
+        for _, value in held
+    )
+    return tuple(held) if is_fixed else None
+
+
 def _is_recorded(x: Tensor) -> bool:
     """Tell whether what runs now is compiled, or captured as a CUDA graph: it runs again without this Python."""
     return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
@@ -445,13 +533,22 @@ def _follow_loaded_state(module: nn.Module, state: dict[str, Any], prefix: str, 
     """
     assert isinstance(module, FakeQuant)
     loaded = state.get(f"{prefix}calibrated")
-    module.is_calibrated = bool(loaded) if isinstance(loaded, Tensor) else False
-    if not module.is_calibrated:
-        module.calibrated.fill_(False)
+    is_calibrated = bool(loaded) if isinstance(loaded, Tensor) else False
+    if isinstance(loaded, Tensor) and loaded.dtype is torch.bool:  # as it was stored before
+        state[f"{prefix}calibrated"] = loaded.to(torch.float32)
+    if not is_calibrated:
+        module.calibrated.fill_(0.0)
+    module.is_calibrated = is_calibrated
     for name, parameter in module.method.named_parameters():
         key = f"{prefix}method.{name}"
         if isinstance(value := state.get(key), Tensor) and value.ndim == 0 and parameter.shape == (1,):
             state[key] = value.reshape(1)  # a state of when one value per tensor was 0-d
+
+
+def _has_loaded_state(module: nn.Module, _: Any) -> None:
+    """What was loaded was read before."""
+    assert isinstance(module, FakeQuant)
+    module.is_calibrated = module._calibrated
 
 
 def fake_quants(module: nn.Module) -> dict[str, FakeQuant]:

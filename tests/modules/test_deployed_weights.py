@@ -169,3 +169,53 @@ def test_threads_share_it() -> None:
         thread.join()
     assert len(found) == 20
     assert all(torch.equal(value, found[0]) for value in found)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+def test_everything_that_the_fold_reads_is_followed(granularity: str) -> None:
+    gm = prepared(granularity=granularity)
+    bn = gm.get_submodule("1")
+    changes: list[Callable[[], object]] = [
+        lambda: setattr(bn, "eps", 0.5),
+        lambda: bn.weight.mul_(-2),
+        lambda: setattr(bn, "weight", nn.Parameter(torch.full((4,), 0.3))),
+        lambda: setattr(bn, "running_var", torch.full((4,), 3.0)),
+        lambda: bn.running_mean.add_(1),
+        lambda: bn.bias.add_(1),
+    ]
+    for change in changes:
+        gm(X)
+        change()
+        kept = gm(X)
+        assert torch.equal(kept, fresh(gm))
+        assert torch.equal(kept, pege_fx.convert(gm)(X))
+
+
+class Tempered(pege_fx.ForwardMethod, name="tempered-example"):
+    """A step that depends on plain attributes of its own."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.temperature: Any = 1.0
+
+    def initialize(self, statistics: Any) -> None:
+        pass
+
+    def step(self) -> tuple[torch.Tensor, None]:
+        value = self.temperature[0] if isinstance(self.temperature, list) else self.temperature
+        return torch.tensor(0.1 * value), None
+
+
+@torch.no_grad()
+def test_plain_attributes_of_a_method_are_followed(counted: list[str]) -> None:
+    gm = prepared("tempered-example")
+    method = gm.get_submodule("0.weight_fq").method
+    outputs = [gm(X)]
+    for value in (2.0, [3.0]):
+        method.temperature = value
+        outputs.append(gm(X))
+    method.temperature[0] = 4.0
+    outputs.append(gm(X))
+    assert len({float(y.sum()) for y in outputs}) == 4
+    assert torch.equal(outputs[-1], fresh(gm))
