@@ -6,11 +6,14 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.utils._pytree import tree_leaves
 
 from pege_fx import passes as graph_passes
+from pege_fx._utils.collectives import is_shared
 from pege_fx.errors import ModelError, PegeWarning, PolicyError
 from pege_fx.inspection.diff import PassTrace
 from pege_fx.inspection.summary import Explanation, bystanders
@@ -19,7 +22,7 @@ from pege_fx.modules.mode import trial
 from pege_fx.modules.stages import graph_of, refuse_shards
 from pege_fx.passes.capture.examples import fresh
 from pege_fx.passes.capture.tiers import Captured, capture, check_model, stays_python, warn_of
-from pege_fx.passes.capture.validate import validate
+from pege_fx.passes.capture.validate import validate, validate_conversion
 from pege_fx.passes.pipeline import Pass, Pipeline, run
 from pege_fx.passes.plan import record_classes, warn_if_nothing
 from pege_fx.passes.ranks import OtherGraphCallError, record_shapes
@@ -28,6 +31,10 @@ from pege_fx.policy.rules import QuantPolicy
 from pege_fx.training.calibration import observe
 
 BatchNormMode = Literal["train", "freeze", "keep"]
+
+# The calls that models were prepared from, for ``convert`` to check with; those of more bytes are not kept alive for it.
+_EXAMPLES: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], Mapping[str, Any]]] = WeakKeyDictionary()
+_KEPT_BYTES = 2**24
 
 
 def prepare_passes(policy: QuantPolicy | str, *, batch_norm: BatchNormMode = "train", seed: int = 0) -> Pipeline:
@@ -210,24 +217,39 @@ def prepare(
     # transformers.Trainer asks for this before it looks at the signature: its loss arguments are fixed as all others are.
     vars(gm)["accepts_loss_kwargs"] = example is not None and "num_items_in_batch" in example[1]
     if example is not None:
+        if sum(value.nbytes for value in tree_leaves(example) if isinstance(value, Tensor)) <= _KEPT_BYTES:
+            _EXAMPLES[gm] = example
         with trial(modules):
             observe(gm, [fresh(example)])
     return gm
 
 
-def convert(gm: GraphModule, *, integer_bias: bool = False, packed: bool = False) -> GraphModule:
+def convert(
+    gm: GraphModule,
+    example_inputs: tuple[Any, ...] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    integer_bias: bool = False,
+    packed: bool = False,
+    check: bool = True,
+) -> GraphModule:
     """Return the deployable graph: weights as integer codes with scales, BatchNorm gone into them, in evaluation mode.
 
     Its outputs are those of ``gm.eval()``, bit for bit. The prepared model itself is not changed.
 
     Args:
         gm: a prepared model.
+        example_inputs: positional arguments of ``forward``, to check the result with; default: those of ``prepare``, if it is
+            the model that ``prepare`` returned and they take no more than 16 MiB.
+        example_kwargs: keyword arguments of ``forward``.
         integer_bias: hold biases as int32 in the units of the accumulators (input scale times weight scale), as integer
             hardware adds them. This rounds them, so outputs move by about one such unit.
         packed: hold weight codes in as many bits as they have (see ``pege_fx.packing``); the graph unpacks them whenever
             it runs. Files are packed in any case, see ``save_deployed``.
+        check: compare the result with ``gm.eval()`` on the example inputs, except with ``integer_bias``.
 
     Raises:
+        VerifyError: if the result is not what ``gm.eval()`` computes.
         ModelError: if ``gm`` was not prepared, or no activation was ever calibrated.
         ConvertError: if a forward method does not say how it is deployed.
 
@@ -264,6 +286,10 @@ def convert(gm: GraphModule, *, integer_bias: bool = False, packed: bool = False
     if deployed not in inner:  # it stays Python, and has what its graphs leave behind
         run([deployed], [graph_passes.drop_unused])
     deployed.meta["replacement"] = rates.get(behind, 1.0)
+    given = example_inputs is not None or example_kwargs is not None
+    example = _call(example_inputs, example_kwargs) if given else _EXAMPLES.get(gm)
+    if check and example is not None and not (integer_bias or unseen or is_shared()):
+        validate_conversion(gm, deployed, example)
     return deployed
 
 

@@ -4,8 +4,10 @@ Outputs, gradients, buffers and what the call left in its arguments are compared
 What a decomposition rounds otherwise is held against what rounding does to the model itself.
 """
 
+import copy
 import functools
 import math
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -28,6 +30,7 @@ from pege_fx.passes.capture.model_copy import copied
 Call: TypeAlias = tuple[tuple[Any, ...], Mapping[str, Any]]
 Around: TypeAlias = AbstractContextManager[Any]
 _BUFFER = "after the call, buffer "
+_QUIET = threading.RLock()  # the warning filters are those of all threads: one at a time changes them and puts them back
 _PERTURBATIONS = 3  # draws of the rounding
 
 
@@ -59,6 +62,27 @@ def validate(model: nn.Module, gm: GraphModule, graphs: Iterable[GraphModule], c
     with torch.inference_mode(mode=False), torch.enable_grad():  # in this order: the first says something of gradients too
         for training in (False,) if waits else (False, True):
             _Comparison(model, gm, list(graphs), call, training).check()
+
+
+def validate_conversion(gm: GraphModule, deployed: GraphModule, call: Call) -> None:
+    """Run a deployable graph beside the prepared one in evaluation, and compare bit for bit all that a call leaves.
+
+    Raises:
+        VerifyError: if they differ; names the first node that parts. A prepared model that fails on the call, or does not
+            repeat itself, says nothing.
+    """
+    with torch.inference_mode(mode=False), torch.no_grad():
+        comparison = _Comparison(gm, deployed, [], call, training=False)
+        expected = comparison.run(gm)
+        parted = {} if expected.error is not None else _parted(expected, comparison.run(deployed), buffers=False)
+        if parted and not _parted(expected, comparison.run(gm), buffers=False):
+            name, how = next(iter(parted.items()))
+            where = first_difference(copy.deepcopy(gm), deployed, [], comparison.run)
+            raise VerifyError(
+                f"what was converted is not what the prepared model computes in evaluation: {name} {how}.\n"
+                f"  {where or 'all of its values are values of the prepared model'}.\n"
+                "  please report it; check=False converts the model all the same."
+            )
 
 
 @dataclass
@@ -133,7 +157,7 @@ class _Comparison:
         )
 
     def _where(self) -> str:
-        where = first_difference(self._reference(), self.gm, self.graphs, self._run)
+        where = first_difference(self._reference(), self.gm, self.graphs, self.run)
         return where or "all values of the graph are values of the model: it is the order, or what comes back, that differs"
 
     def _warn_of_caprice(self, name: str) -> None:
@@ -151,18 +175,21 @@ class _Comparison:
         return reference
 
     def _of_model(self, around: Around | None = None, *, decomposed: bool = True, noise: torch.Generator | None = None) -> _Run:
-        return self._run(self._reference(decomposed), around, noise)
+        return self.run(self._reference(decomposed), around, noise)
 
     def _of_graph(self, around: Around | None = None) -> _Run:
-        return self._run(self.gm, around)
+        return self.run(self.gm, around)
 
-    def _run(self, module: nn.Module, around: Around | None = None, noise: torch.Generator | None = None) -> _Run:
+    def run(self, module: nn.Module, around: Around | None = None, noise: torch.Generator | None = None) -> _Run:
         """Call a module; what it changes in itself is put back."""
         devices = {value.device for value in (*self.model.parameters(), *self.model.buffers())}
         with ExitStack() as stack:
             stack.enter_context(trial(module.modules()))
             module.train(self.training)
             stack.enter_context(same_random_numbers(devices))
+            stack.enter_context(_QUIET)
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")  # the model says it again to the user, and some things of our gradients alone
             stack.enter_context(around or nullcontext())
             try:
                 (args, kwargs), inputs = _fresh(self.call, self.differentiable, noise)
@@ -261,7 +288,7 @@ def _form(x: Tensor) -> tuple[Any, ...]:
     return x.shape, x.dtype, x.layout, x.device
 
 
-def _parted(expected: _Run, found: _Run, allowed: Mapping[str, float] | None = None) -> dict[str, str]:
+def _parted(expected: _Run, found: _Run, allowed: Mapping[str, float] | None = None, *, buffers: bool = True) -> dict[str, str]:
     """Say what differs, and by how much, by name."""
     if found.error is not None:
         return {"a call": f"raises {type(found.error).__name__}: {found.error}"}
@@ -269,7 +296,7 @@ def _parted(expected: _Run, found: _Run, allowed: Mapping[str, float] | None = N
     names = [*expected.values, *(name for name in found.values if name not in expected.values and name not in caches)]
     missing = object()
     parted: dict[str, str] = {}
-    for name in names:
+    for name in names if buffers else (name for name in names if not name.startswith(_BUFFER)):
         x, y = expected.values.get(name, missing), found.values.get(name, missing)
         if x is missing or y is missing:
             parted[name] = "is missing" if y is missing else "is there, and not in the model"

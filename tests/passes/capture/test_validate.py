@@ -306,3 +306,37 @@ def test_parameters_on_meta_have_no_values_to_compare() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pege_fx.prepare(model, "W4A4", (x,))
+
+
+def converted_wrongly(monkeypatch: pytest.MonkeyPatch) -> GraphModule:
+    """A prepared model, the conversion of which is going to double the first bias."""
+
+    def double(gm: GraphModule) -> None:
+        with torch.no_grad():
+            gm.get_parameter("0.bias").mul_(2)
+
+    passes = pege_fx.convert_passes()
+    monkeypatch.setattr("pege_fx.api.convert_passes", lambda **options: [*passes, double])
+    return pege_fx.prepare(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), "W4A4", (torch.randn(2, 4),))
+
+
+def test_a_conversion_is_checked_on_the_example_of_prepare(monkeypatch: pytest.MonkeyPatch) -> None:
+    gm = converted_wrongly(monkeypatch)
+    with pytest.raises(VerifyError, match=r"what was converted .*: the output differs .*\n.*the first node that parts"):
+        pege_fx.convert(gm)
+    assert gm.training
+    pege_fx.convert(gm, check=False)
+
+
+def test_a_conversion_is_checked_on_a_call_that_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    gm = copy.deepcopy(converted_wrongly(monkeypatch))
+    pege_fx.convert(gm)  # a copy knows of no example
+    with pytest.raises(VerifyError, match="what was converted"):
+        pege_fx.convert(gm, (torch.randn(3, 4),))
+    with pytest.raises(VerifyError, match="what was converted"):
+        pege_fx.convert(gm, example_kwargs={"input": torch.randn(3, 4)})
+
+
+def test_a_call_that_the_prepared_model_refuses_says_nothing_of_its_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
+    gm = converted_wrongly(monkeypatch)
+    pege_fx.convert(gm, (torch.randn(3, 5),))
