@@ -25,6 +25,7 @@ class Names:
         written: attributes that are assigned.
         methods: what is read, with the attribute that it is read of, None for what may be anything; nothing of ``self``.
         variables: variables of the module around the code.
+        unheard: what no proxy hears of: patterns that are matched, global variables that are written.
     """
 
     read: frozenset[str] = frozenset()
@@ -32,6 +33,7 @@ class Names:
     written: frozenset[str] = frozenset()
     methods: frozenset[tuple[str | None, str]] = frozenset()
     variables: frozenset[str] = frozenset()
+    unheard: frozenset[str] = frozenset()
 
     def __or__(self, other: "Names") -> "Names":
         return Names(**{kind: getattr(self, kind) | getattr(other, kind) for kind in Names.__annotations__})
@@ -42,17 +44,41 @@ class Names:
 
 
 NO_NAMES = Names()
+_PLAIN = (type(None), bool, int, float, str)
 
 
 def names_in_forward(module: nn.Module) -> Names:
     """Return the names in a module's ``forward``, in the methods that it may call, and in the functions that it names."""
-    found: dict[types.CodeType, Names] = {}
+    return functools.reduce(operator.or_, (names for names, _ in _reached(module)), NO_NAMES)
+
+
+def surroundings_of(module: nn.Module) -> tuple[frozenset[str], dict[tuple[str, str], Any]]:
+    """Return what no proxy hears of in a module's ``forward``, and the global flags, numbers and texts that it may read.
+
+    Those are by (module, name). Only code in the files of its classes counts: what libraries do behind it is theirs.
+    """
+    files = {cls.__module__ for cls in type(module).__mro__}
+    unheard: set[str] = set()
+    found: dict[tuple[str, str], Any] = {}
+    for names, around in _reached(module):
+        place = str(around.get("__name__"))
+        if place in files:
+            unheard |= names.unheard
+            constants = {name for name in names.variables & around.keys() if isinstance(around[name], _PLAIN)}
+            found |= {(place, name): around[name] for name in sorted(constants) if not name.startswith("__")}
+    return frozenset(unheard), found
+
+
+def _reached(module: nn.Module) -> list[tuple[Names, dict[str, Any]]]:
+    """The names in each function that ``forward`` may reach, with the globals of that function."""
+    found: dict[types.CodeType, tuple[Names, dict[str, Any]]] = {}
     waiting = [(function, True) for value in _attributes(module, "forward")[:1] for function in _functions(value)]
     while waiting:
         function, is_method = waiting.pop()
         if function.__code__ in found or _is_library(function):
             continue
-        found[function.__code__] = names = names_of(function.__code__, is_method=is_method)
+        names = names_of(function.__code__, is_method=is_method)
+        found[function.__code__] = names, function.__globals__
         for name in names.read:
             candidates = _attributes(module, name)
             waiting += [
@@ -62,7 +88,7 @@ def names_in_forward(module: nn.Module) -> Names:
             ]
         for name in names.variables:
             waiting += [(helper, False) for helper in _functions(function.__globals__.get(name))]
-    return functools.reduce(operator.or_, found.values(), NO_NAMES)
+    return list(found.values())
 
 
 def _attributes(module: nn.Module, name: str) -> list[Any]:
@@ -79,6 +105,8 @@ def names_of(code: types.CodeType, *, is_method: bool) -> Names:
         receiver: Any = None  # the attribute on the stack, or ``itself``
         for step in dis.get_instructions(part):
             on, receiver = receiver, None
+            if step.opname.startswith("MATCH_"):
+                found["unheard"].add("a pattern")
             if step.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
                 found["read"].add(step.argval)
                 receiver = (step.argval,)
@@ -90,12 +118,25 @@ def names_of(code: types.CodeType, *, is_method: bool) -> Names:
                 found["written"].add(step.argval)
             elif step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
                 found["variables"].add(step.argval)
+            elif step.opname == "STORE_GLOBAL":
+                found["unheard"].add(f"the global variable {step.argval}, which it writes")
             elif step.opname.startswith(("LOAD_FAST", "LOAD_DEREF")):
                 receiver = step.argval[-1] if isinstance(step.argval, tuple) else step.argval
                 receiver = receiver if receiver == itself else None
             elif step.opname in ("EXTENDED_ARG", "CACHE"):
                 receiver = on
     return Names(**{kind: frozenset(names) for kind, names in found.items()})
+
+
+@functools.cache
+def compares_identity(code: types.CodeType) -> bool:
+    """Tell whether code asks ``is`` of anything but None and other constants, as in ``x.dtype is torch.half``."""
+    before = None
+    for step in dis.get_instructions(code):
+        if step.opname == "IS_OP" and before != "LOAD_CONST":
+            return True
+        before = step.opname
+    return False
 
 
 def _is_call(step: dis.Instruction) -> bool:

@@ -7,6 +7,7 @@ shape, so that other calls with the same answer go on working.
 import inspect
 import operator
 import os
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -17,12 +18,24 @@ from torch import Tensor, nn
 from torch.fx import Node, Proxy
 
 from pege_fx.decompositions.recurrent import CELLS, LAYERS, given_or_zeros
-from pege_fx.modules.mode import check_argument, check_class, check_given, check_keys, check_tensor, contains, length
+from pege_fx.modules.mode import (
+    TRAINING_MODE,
+    check_argument,
+    check_class,
+    check_constant,
+    check_given,
+    check_keys,
+    check_tensor,
+    check_variables,
+    contains,
+    length,
+)
+from pege_fx.passes.capture.bytecode import compares_identity, surroundings_of
 from pege_fx.passes.capture.dictionaries import GuardedDict
 from pege_fx.passes.capture.examples import fresh
 from pege_fx.passes.capture.proxies import DataDependenceError, InPlaceProxy, ProxyTracer, StateDependenceError, is_protocol
 from pege_fx.passes.capture.source_location import described, here
-from pege_fx.passes.graph import arguments, size_class
+from pege_fx.passes.graph import after, arguments, changes_its_input, first_argument, size_class
 
 UNKNOWN = object()
 FIXED = (type(None), bool, int, str)  # Python asks of these what no proxy hears of: ``is None``, a key, ``range``
@@ -107,6 +120,8 @@ class GuardingTracer(ProxyTracer):
     _lists: list[tuple[str, list[Any], list[Any]]]  # handed to ``forward``, and what they held
     _of_objects: set[Node]  # computed by, or of, objects that are no tensors: a call may change what they say
     _texts: list[tuple[str, Proxy, str]]  # in which sizes are shown, of what, and where
+    _variables: dict[tuple[str, str], Any]  # global ones that code may read, by (module, name)
+    _decided_by: list[Node]  # buffers, and what is computed of them, by whose values Python went
     _asked: list[tuple[Node, Any]]  # questions about those, and the answers
 
     # --- arguments -------------------------------------------------------------------------------------------
@@ -160,6 +175,8 @@ class GuardingTracer(ProxyTracer):
             return argument
         if type(value) in (list, tuple):
             return self._fix_sequence(argument, name, value)
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*self._fix_sequence(argument, name, value))
         self._check(check_class, argument, name, type(value).__qualname__)
         if _is_object(value):
             self._of_objects.add(argument.node)
@@ -169,7 +186,7 @@ class GuardingTracer(ProxyTracer):
         """A list or tuple of tensors stays one value of the graph; one of other things is handed over part by part."""
         self._check(check_class, argument, name, type(value).__qualname__)
         self._check(check_keys, argument, name, tuple(range(len(value))))
-        if all(isinstance(part, (Tensor, float)) for part in value):
+        if type(value) in (list, tuple) and all(isinstance(part, (Tensor, float)) for part in value):
             return argument
         parts = [self.part(argument, name, place, part) for place, part in enumerate(value)]
         if isinstance(value, tuple):
@@ -203,10 +220,12 @@ class GuardingTracer(ProxyTracer):
         """Return what Python asks for, and guard it: a size, a number made of sizes; never the value of a tensor.
 
         With ``sized`` the question is only how many there are, or which keys a dictionary has. What is made of buffers alone is
-        a constant of the model, and nothing to note.
+        a constant of the model, and nothing to tell a user of.
         """
         value = self._values.get(proxy.node, UNKNOWN)
         if proxy.node in self._static and proxy.node not in self._learned:
+            if not sized:
+                self._check_constants(proxy.node, place or here())
             return value
         if value is UNKNOWN or proxy.node in self._unsized or (isinstance(value, Tensor) and not sized):
             raise DataDependenceError(f"{use} asks for the value of {proxy.node}, which depends on data")
@@ -218,6 +237,17 @@ class GuardingTracer(ProxyTracer):
         else:
             self._check_once(check_argument, self._ask(length, proxy), f"len({shown(proxy.node)})", len(value))
         return value
+
+    def _check_constants(self, node: Node, place: str) -> None:
+        """Check the buffers, or what is computed of them, that decided."""
+        value = self._values.get(node, UNKNOWN)
+        if not isinstance(value, Tensor):
+            for source in node.all_input_nodes:
+                self._check_constants(source, place)
+        elif (check_constant, node) not in self._checked and value.numel() <= _FEW:
+            self._checked.add((check_constant, node))
+            self._decided_by.append(node)
+            self._check(check_constant, self.proxy(node), shown(node), _plain(value.tolist()), place=place)
 
     def has(self, proxy: Proxy, item: Any) -> bool:
         """Return whether a collection has an item, and guard it."""
@@ -237,6 +267,8 @@ class GuardingTracer(ProxyTracer):
             raise AttributeError(f"what is traced has no attribute {name}")
         if name in _OF_AUTOGRAD and (name.startswith("grad") or proxy.node.op != "get_attr"):
             raise DataDependenceError(f"it asks for .{name} of {proxy.node}, which a graph does not know")
+        if name in _SINGLE and compares_identity(sys._getframe(2).f_code):
+            return self.fixed(proxy.attribute(name), f".{name}")
         if value is UNKNOWN or isinstance(value, Tensor):
             return proxy.attribute(name)
         found = getattr(value, name)
@@ -300,6 +332,13 @@ class GuardingTracer(ProxyTracer):
             if answer and proxy.node in self._of_objects:
                 self._asked.append((proxy.node, answer[0]))
 
+    def look_around(self, module: nn.Module) -> None:
+        """Note the global variables that a module's code reads; refuse code that asks in ways of which no proxy hears."""
+        unheard, variables = surroundings_of(module)
+        if unheard:
+            raise DataDependenceError(f"it asks by {min(unheard)}, of which no proxy hears")
+        self._variables |= variables
+
     def settle(self) -> None:
         """Raise ``StateDependenceError`` if the graph depends on what a call changes.
 
@@ -308,9 +347,19 @@ class GuardingTracer(ProxyTracer):
         for name, parts, before in self._lists:
             if len(parts) != len(before) or any(a is not b for a, b in zip(parts, before, strict=True)):
                 raise StateDependenceError(f"it writes into the list {name}, whose parts decide what it does")
+        if self._variables:
+            variables = tuple((*place, value) for place, value in self._variables.items())
+            with self.graph.inserting_before(after(next(iter(self.graph.nodes)))):
+                node = self.create_node("call_function", check_variables, (variables, described(self.root)), {})
+                node.meta["is_wrapped"] = True
         with self.graph.inserting_before(self.graph.output_node()):
             for _, proxy, place in self._texts:
                 self.fixed(proxy, "a text", place=place)
+        read = {node.target for decided in self._decided_by for node in ancestors(decided) if node.op == "get_attr"}
+        for node in (node for node in self.graph.nodes if read and node.target != TRAINING_MODE):
+            changed = first_argument(node) if changes_its_input(self.root, node) else None
+            if isinstance(changed, Node) and changed.op == "get_attr" and changed.target in read:
+                raise StateDependenceError(f"it asks for the value of {changed.target}, which each call changes")
         again: dict[Node, Any] = {}
         for node, answer in self._asked:
             now = self._recomputed(node, again)
@@ -334,13 +383,17 @@ class GuardingTracer(ProxyTracer):
 
 
 # Taken here: while tracing, torch.finfo is another.
-_OF_TORCH = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.finfo, torch.iinfo)
+_OF_TORCH = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size, torch.finfo, torch.iinfo)
+_SINGLE = {"dtype", "layout"}  # whose values are asked by ``is``, of which no proxy hears
+_FEW = 1024  # elements that a check compares
 _OF_AUTOGRAD = {"grad", "grad_fn", "requires_grad", "is_leaf"}  # example values are computed without
 
 
 def _is_object(value: Any) -> bool:
     """Whether a value is an object with a state of its own."""
-    return not isinstance(value, (Tensor, *FIXED, float, complex, list, tuple, dict, set, *_OF_TORCH))
+    if isinstance(value, (Tensor, *_OF_TORCH)) or type(value).__module__ == "torch.return_types":
+        return False
+    return type(value) not in (*FIXED, float, complex, list, tuple, dict, set, frozenset, OrderedDict)
 
 
 # --- in words and as keys ----------------------------------------------------------------------------------------
@@ -378,5 +431,18 @@ def _key(value: Any) -> Any:
     return repr(value)
 
 
+def ancestors(node: Node) -> set[Node]:
+    """Return a node and all that it is computed from."""
+    found: set[Node] = set()
+    waiting = [node]
+    while waiting:
+        if (current := waiting.pop()) not in found:
+            found.add(current)
+            waiting += current.all_input_nodes
+    return found
+
+
 def _plain(answer: Any) -> Any:
+    if isinstance(answer, list):
+        return tuple(map(_plain, answer))
     return tuple(answer) if isinstance(answer, torch.Size) else answer

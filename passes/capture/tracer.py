@@ -91,8 +91,8 @@ class PegeTracer(GuardingTracer):
         self.guards = []
         self.state: ModuleState
         self.failed: str | None = None
-        self._values = {}
-        self._checked, self._lists, self._texts, self._of_objects, self._asked = set(), [], [], set(), []
+        self._values, self._variables = {}, {}
+        self._checked, self._lists, self._texts, self._of_objects, self._asked, self._decided_by = set(), [], [], set(), [], []
         self._unsized = set()  # tensors whose sizes depend on what tensors hold
         self._static = set()  # made of parameters and buffers alone
         self._learned = set()  # of parameters
@@ -214,6 +214,8 @@ class PegeTracer(GuardingTracer):
         if m not in self._installed and not has_parameters(m):  # made on the way, as ``nn.ReLU()(x)``
             return forward(*args, **kwargs)  # what it does, not what it is, is in the graph
         try:
+            if not self.is_leaf_module(m, self.path_of_module(m)):
+                self.look_around(m)
             if isinstance(m, NORM_THEN_TYPES):
                 y = self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
                 for child in m.children():
@@ -253,6 +255,7 @@ class PegeTracer(GuardingTracer):
         if not self.live_training:
             return function, args
         self._installed = set(self.root.modules())
+        self.look_around(self.root)
         mode = self.create_proxy("call_module", TRAINING_MODE, (), {})
         self._mode_node = mode.node
         self._values[mode.node] = bool(self.mode)

@@ -1,6 +1,7 @@
 """Modules that stand in a traced graph for what a graph does not hold: the training mode, code that stays Python."""
 
 import inspect
+import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -153,6 +154,31 @@ def check_keys(value: Any, name: str, traced: tuple[Any, ...], module: str = "th
         raise _other_call(module, f"{name} had {list(traced)} when the model was traced, now it has {list(found)}")
 
 
+@torch.fx.has_side_effect
+def check_constant(value: Tensor, name: str, traced: Any, module: str = "the model", active: bool = True) -> None:
+    """Raise ``OtherCallError`` unless a buffer holds what it held when the graph was traced; a compiler does not ask."""
+    if not active or torch.compiler.is_compiling():
+        return
+    found = _nested_tuple(value.tolist())
+    if found != traced:
+        raise _other_call(module, f"{name} held {traced!r} when the model was traced, and holds {found!r} now")
+
+
+def _nested_tuple(value: Any) -> Any:
+    return tuple(map(_nested_tuple, value)) if isinstance(value, list) else value
+
+
+@torch.fx.has_side_effect
+def check_variables(variables: tuple[tuple[str, str, Any], ...], module: str = "the model", active: bool = True) -> None:
+    """Raise ``OtherCallError`` unless global variables, each (module, name, value), are what they were."""
+    if not active or torch.compiler.is_compiling():
+        return
+    for place, name, traced in variables:
+        found = vars(sys.modules[place]).get(name, traced) if place in sys.modules else traced
+        if found is not traced and not _is_equal(found, traced):
+            raise _other_call(module, f"{place}.{name} was {traced!r} when the model was traced, and is {found!r} now")
+
+
 def length(value: Any) -> int:
     """Return ``len(value)``, as a node of the graph that other tracers keep."""
     return len(value)
@@ -163,7 +189,7 @@ def contains(value: Any, item: Any) -> bool:
     return item in value
 
 
-CHECKS = (check_argument, check_tensor, check_class, check_given, check_keys)
+CHECKS = (check_argument, check_tensor, check_class, check_given, check_keys, check_constant, check_variables)
 _SHOWN = (bool, int, float, str, tuple, torch.dtype, torch.device)
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 

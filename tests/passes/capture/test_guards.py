@@ -3,7 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -158,6 +158,104 @@ def test_the_line_that_asked_is_named() -> None:
     line = larger.__code__.co_firstlineno + 1
     with pytest.raises(OtherCallError, match=rf"Asking \(test_guards.py:{line}\) is called in another way"):
         gm(OTHER)
+
+
+class Pair(NamedTuple):
+    x: Tensor
+    bias: Tensor | None = None
+
+
+FLAG, COUNT = False, 0
+
+
+def named(fc: Any, pair: Pair) -> Any:
+    return fc(pair.x) if pair.bias is None else fc(pair.x) + pair.bias
+
+
+def flagged(fc: Any, x: Tensor) -> Any:
+    return -fc(x) if FLAG else fc(x)
+
+
+class Switched(nn.Module):
+    """Asks a buffer, and in the end writes into it if told so."""
+
+    on: Tensor
+
+    def __init__(self, writes: bool) -> None:
+        super().__init__()
+        self.fc, self.writes = nn.Linear(4, 4), writes
+        self.register_buffer("on", torch.tensor(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc(x) if self.on == 0 else -self.fc(x)
+        if self.writes:
+            self.on.fill_(1)
+        return y
+
+
+def test_a_named_tuple_is_asked_for_its_parts() -> None:
+    model = Asking(named)
+    gm = pege_fx.prepare(model, FLOAT, (Pair(X),))
+    torch.testing.assert_close(gm(Pair(OTHER)), model(Pair(OTHER)))
+    with pytest.raises(OtherCallError, match="was None when"):
+        gm(Pair(X, MASK))
+
+
+def test_a_global_variable_that_changed_is_another_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Asking(flagged)
+    gm = pege_fx.prepare(model, FLOAT, (X,))
+    torch.testing.assert_close(gm(X), model(X))
+    monkeypatch.setitem(globals(), "FLAG", True)
+    with pytest.raises(OtherCallError, match="FLAG was False when the model was traced, and is True now"):
+        gm(X)
+
+
+def test_a_buffer_that_decided_is_checked_and_one_that_each_call_writes_decides_in_python() -> None:
+    model = Switched(writes=False)
+    gm = pege_fx.prepare(model, FLOAT, (X,))
+    torch.testing.assert_close(gm(X), model(X))
+    gm.get_buffer("on").fill_(1)
+    with pytest.raises(OtherCallError, match=r"on == 0 held True"):
+        gm(X)
+    model = Switched(writes=True)
+    gm = pege_fx.prepare(model, FLOAT, (X,))
+    for _ in range(2):
+        torch.testing.assert_close(gm(X), model(X))
+
+
+def matched(fc: Any, x: Tensor) -> Any:
+    match x.shape:
+        case (2, *_):
+            return fc(x)
+        case _:
+            return -fc(x)
+
+
+def identical(fc: Any, x: Tensor) -> Any:
+    return fc(x) if x.dtype is torch.float32 else -fc(x.float())
+
+
+def counting(fc: Any, x: Tensor) -> Any:
+    global COUNT
+    COUNT += 1
+    return fc(x) if COUNT % 2 else -fc(x)
+
+
+@pytest.mark.parametrize("function", [matched, counting])
+def test_what_no_proxy_hears_of_stays_python(function: Any) -> None:
+    model = Asking(function)
+    gm = pege_fx.prepare(model, FLOAT, (X,))
+    assert [note.rung for note in plan_of(gm).captures if not note.path] == ["python"]
+    for x in (X, OTHER) if function is matched else ():
+        torch.testing.assert_close(gm(x), model(x))
+
+
+def test_identity_of_a_type_is_asked_of_the_value() -> None:
+    model = Asking(identical)
+    gm = pege_fx.prepare(model, FLOAT, (X,))
+    torch.testing.assert_close(gm(OTHER), model(OTHER))
+    with pytest.raises(OtherCallError, match=r"x.dtype was torch.float32 when the model was traced, and is torch.float16 now"):
+        gm(X.half())
 
 
 def counted(fc: Any, x: Tensor, counts: Counts) -> Any:
