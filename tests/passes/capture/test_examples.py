@@ -33,6 +33,16 @@ def test_what_can_not_be_copied_stays_itself_beside_copies() -> None:
     assert copied[1][0] is not numbers[0]
 
 
+def test_an_object_that_holds_what_autograd_made_is_copied() -> None:
+    memory = Memory()
+    memory.add(torch.ones(2, requires_grad=True) * 2)
+    copied = fresh([memory])[0]
+    assert copied is not memory
+    assert copied.seen[0] is not memory.seen[0]
+    assert torch.equal(copied.seen[0], memory.seen[0])
+    assert fresh([memory], tensors=False)[0].seen is not memory.seen
+
+
 class Memory:
     """Keeps what it was given, and sums it up."""
 
