@@ -281,6 +281,9 @@ def convert(
             stacklevel=2,
         )
     deployed = copy.deepcopy(gm).eval()
+    for site in fake_quants(deployed).values():
+        if site.is_calibrated:
+            site.check_method(site.calibrated.dtype, 2)
     inner = [module for module in deployed.modules() if isinstance(module, GraphModule) and not stays_python(module)]
     run(reversed(inner), convert_passes(integer_bias=integer_bias, packed=packed))
     if deployed not in inner:  # it stays Python, and has what its graphs leave behind

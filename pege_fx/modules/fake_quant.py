@@ -16,6 +16,7 @@ from pege_fx._utils.collectives import is_shared
 from pege_fx.errors import ModelError
 from pege_fx.kernels.inductor import has_memory, is_traced
 from pege_fx.modules.batch_norm import Fold
+from pege_fx.modules.method_check import check_method, is_own
 from pege_fx.modules.methods import Decoding, ForwardMethod, Statistics
 from pege_fx.numerics import functional
 from pege_fx.numerics.spec import ESTIMATORS, METHODS, Channels, Kind, QuantSpec
@@ -97,6 +98,12 @@ class ScheduleState(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # A copy's tensors count their versions anew, and what it was copied from is nothing to save.
         return {**vars(self), "_complete_version": None, "_original": None, "_touched_version": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if "touched" not in self._buffers:  # pickled before there was one
+            self.register_buffer("touched", torch.zeros_like(self.refresh_key), persistent=False)
+            self._original = self._touched_version = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ScheduleState":
         copied = memo[id(self)] = type(self).__new__(type(self))
@@ -220,6 +227,8 @@ class FakeQuant(nn.Module):
             self.register_buffer("strength", torch.tensor(float(self.estimator.strength)))
         # A number, not a bool, which no average can subtract: above 0 if the grid, or one that it is an average of, was set.
         self.register_buffer("calibrated", torch.tensor(0.0))
+        # What the method was found to deploy as it trains; None: nothing to find out.
+        self._checked: set[tuple[torch.dtype, int | None]] | None = None if is_own(self.method) else set()
         self._calibrated, self._read = False, (self.calibrated, version_of(self.calibrated))
         self.register_load_state_dict_pre_hook(_follow_loaded_state)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_has_loaded_state)  # type: ignore[no-untyped-call]
@@ -249,6 +258,25 @@ class FakeQuant(nn.Module):
             self.method.initialize(statistics)
             self.calibrated.fill_(1.0)
         self.is_calibrated = True
+        self.check_method(self.calibrated.dtype, None)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        before = state.get("is_calibrated")
+        super().__setstate__({name: value for name, value in state.items() if name != "is_calibrated"})  # type: ignore[no-untyped-call]
+        if before is not None:  # pickled when the flag was an attribute, and its buffer a bool
+            self.calibrated = self.calibrated.to(torch.float32)
+            self.is_calibrated, self._checked = before, set()
+
+    def check_method(self, dtype: torch.dtype, rank: int | None) -> None:
+        """Compare what the method trains with what would be deployed, once for each dtype, mode and number of dimensions.
+
+        Raises:
+            ConvertError: if they are two functions.
+        """
+        if self._checked is None or (dtype, rank) in self._checked or is_traced() or self.calibrated.is_meta:
+            return
+        check_method(self.method, self.site.name, dtype, rank)
+        self._checked.add((dtype, rank))
 
     def initialize_from(self, *inputs: Tensor) -> None:
         """Set the grid from a weight, or from the first activation of each input. Meta tensors hold nothing and set nothing.
@@ -318,6 +346,7 @@ class FakeQuant(nn.Module):
             self._see(x, *others)
         if self.observing:
             return self.leave(x, self.enter(x))
+        self.check_method(x.dtype, x.ndim)
         if not self.training and not torch.is_grad_enabled():
             return self._deployed_once(x) if self.site.kind == "weight" else self.deployed(x)
         if self.fold is not None and self.fold.live and self.method.channels is not None and self.method.is_plain:
@@ -426,6 +455,7 @@ class FakeQuant(nn.Module):
         """Set the mode; what was kept for evaluation goes, and ``is_calibrated`` is asked before a compiler may."""
         _DEPLOYED.pop(self, None)
         self._calibrated = self.is_calibrated
+        self._checked = None if is_own(self.method) else set()
         return super().train(mode)
 
     # A folded weight is quantized with the sign of its BatchNorm's factor k, so that scale * |k| is positive: with one

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from pege_fx.errors import InputError
+from pege_fx.errors import ConvertError, InputError
 from pege_fx.modules.stages import unwrapped
 
 Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
@@ -124,6 +124,8 @@ def call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     """Run a model; ``InputError`` with the shapes of its inputs if it fails."""
     try:
         return model(*args, **kwargs)
+    except ConvertError:  # of a forward method, which is at fault whatever the inputs
+        raise
     except Exception as error:
         shapes = [
             tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in (*args, *kwargs.values())

@@ -257,10 +257,10 @@ def test_quantizers_learn_at_the_same_rate_unless_told_otherwise() -> None:
 def test_a_model_trains_with_its_groups_and_its_average_follows() -> None:
     gm, (x, labels) = prepared(), data()
     optimizer = torch.optim.Adam(pege_fx.parameter_groups(gm, lr=1e-2, quantizer_lr=1e-3))
-    scheduler = PEGEScheduler(gm, 30)
+    scheduler = PEGEScheduler(gm, 45)
     average = torch.optim.swa_utils.AveragedModel(gm)
     losses = []
-    for _ in range(30):
+    for _ in range(45):
         optimizer.zero_grad()
         loss = F.cross_entropy(gm(x), labels)
         loss.backward()
