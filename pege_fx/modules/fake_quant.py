@@ -107,7 +107,7 @@ class ScheduleState(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ScheduleState":
         copied = memo[id(self)] = type(self).__new__(type(self))
-        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))  # type: ignore[no-untyped-call]
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         copied._original, copied._touched_version = weakref.ref(self), version_of(copied.touched)
         return copied
 
