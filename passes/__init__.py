@@ -17,6 +17,7 @@ from pege_fx.passes.lower import (
     unpack_weights,
 )
 from pege_fx.passes.normalize import normalize
+from pege_fx.passes.operators import Operator, register
 from pege_fx.passes.pipeline import Pass, Pipeline, run
 from pege_fx.passes.plan import MakePlan
 from pege_fx.passes.ranks import infer_ranks
@@ -28,6 +29,7 @@ __all__ = [
     "FoldLeadingNorms",
     "InsertFakeQuants",
     "MakePlan",
+    "Operator",
     "Pass",
     "Pipeline",
     "analyse_signs",
@@ -45,6 +47,7 @@ __all__ = [
     "name_writes",
     "normalize",
     "pack_weights",
+    "register",
     "run",
     "unpack_weights",
     "verify",

@@ -24,7 +24,7 @@ from pege_fx.passes.graph import (
     make_out_of_place,
     module_of,
     operand,
-    remake_operands,
+    recompute_operands,
     remove_unread_transposes,
     result_of,
     scope,
@@ -117,7 +117,7 @@ class _Insertion:
         if joining_of(node) is not None:
             make_out_of_place(self.gm, node)  # the original is still there for others
         if edge.recompute and (made := module_of(self.gm, placed, FakeQuant)) is not None:
-            remake_operands(node)
+            recompute_operands(node)
             made.recompute = True
 
     def _place_output(self, node: Node, edge: Edge, spec: QuantSpec) -> None:

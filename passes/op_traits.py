@@ -20,7 +20,7 @@ from pege_fx.modules.fake_quant import FakeQuant
 from pege_fx.modules.mode import TrainingMode, check_argument, check_class, check_keys, select_by_mode, written
 from pege_fx.numerics.functional import dequantize, quantize
 from pege_fx.numerics.packing import unpack
-from pege_fx.numerics.recompute import REMAKING
+from pege_fx.numerics.recompute import original_of
 
 # A function, a method's name, a module's class, or "package.module.name" of what is not imported here.
 Target: TypeAlias = Any
@@ -144,7 +144,6 @@ TRAITS: dict[Target, OpTraits] = {
     **dict.fromkeys((f"einops.layers.torch.{name}" for name in ("Rearrange", "Reduce")), _EITHER),
     "torchvision.ops.stochastic_depth.stochastic_depth": _DROPPING,
 }
-TRAITS |= {variant: TRAITS[function] for function, variant in REMAKING.items()}
 
 
 def traits_of(root: nn.Module, node: Node) -> OpTraits:
@@ -154,7 +153,7 @@ def traits_of(root: nn.Module, node: Node) -> OpTraits:
     """
     if node.op in ("placeholder", "get_attr", "output"):
         return _EITHER
-    target: Any = node.target
+    target: Any = original_of(node.target)
     if node.op == "call_module":
         module = operator.attrgetter(str(target))(root)
         target = None if beside_forward(module) else type(module)

@@ -14,10 +14,8 @@ from pege_fx.modules.batch_norm import BatchNorm
 from pege_fx.numerics.spec import Kind, QuantSpec
 from pege_fx.passes.costs import multiply_accumulates
 from pege_fx.passes.graph import (
-    Operator,
-    aliases_of,
     behind_transposes,
-    can_remake,
+    can_recompute,
     changes_its_input,
     channels_of,
     entry_of,
@@ -36,6 +34,7 @@ from pege_fx.passes.graph import (
     tensor_of,
     unfolded,
 )
+from pege_fx.passes.operators import Operator, targets_of
 from pege_fx.passes.values import is_seen_elsewhere, tensors_of
 from pege_fx.policy.plan import FLOAT_BY_POLICY, Edge, Operation, Plan
 from pege_fx.policy.rules import NO_RULE, Choice, Op, QuantPolicy, class_names
@@ -104,7 +103,7 @@ def describe(family: list[GraphModule]) -> dict[Node, Op]:
         if used[path] > 1 and "path" not in node.meta:
             path = f"{path}_{used[path] - 1}"
         classes = node.meta.get("module_classes", frozenset())
-        aliases, on_request = aliases_of(described.name), described.on_request
+        aliases, on_request = targets_of(described.name), described.on_request
         ops[node] = Op(path, described.name, classes, frozenset(roles.get(node, ())), aliases, on_request)
     return ops
 
@@ -231,7 +230,7 @@ def _with_one_scale(node: Node, op: Op, edges: list[Edge], choice: Choice) -> li
 
 def _recomputed(node: Node, edges: list[Edge], choice: Choice) -> list[Edge]:
     """Say of quantized operands that they are made again in backward, if a rule asks for it and the operation can do it."""
-    if not choice.recompute or not can_remake(node):
+    if not choice.recompute or not can_recompute(node):
         return edges
     return [
         dataclasses.replace(edge, recompute=edge.spec is not None and not is_transpose(operand(node, edge.operand)))

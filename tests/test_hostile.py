@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import pege_fx
-from pege_fx import PegeError, PolicyError, QuantPolicy, Rule, storage
-from pege_fx.serialization import tensor_tree
+from pege_fx import PegeError, PolicyError, QuantPolicy, Rule
+from pege_fx.serialization import deployed, tensor_tree
 
 QUICK = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 X = torch.randn(2, 4)
@@ -177,7 +177,7 @@ def test_the_graph_of_a_converted_file_is_altered_and_signed_again(tmp_path: Pat
     header = altered(data, json.loads(raw(path)["pege_fx"]))
     other = tmp_path / "altered"
     text, tensors = json.dumps(header), load_file(path)
-    save_file(tensors, other, {"pege_fx": text, "sha256": storage.checksum(text, tensors)})
+    save_file(tensors, other, {"pege_fx": text, "sha256": deployed.checksum(text, tensors)})
     try:
         pege_fx.load_deployed(other)
     except PegeError:
@@ -221,7 +221,7 @@ def test_a_file_nested_without_end_is_refused(nested: str, tmp_path: Path) -> No
     (tmp_path / "policy.toml").write_text(f"rules = {nested}")
     with pytest.raises(PegeError):
         QuantPolicy.from_toml(tmp_path / "policy.toml")
-    save_file({"w": X}, tmp_path / "deployed", {"pege_fx": nested, "sha256": storage.checksum(nested, {"w": X})})
+    save_file({"w": X}, tmp_path / "deployed", {"pege_fx": nested, "sha256": deployed.checksum(nested, {"w": X})})
     with pytest.raises(PegeError):
         pege_fx.load_deployed(tmp_path / "deployed")
 
@@ -343,7 +343,7 @@ def test_codes_of_other_bits_or_shapes_than_are_stored_are_refused(claimed: list
     pege_fx.save_deployed(pege_fx.convert(prepared().eval()), tmp_path / "whole")
     header, tensors = json.loads(raw(tmp_path / "whole")["pege_fx"]), load_file(tmp_path / "whole")
     text = json.dumps(header | {"packed": dict.fromkeys(header["packed"], claimed)})
-    save_file(tensors, tmp_path / "altered", {"pege_fx": text, "sha256": storage.checksum(text, tensors)})
+    save_file(tensors, tmp_path / "altered", {"pege_fx": text, "sha256": deployed.checksum(text, tensors)})
     with pytest.raises(PegeError, match="is broken"):
         pege_fx.load_deployed(tmp_path / "altered")
 
@@ -352,7 +352,7 @@ def test_codes_of_other_bits_or_shapes_than_are_stored_are_refused(claimed: list
 def test_names_of_tensors_that_a_module_can_not_have_are_refused(name: str, tmp_path: Path) -> None:
     pege_fx.save_deployed(pege_fx.convert(prepared().eval()), tmp_path / "whole")
     text, tensors = raw(tmp_path / "whole")["pege_fx"], load_file(tmp_path / "whole") | {name: X}
-    save_file(tensors, tmp_path / "altered", {"pege_fx": text, "sha256": storage.checksum(text, tensors)})
+    save_file(tensors, tmp_path / "altered", {"pege_fx": text, "sha256": deployed.checksum(text, tensors)})
     with pytest.raises(PegeError, match="is broken"):
         pege_fx.load_deployed(tmp_path / "altered")
 

@@ -34,7 +34,17 @@ from pege_fx.passes.capture.proxies import ContextError, DataDependenceError, Ex
 from pege_fx.passes.capture.questions import IS_TENSOR, class_of, globals_of, is_tensor, questions
 from pege_fx.passes.capture.rng_guard import DRAWING, GENERATORS, DrawsOfConstants, guards
 from pege_fx.passes.capture.source_location import called_by_checkpoint, line, where_raised
-from pege_fx.passes.graph import arguments, attribute_name, has_parameters, is_leaf_function, is_matrix, join, plain, reads_size
+from pege_fx.passes.graph import (
+    arguments,
+    attribute_name,
+    has_parameters,
+    is_leaf_function,
+    is_matrix,
+    join,
+    operator_of,
+    plain,
+    reads_size,
+)
 
 
 class ModeError(Exception):
@@ -342,7 +352,8 @@ class PegeTracer(GuardingTracer):
                 return view
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
         node = proxy.node
-        if self.evaluate and is_leaf_function(node) and any(is_matrix(self._values.get(n)) for n in node.all_input_nodes):
+        is_opaque = is_leaf_function(node) and operator_of(node) is None
+        if self.evaluate and is_opaque and any(is_matrix(self._values.get(n)) for n in node.all_input_nodes):
             self.graph.erase_node(node)
             return target(*args, **kwargs)  # with values beside the graph it can be followed
         return proxy

@@ -40,8 +40,6 @@ from pege_fx.passes.graph import (
 from pege_fx.passes.lower import unpack_weights
 from pege_fx.passes.pipeline import run
 
-_LAYERS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear")
-_PRODUCTS = ("matmul", "mm", "bmm")
 _KEEP_ORDER: set[Any] = {
     F.max_pool1d, F.max_pool2d, F.max_pool3d, torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze,
     torch.unsqueeze, "flatten", "view", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "contiguous", "unflatten",
@@ -119,7 +117,7 @@ def integer_coverage(engine: GraphModule) -> IntegerCoverage:
     sums, steps = (
         sum(isinstance(module, kind) for gm in graphs for module in _called(gm)) for kind in (Accumulate, Requantize)
     )
-    floating = sum(1 for node in nodes if (found := operator_of(node)) is not None and found.name in _LAYERS + _PRODUCTS)
+    floating = sum(1 for node in nodes if (found := operator_of(node)) is not None and found.integer)
     left = sum(1 for node in nodes if node.target is quantize and first_argument(node).target is not widen)
     return IntegerCoverage(sums + floating, sums, steps + left, steps)
 
@@ -212,14 +210,13 @@ def _note_codes(gm: GraphModule, node: Node, known: dict[Node, _Sums]) -> None:
 def _accumulate(gm: GraphModule, node: Node) -> _Sums | None:
     """Write a layer on codes, if the node is one, in front of it."""
     described = operator_of(node)
-    if described is None or described.name not in _LAYERS + _PRODUCTS:
+    if described is None or described.integer is None:
         return None
     names = ("input", "weight") if described.weights else described.inputs
     grids = [_grid(gm, operand(node, name)) for name in names]
     first, second = grids
     if first is None or second is None or first.scale.numel() != 1:
         return None
-    axis = 1 if described.name.startswith("conv") else -1
     count = 1
     if second.codes.op == "get_attr" and (channels := channels_of(node, names[1], _weight(gm, second))) is not None:
         count = channels.count
@@ -233,7 +230,7 @@ def _accumulate(gm: GraphModule, node: Node) -> _Sums | None:
     rest = {name: value for name, value in named.items() if name not in (*names, "bias")}
     module = Accumulate(function, [first.zero, second.zero])
     made = call_module_like(gm, f"{node.name}_sums", module, (first.codes, second.codes), rest, before=node)
-    return _Sums(made, scale, bias.double(), axis)
+    return _Sums(made, scale, bias.double(), described.channel_axis)
 
 
 def _weight(gm: GraphModule, grid: _Grid) -> Tensor:

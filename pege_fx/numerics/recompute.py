@@ -5,7 +5,6 @@ one more run of the quantizer; gradients are the same, bit for bit, since a mask
 """
 
 import functools
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -57,46 +56,27 @@ def _remaking(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-conv1d = _remaking(F.conv1d)
-conv2d = _remaking(F.conv2d)
-conv3d = _remaking(F.conv3d)
-conv_transpose1d = _remaking(F.conv_transpose1d)
-conv_transpose2d = _remaking(F.conv_transpose2d)
-conv_transpose3d = _remaking(F.conv_transpose3d)
-linear = _remaking(F.linear)
-bilinear = _remaking(F.bilinear)
-embedding = _remaking(F.embedding)
-embedding_bag = _remaking(F.embedding_bag)
-matmul = _remaking(torch.matmul)
-mm = _remaking(torch.mm)
-bmm = _remaking(torch.bmm)
-addmm = _remaking(torch.addmm)
-baddbmm = _remaking(torch.baddbmm)
-grouped_mm = _remaking(F.grouped_mm)
-einsum = _remaking(torch.einsum)
-scaled_dot_product_attention = _remaking(F.scaled_dot_product_attention)
-mul = _remaking(torch.mul)
+@functools.cache
+def variant_of(function: Callable[..., Any]) -> Callable[..., Any] | None:
+    """Return the variant of a function of torch, made once; None for others, as code finds a variant by torch's name here."""
+    name = getattr(function, "__name__", "")
+    return _remaking(function) if _function_of_torch(name) is function else None
 
-REMAKING: dict[Any, Callable[..., Any]] = {
-    F.conv1d: conv1d,
-    F.conv2d: conv2d,
-    F.conv3d: conv3d,
-    F.conv_transpose1d: conv_transpose1d,
-    F.conv_transpose2d: conv_transpose2d,
-    F.conv_transpose3d: conv_transpose3d,
-    F.linear: linear,
-    F.bilinear: bilinear,
-    F.embedding: embedding,
-    F.embedding_bag: embedding_bag,
-    torch.matmul: matmul,
-    torch.mm: mm,
-    torch.bmm: bmm,
-    torch.addmm: addmm,
-    torch.baddbmm: baddbmm,
-    F.grouped_mm: grouped_mm,
-    torch.einsum: einsum,
-    F.scaled_dot_product_attention: scaled_dot_product_attention,
-    torch.mul: mul,
-    operator.matmul: matmul,
-    operator.mul: mul,
-}
+
+def original_of(function: Any) -> Any:
+    """Return the function of torch that a variant is of, or what is given."""
+    is_variant = getattr(function, "__module__", None) == __name__ and hasattr(function, "__wrapped__")
+    return function.__wrapped__ if is_variant else function
+
+
+def _function_of_torch(name: str) -> Any:
+    return getattr(F, name, None) or getattr(torch, name, None)
+
+
+def __getattr__(name: str) -> Any:
+    """``recompute.conv2d``, as the code of a graph says it: the variant of torch's function of that name."""
+    function = None if name.startswith("__") else _function_of_torch(name)
+    variant = None if function is None else variant_of(function)
+    if variant is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return variant

@@ -10,6 +10,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import cache
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from pege_fx.decompositions.recurrent import recurrent
 from pege_fx.modules.mode import CHECKS, contains, length, written
 from pege_fx.numerics.functional import dequantize, quantize
 from pege_fx.numerics.packing import unpack
+from pege_fx.passes.graph import is_foreign
+from pege_fx.passes.operators import FUNCTIONS
 from pege_fx.serialization.records import named_tuple, record
 
 _NEW_TENSORS = ("arange", "empty", "eye", "full", "linspace", "ones", "tensor", "zeros")
@@ -119,7 +122,19 @@ def name_of(function: Any) -> str | None:
     >>> name_of(torch.nn.functional.relu), name_of(print)
     ('torch.nn.functional.relu', None)
     """
-    return _names().get(id(function))
+    return _names().get(id(function)) or next((name for name, known in registered().items() if known is function), None)
+
+
+def function_of(name: str) -> Callable[..., Any]:
+    """Return the function of a name in a file; KeyError for any that is not on the list."""
+    known = functions().get(name)
+    return registered()[name] if known is None else known
+
+
+def registered() -> dict[str, Callable[..., Any]]:
+    """Return the functions of operations that this process registered: they too may be named in a file."""
+    own = [function for function in FUNCTIONS if type(function) is FunctionType]
+    return {f"{function.__module__}.{function.__qualname__}": function for function in own if is_foreign(function)}
 
 
 @cache

@@ -28,7 +28,7 @@ from pege_fx.inspection.size import stored_codes
 from pege_fx.modules.stages import graph_of
 from pege_fx.numerics.packing import pack, unpack
 from pege_fx.passes.graph import arguments, register_buffer, set_parameter, where
-from pege_fx.serialization.allowlist import READABLE, functions, methods, name_of, read_attribute
+from pege_fx.serialization.allowlist import READABLE, function_of, methods, name_of, read_attribute
 from pege_fx.serialization.records import as_call, is_named_result
 
 FORMAT, VERSION, CHECKSUM = "pege_fx", 2, "sha256"
@@ -217,7 +217,7 @@ def _decode_graph(rows: list[list[Any]], tensors: set[str]) -> Graph:
     for name, op, target, args, kwargs in rows:
         found: Any = target
         if op == "call_function":
-            found = functions()[target]
+            found = function_of(target)
         elif op == "call_method" and target not in methods():
             raise ValueError(f"{target!r} is not a method that a stored graph may call")
         elif op == "get_attr" and target not in tensors:

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import pege_fx
-from pege_fx import Constant, PEGEScheduler, QuantPolicy, QuantSpec, Rule, functional, recompute
+from pege_fx import Constant, PEGEScheduler, QuantPolicy, QuantSpec, Rule, functional
+from pege_fx.numerics import recompute
+from pege_fx.passes.operators import RECOMPUTING
 from pege_fx.testing import policies
 
 X = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -223,7 +225,7 @@ def test_a_rule_says_which_operations() -> None:
     called = {node.name: node.target for node in gm.graph.nodes if node.op == "call_function"}
     assert called["left"] is recompute.conv2d
     assert called["right"] is F.conv_transpose2d
-    assert "pege_fx_recompute_conv2d(" in gm.code
+    assert "pege_fx_numerics_recompute_conv2d(" in gm.code
     assert "made again in backward" in repr(sites["left.weight_fq"])
     assert_equal(gradients(gm), gradients(prepared(False, QuantPolicy((Rule(weight="3", input="3"),)))))
 
@@ -252,7 +254,7 @@ def test_deployed_graphs_call_torchs_own_operations() -> None:
     assert torch.equal(plain(X), again(X))
 
 
-@pytest.mark.parametrize("function", sorted(set(recompute.REMAKING.values()), key=lambda f: f.__name__))
+@pytest.mark.parametrize("function", sorted(set(RECOMPUTING.values()), key=lambda f: f.__name__))
 def test_a_variant_is_found_under_the_name_that_code_uses(function: Callable[..., Any]) -> None:
     assert function.__module__ == "pege_fx.numerics.recompute"
     assert getattr(recompute, function.__name__) is function
