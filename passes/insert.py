@@ -9,6 +9,7 @@ from torch.fx import GraphModule, Node
 from pege_fx.modules.batch_norm import Fold
 from pege_fx.modules.fake_quant import FakeQuant, ScheduleState, Site
 from pege_fx.numerics.spec import QuantSpec
+from pege_fx.passes.computed_weights import ComputedWeight, ComputedWeights
 from pege_fx.passes.graph import (
     after,
     behind_transposes,
@@ -44,7 +45,8 @@ class InsertFakeQuants:
 
     def __call__(self, gm: GraphModule) -> None:
         plan: Plan = gm.meta["plan"]
-        work = _Insertion(gm, self.seed, gm.meta.setdefault("groups", {}))
+        computed = any(edge.parts is not None for operation in plan.operations for edge in operation.edges)
+        work = _Insertion(gm, self.seed, gm.meta.setdefault("groups", {}), ComputedWeights(gm).found if computed else {})
         nodes = {node.name: node for node in gm.graph.nodes}
         for operation in plan.operations:
             if shared := [edge for edge in operation.edges if edge.shared_with]:
@@ -65,6 +67,7 @@ class _Insertion:
     gm: GraphModule
     seed: int
     groups: dict[str, ScheduleState]
+    computed: dict[tuple[Node, str], ComputedWeight]
     placed: dict[tuple[Node, QuantSpec, str], Node] = field(default_factory=dict)
     together: dict[tuple[frozenset[Node], QuantSpec, str], dict[Node, Node]] = field(default_factory=dict)
     folds: dict[Node, Fold] = field(default_factory=dict)
@@ -81,14 +84,16 @@ class _Insertion:
         source = operand(node, edge.operand)
         fold = self.folds.get(source)
         origin = first_argument(source) if fold is not None else source
-        weight = is_weight(self.gm, node, edge.operand, origin)
+        weight = edge.parts is not None or is_weight(self.gm, node, edge.operand, origin)
         read = source
-        if weight and fold is None:
+        if edge.parts is not None:
+            source = origin = self.computed[node, edge.operand].origin
+        elif weight and fold is None:
             source = origin = behind_transposes(source)
         key = (source, spec, edge.group)
         if key not in self.placed:
             assert isinstance(origin, Node)
-            path = f"{edge.source}_fq" if weight else join(scope(source), f"{short_name(source)}_fq")
+            path = f"{edge.source}_fq" if weight and edge.parts is None else join(scope(source), f"{short_name(source)}_fq")
             path = free_path(self.gm, path)
             module = self._weight(node, origin, path, edge, spec, fold) if weight else self._activation(path, edge, spec)
             self.placed[key] = self._insert(module, path, origin, before=node)
@@ -144,12 +149,13 @@ class _Insertion:
         return placed
 
     def _weight(self, node: Node, origin: Node, path: str, edge: Edge, spec: QuantSpec, fold: Fold | None) -> FakeQuant:
-        weight = tensor_of(self.gm, origin)
+        weight = self.computed[node, edge.operand].value if edge.parts is not None else tensor_of(self.gm, origin)
         assert weight is not None
         site = Site(name=self._name(path), kind="weight", spec=spec, rule=edge.rule, group=edge.group)
         channels = channels_of(node, edge.operand, weight)
         made = FakeQuant(site, self._group(edge), seed=self.seed, weight=weight, channels=channels, fold=fold)
-        return _on(weight.device, made)
+        made.is_computed = edge.parts is not None
+        return _on(self.device if made.is_computed else weight.device, made)
 
     def _activation(self, path: str, edge: Edge, spec: QuantSpec, inputs: tuple[str, ...] = ()) -> FakeQuant:
         site = Site(name=self._name(path), kind="activation", spec=spec, rule=edge.rule, group=edge.group, inputs=inputs)

@@ -12,6 +12,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from pege_fx.errors import PegeWarning, PolicyError
 from pege_fx.modules.batch_norm import BatchNorm
 from pege_fx.numerics.spec import Kind, QuantSpec
+from pege_fx.passes.computed_weights import ComputedWeight, ComputedWeights
 from pege_fx.passes.costs import multiply_accumulates
 from pege_fx.passes.graph import (
     behind_transposes,
@@ -58,13 +59,14 @@ class MakePlan:
             for node, op in described.items():
                 node.meta["op"] = op
         operations = []
+        computed = ComputedWeights(gm)
         tensors = tensors_of(gm) if self._joins(gm) else set()
         for node in gm.graph.nodes:
             if (op := node.meta.get("op")) is not None and op.on_request:
                 if node in tensors and self.policy.is_about(op):
                     operations.append(_joining(gm, node, op, self.policy.choose(op), tensors))
             elif op is not None:
-                operations.append(_operation(gm, node, op, self.policy.choose(op)))
+                operations.append(_operation(gm, node, op, self.policy.choose(op), computed))
             elif (skipped := _not_an_operator(gm, node)) is not None:
                 operations.append(skipped)
         gm.meta["plan"] = Plan(type(gm).__name__, self.policy, tuple(operations))
@@ -161,12 +163,14 @@ def _parameter(gm: GraphModule, node: object) -> tuple[str, Tensor] | None:
     return (str(node.target), value) if value is not None and isinstance(node, Node) else None
 
 
-def _operation(gm: GraphModule, node: Node, op: Op, choice: Choice) -> Operation:
+def _operation(gm: GraphModule, node: Node, op: Op, choice: Choice, computed: ComputedWeights) -> Operation:
     described = entry_of(node)
     edges = []
     for name in (*described.weights, *described.inputs):
         source = operand(node, name)
-        if name in described.weights or is_weight(gm, node, name, unfolded(gm, source)):
+        if (weight := computed.found.get((node, name))) is not None:
+            edges.append(_computed_weight_edge(node, name, weight, choice))
+        elif name in described.weights or is_weight(gm, node, name, unfolded(gm, source)):
             edges.append(_weight_edge(gm, node, name, choice))
         elif source is not None:
             edges.append(_activation_edge(source, name, "input", choice))
@@ -175,9 +179,26 @@ def _operation(gm: GraphModule, node: Node, op: Op, choice: Choice) -> Operation
     edges = _recomputed(node, edges, choice)
     if choice.specs["output"] is not None:
         edges.append(_activation_edge(node, "output", "output", choice))
-    parameters = sum(value.numel() for _, value in filter(None, (_parameter(gm, n) for n in node.all_input_nodes)))
+    if node in computed.makers:
+        edges = [dataclasses.replace(edge, spec=None, reason=_COMPUTES_A_WEIGHT, note="") for edge in edges]
+    parameters = _parameters_of(gm, node, computed)
     verdict, macs = node.meta.get("batch_norm", ""), multiply_accumulates(gm, node)
     return Operation(node.name, op.path, op.function, tuple(edges), verdict, parameters, macs=macs)
+
+
+_COMPUTES_A_WEIGHT = "it computes a weight, which is quantized where it is read"
+
+
+def _parameters_of(gm: GraphModule, node: Node, computed: ComputedWeights) -> int:
+    """Elements of the parameters that an operation reads, directly or computed, each once."""
+    read: dict[str, int] = {}
+    for source in node.all_input_nodes:
+        if (found := _parameter(gm, source)) is not None:
+            read[found[0]] = found[1].numel()
+        elif source in computed.constant:
+            for part in computed.parts(source):
+                read[part.path] = min(read.get(part.path, 0) + part.elements, part.whole)
+    return sum(read.values())
 
 
 def _joining(gm: GraphModule, node: Node, op: Op, choice: Choice, tensors: set[Node]) -> Operation:
@@ -249,10 +270,21 @@ def _weight_edge(gm: GraphModule, node: Node, name: str, choice: Choice) -> Edge
     path, value = found
     if spec is not None and not value.is_floating_point():
         return Edge(name, path, None, rule, f"its weight is {value.dtype}", choice.schedule)
+    return _edge_of_weight(node, name, path, value, choice)
+
+
+def _computed_weight_edge(node: Node, name: str, weight: ComputedWeight, choice: Choice) -> Edge:
+    edge = _edge_of_weight(node, name, weight.origin.name, weight.value, choice)
+    return dataclasses.replace(edge, parts=weight.parts)
+
+
+def _edge_of_weight(node: Node, name: str, source: str, value: Tensor, choice: Choice) -> Edge:
+    spec, note = choice.specs["weight"], ""
     if spec is not None and channels_of(node, name, value) is None:
+        note = "" if spec.granularity == "tensor" else "no axis of it is one of output channels"
         spec = dataclasses.replace(spec, granularity="tensor")
-    edge = _edge(name, path, spec, "weight", False, rule, choice.schedule)
-    return dataclasses.replace(edge, elements=value.numel())
+    edge = _edge(name, source, spec, "weight", False, choice.rules["weight"], choice.schedule)
+    return dataclasses.replace(edge, elements=value.numel(), note=note)
 
 
 def _activation_edge(source: object, name: str, field: str, choice: Choice) -> Edge:
@@ -262,7 +294,11 @@ def _activation_edge(source: object, name: str, field: str, choice: Choice) -> E
     dtype = source.meta.get("dtype")
     if dtype is not None and not dtype.is_floating_point:
         return Edge(name, source.name, None, rule, f"{source.name} is {dtype}", choice.schedule)
-    return _edge(name, source.name, spec, "activation", bool(source.meta.get("non_negative")), rule, choice.schedule)
+    note = ""
+    if spec is not None and field == "weight" and spec.granularity != "tensor":
+        note, spec = "one that is computed anew in each call", dataclasses.replace(spec, granularity="tensor")
+    edge = _edge(name, source.name, spec, "activation", bool(source.meta.get("non_negative")), rule, choice.schedule)
+    return dataclasses.replace(edge, note=note)
 
 
 def _edge(name: str, source: str, spec: QuantSpec | None, kind: Kind, non_negative: bool, rule: str, group: str) -> Edge:

@@ -21,7 +21,6 @@ from pege_fx.inspection.tables import (
     headings,
     macs_by_format,
     operation_to_dict,
-    parameters_by_bits,
     row_of,
     rules_of,
     totals,
@@ -156,7 +155,7 @@ class Summary:
             "policy": self.plan.policy.to_dict(),
             "totals": {
                 "parameters": self.plan.parameters,
-                "parameters_by_bits": bits_named(parameters_by_bits(self.plan)),
+                "parameters_by_bits": bits_named(self.plan.parameters_by_bits),
                 "macs_by_format": dict(macs_by_format(self.plan.operations) or {}) or None,
                 "float_bytes": self.size.float_bytes if self.size else None,
                 "quantized_bytes": self.size.quantized_bytes if self.size else None,

@@ -128,17 +128,6 @@ def operation_to_dict(operation: Operation) -> dict[str, Any]:
 # --- totals --------------------------------------------------------------------------------------------------------
 
 
-def parameters_by_bits(plan: Plan) -> Counter[int]:
-    """Count the model's parameters by the bits that hold them; what is not a quantized weight has ``FLOAT_BITS``."""
-    found: Counter[int] = Counter()
-    for readers in plan.weights:
-        specs = [(edge.spec.bits, edge.elements) for _, edge in readers if edge.spec is not None]
-        for bits, count in specs[-1:]:
-            found[bits] += count
-    found[FLOAT_BITS] = max(plan.parameters - sum(found.values()), 0)
-    return +found
-
-
 def macs_by_format(operations: Iterable[Operation]) -> Counter[str] | None:
     """Count multiply-accumulates by the formats of their factors; None if none is known."""
     found: Counter[str] = Counter()
@@ -161,7 +150,7 @@ def totals(plan: Plan, size: SizeReport | None) -> Iterator[str]:
     quantized = sum(edge.spec is not None for edge in edges)
     yield f"{quantized} of {len(edges)} edges quantized"
     if plan.parameters:
-        yield f"parameters: {plan.parameters:,}, {_shares(bits_named(parameters_by_bits(plan)), ' bits')}"
+        yield f"parameters: {plan.parameters:,}, {_shares(bits_named(plan.parameters_by_bits), ' bits')}"
     if (macs := macs_by_format(plan.operations)) is not None:
         unknown = sum(operation.macs is None for operation in plan.operations if operation.edges)
         missing = f"; not known for {unknown} operations" if unknown else ""

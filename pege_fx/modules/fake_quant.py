@@ -201,6 +201,7 @@ class FakeQuant(nn.Module):
     observing = False
     statistics: Statistics | None = None
     recompute = False  # y is not kept for backward, but made again there
+    is_computed = False  # the weight is a tensor of its own in every call: there is nothing to keep for the next one
     plan: Plan | None = None  # of the whole model; fx keeps modules through copies and pickles, and little else
 
     def __init__(
@@ -433,7 +434,7 @@ class FakeQuant(nn.Module):
 
     def _deployed_once(self, x: Tensor) -> Tensor:
         """``deployed(x)``, computed anew when something that it depends on has changed since."""
-        if _is_recorded(x) or type(x) not in (Tensor, nn.Parameter) or x.is_meta or not has_memory(x):
+        if self.is_computed or _is_recorded(x) or type(x) not in (Tensor, nn.Parameter) or x.is_meta or not has_memory(x):
             return self.deployed(x)
         settings = _settings_of(self.method)
         if settings is None:

@@ -1,8 +1,10 @@
 """What was decided for a graph: frozen data that ``explain`` prints, ``prepare`` carries out and a checkpoint names."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from pege_fx.numerics.spec import QuantSpec
 from pege_fx.policy.rules import QuantPolicy
@@ -21,6 +23,14 @@ def in_words(spec: QuantSpec) -> str:
     return f"{spec.bits} bits {sign} per {spec.granularity}, {spec.method}, {spec.estimator}"
 
 
+class Part(NamedTuple):
+    """What a weight that is computed takes of a parameter: the parameter's path, and how many of its elements."""
+
+    path: str
+    elements: int
+    whole: int
+
+
 @dataclass(frozen=True)
 class Edge:
     """One edge of an operation.
@@ -35,6 +45,8 @@ class Edge:
         elements: number of elements of the weight it reads; 0 for an activation.
         shared_with: the operands of the same operation that have one scale with it.
         recompute: whether its quantized value is made again in backward, and not kept.
+        parts: the parameters that a weight is made of which operations compute; None for any other edge.
+        note: why it has one scale per tensor where more were asked for; "" if it has what was asked for.
     """
 
     operand: str
@@ -46,6 +58,13 @@ class Edge:
     elements: int = 0
     shared_with: tuple[str, ...] = ()
     recompute: bool = False
+    parts: tuple[Part, ...] | None = None
+    note: str = ""
+
+    @property
+    def taken(self) -> tuple[Part, ...]:
+        """The parameters that a weight takes."""
+        return (Part(self.source, self.elements, self.elements),) if self.parts is None else self.parts
 
     @property
     def is_weight(self) -> bool:
@@ -60,7 +79,8 @@ class Edge:
             return f"{self.operand}{read}: float{by}"
         shared = f", one scale with {', '.join(self.shared_with)}" if self.shared_with else ""
         again = ", made again in backward" if self.recompute else ""
-        return f"{self.operand}{read}: {in_words(self.spec)}{shared}{again} by {self.rule}"
+        note = f" ({self.note})" if self.note else ""
+        return f"{self.operand}{read}: {in_words(self.spec)}{note}{shared}{again} by {self.rule}"
 
 
 def _widest(edges: tuple[Edge, ...]) -> int:
@@ -185,6 +205,27 @@ class Plan:
             for edge in operation.weights:
                 found.setdefault((edge.source, "" if alone else operation.path), []).append((operation, edge))
         return list(found.values())
+
+    @property
+    def parameters_by_bits(self) -> Counter[int]:
+        """Count the model's parameters by the bits that hold them; what is not a quantized weight has ``FLOAT_BITS``.
+
+        A parameter counts once, whatever is computed from it; where several widths take parts of it, each has its part.
+        """
+        left: dict[str, int] = {}
+        found: Counter[int] = Counter()
+        alone = sum(capture.rung != "python" for capture in self.captures) <= 1
+        for readers in self.weights:
+            quantized = [(operation, edge) for operation, edge in readers if edge.spec is not None]
+            for operation, edge in quantized[-1:]:
+                assert edge.spec is not None
+                for path, elements, whole in edge.taken:
+                    key = path if alone else f"{operation.path} {path}"
+                    taken = min(elements, left.setdefault(key, whole))
+                    left[key] -= taken
+                    found[edge.spec.bits] += taken
+        found[FLOAT_BITS] = max(self.parameters - found.total(), 0)
+        return +found
 
     @property
     def fingerprint(self) -> str:

@@ -158,15 +158,15 @@ def reasons(op: Operation) -> dict[str, str]:
     return {edge.operand: edge.reason for edge in op.edges}
 
 
-def test_a_weight_that_is_computed_is_quantized_as_an_activation_by_the_weights_rule() -> None:
+def test_a_weight_that_is_computed_is_quantized_by_the_weights_rule_per_channel() -> None:
     model = Model(lambda self, x: F.linear(x, torch.tanh(self.a.weight)), a=nn.Linear(8, 5))
     (op,) = planned(model, QuantPolicy((Rule(weight="3", input="5"),)))
     weight, x = op.edge("weight"), op.edge("input")
     assert weight is not None
     assert x is not None
-    assert (weight.source, weight.spec and weight.spec.bits, weight.elements) == ("tanh", 3, 0)
+    assert (weight.source, weight.spec and weight.spec.bits, weight.elements) == ("tanh", 3, 40)
     assert weight.spec is not None
-    assert weight.spec.granularity == "tensor"
+    assert weight.spec.granularity == "channel"
     assert x.spec is not None
     assert x.spec.bits == 5
     assert op.weights == (weight,)
