@@ -11,7 +11,6 @@ from torch.fx import GraphModule, Node
 
 from pege_fx.modules.mode import trial
 from pege_fx.passes.graph import (
-    GROUPED_MM,
     attribute_of,
     behind_transposes,
     entry_of,
@@ -74,7 +73,7 @@ class ComputedWeights:
             return None
         inside = nodes_behind(of_matrix) | {of_matrix}
         described = entry_of(node)
-        if name not in described.weights and (described is GROUPED_MM or not self._is_arranged(inside)):
+        if name not in described.weights and (described.name == "grouped_mm" or not self._is_arranged(inside)):
             return None
         value = self._value(of_matrix)
         if value is None or not value.is_floating_point() or value.ndim < 2:
