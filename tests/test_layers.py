@@ -29,7 +29,7 @@ FLOORS: list[set[str]] = [
 ]
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
 # What passes share; capture is one pass in several files.
-SHARED_BY_PASSES = {"graph", "operators", "pipeline", "costs", "values", "norms", "op_traits", "capture"}
+SHARED_BY_PASSES = {"graph", "operators", "pipeline", "costs", "values", "computed_weights", "norms", "op_traits", "capture"}
 
 
 def files() -> Iterator[tuple[str, Path]]:
