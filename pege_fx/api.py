@@ -244,8 +244,8 @@ def convert(
         example_kwargs: keyword arguments of ``forward``.
         integer_bias: hold biases as int32 in the units of the accumulators (input scale times weight scale), as integer
             hardware adds them. This rounds them, so outputs move by about one such unit.
-        packed: hold weight codes in as many bits as they have (see ``pege_fx.packing``); the graph unpacks them whenever
-            it runs. Files are packed in any case, see ``save_deployed``.
+        packed: hold weight codes in as many bits as they have (see ``pege_fx.numerics.packing``); the graph unpacks them
+            whenever it runs. Files are packed in any case, see ``save_deployed``.
         check: compare the result with ``gm.eval()`` on the example inputs, except with ``integer_bias``.
 
     Raises:

@@ -105,6 +105,19 @@ def graph_of(model: Any, *allowed: Stage, error: type[PegeError] = ModelError) -
     raise error(f"{name} is no graph itself, it holds one: give model.{inside}.")
 
 
+def graph_inside(model: nn.Module) -> nn.Module:
+    """Return the one graph that a module without parameters of its own holds (an ``nn.Sequential`` of it), or the module.
+
+    Enough for what is saved: nothing of the module is lost with it. What runs needs the graph itself, see ``graph_of``.
+    """
+    model = unwrapped(model)
+    children = list(model.children())
+    while not isinstance(model, GraphModule) and len(children) == 1 and not any(model.parameters(recurse=False)):
+        (model,) = children
+        children = list(model.children())
+    return model
+
+
 def unwrapped(model: Any) -> Any:
     """Return the model inside wrappers that call it and nothing more: DDP, DataParallel, AveragedModel, torch.compile."""
     while isinstance(model, nn.Module) and (inner := next(_wrapped(model), None)) is not None:

@@ -21,7 +21,7 @@ from pege_fx._utils.files import path_of
 from pege_fx.api import prepare
 from pege_fx.errors import CheckpointError, PegeError, PolicyError, closest
 from pege_fx.modules.fake_quant import fake_quants
-from pege_fx.modules.stages import check_stage, graph_of, unwrapped
+from pege_fx.modules.stages import check_stage, graph_inside, graph_of, unwrapped
 from pege_fx.policy.rules import QuantPolicy
 from pege_fx.serialization import tensor_tree
 from pege_fx.training.scheduler import PEGEScheduler, plan_of
@@ -94,7 +94,7 @@ def save(
     >>> checkpoint_info(path).extra
     {'epoch': 3}
     """
-    gm = graph_of(gm, "prepared")
+    gm = graph_of(graph_inside(gm) if isinstance(gm, nn.Module) else gm, "prepared")
     plan = plan_of(gm)
     sites = fake_quants(gm)
     states = {"model": gm.state_dict(), "optimizer": None if optimizer is None else _described(gm, optimizer)}

@@ -31,6 +31,7 @@ from pege_fx import (
 )
 from pege_fx.modules.fake_quant import FakeQuant, ScheduleState
 from pege_fx.numerics.functional import refresh_key, replacement_mask
+from pege_fx.training import scheduler
 from pege_fx.training.scheduler import default_replacement
 
 
@@ -380,7 +381,7 @@ def test_going_somewhere_is_stepping_there(refresh: Any, steps: int) -> None:
 
 
 def test_every_process_sees_its_part_and_lambda_of_activations_makes_up_for_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pege_fx.scheduler, "rank_and_size", lambda: (2, 4))
+    monkeypatch.setattr(scheduler, "rank_and_size", lambda: (2, 4))
     gm = prepared()
     PEGEScheduler(gm, 10, weight_lambda=Constant(0.5), activation_lambda=Constant(0.25))
     for state in states(gm).values():
