@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 
 from pege_fx.errors import FoldError
 from pege_fx.modules.batch_norm import BiasFold, BiasFoldBehind, Fold, WeightFold
+from pege_fx.modules.merged_norm import MergedNorm
 from pege_fx.passes.graph import (
     become_call,
     call_module,
@@ -28,6 +29,7 @@ from pege_fx.passes.graph import (
 )
 from pege_fx.passes.norms import (
     TENSORS,
+    Norm,
     Pair,
     before,
     behind,
@@ -169,7 +171,8 @@ def _merge(gm: GraphModule, found: Pair) -> None:
     layer, norm = found.layer, found.norm
     weight, bias = operand(layer, "weight"), operand(layer, "bias")
     value, before = the_tensor(gm, weight), None if bias is None else the_tensor(gm, bias)
-    fold = Fold(norm.bn, channels_beside(gm, found))
+    channels = channels_beside(gm, found)
+    fold = Fold(norm.bn, channels)
     with torch.no_grad():
         merged_bias = fold.bias_behind(before, value) if found.leads else fold.bias(before)
         set_parameter(gm, str(weight.target), nn.Parameter(fold.weight(value), value.requires_grad))
@@ -177,6 +180,18 @@ def _merge(gm: GraphModule, found: Pair) -> None:
     set_parameter(gm, path, nn.Parameter(merged_bias.to(value.dtype), value.requires_grad))
     if bias is None:
         set_operand(layer, "bias", get_attr(gm.graph, path, layer))
+    merged = MergedNorm(
+        name=norm.name,
+        tensors=_keys_of(norm),
+        weight=str(weight.target),
+        bias=path,
+        had_bias=bias is not None,
+        channels=channels,
+        leads=found.leads,
+        eps=norm.bn.eps,
+    )
+    gm.register_load_state_dict_pre_hook(merged)  # type: ignore[no-untyped-call]
+    gm.meta.setdefault("merged_norms", []).append(merged)
     replace(gm, norm.node, norm.arguments["input"])
     if not norm.is_function:
         gm.delete_submodule(norm.name)
@@ -186,6 +201,14 @@ def _merge(gm: GraphModule, found: Pair) -> None:
     for source in sources:
         parent, name = parent_and_name(str(source.target))
         delattr(gm.get_submodule(parent), name)
+
+
+def _keys_of(norm: Norm) -> tuple[str | None, ...]:
+    """Where a state of the model has the tensors of a BatchNorm."""
+    if norm.is_function:
+        sources = [norm.arguments.get(tensor) for tensor in TENSORS]
+        return tuple(None if source is None else str(source.target) for source in sources)
+    return tuple(None if getattr(norm.bn, tensor) is None else f"{norm.name}.{tensor}" for tensor in TENSORS)
 
 
 def _new_bias(gm: GraphModule, layer: Node, weight: str) -> str:

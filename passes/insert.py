@@ -140,6 +140,7 @@ class _Insertion:
 
     def _add(self, path: str, module: FakeQuant) -> None:
         module.training = module.method.training = self.gm.training
+        module.merged = tuple(key for norm in self.gm.meta.get("merged_norms", ()) for key in norm.tensors[:2] if key)
         self.gm.add_submodule(path, module)
 
     def _call(self, module: FakeQuant, path: str, source: Node, before: Node, more: tuple[Any, ...] = ()) -> Node:

@@ -154,7 +154,7 @@ def _whole_plan(captured: Captured, policy: QuantPolicy) -> Plan:
     for fq in sites:
         fq.plan = plan
     for gm in captured.graphs:
-        for key in ("family", "groups", "plan"):
+        for key in ("family", "groups", "plan", "merged_norms"):
             gm.meta.pop(key, None)
     captured.root.meta["plan"] = plan
     warn_if_nothing(plan)

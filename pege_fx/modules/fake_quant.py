@@ -1,6 +1,7 @@
 """The module behind every fake-quant node: a forward method, an estimator, and the schedule it shares with others."""
 
 import copy
+import itertools
 import weakref
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.checkpoint import checkpoint
 
 from pege_fx._utils.collectives import is_shared
-from pege_fx.errors import ModelError
+from pege_fx.errors import CheckpointError, ModelError
 from pege_fx.kernels.inductor import has_memory, is_traced
 from pege_fx.modules.batch_norm import Fold
 from pege_fx.modules.method_check import check_method, is_own
@@ -201,6 +202,7 @@ class FakeQuant(nn.Module):
     observing = False
     statistics: Statistics | None = None
     recompute = False  # y is not kept for backward, but made again there
+    merged: tuple[str, ...] = ()  # statistics of BatchNorms that are merged: keys that a state of this model does not have
     is_computed = False  # the weight is a tensor of its own in every call: there is nothing to keep for the next one
     plan: Plan | None = None  # of the whole model; fx keeps modules through copies and pickles, and little else
 
@@ -576,10 +578,16 @@ def _follow_loaded_state(module: nn.Module, state: dict[str, Any], prefix: str, 
             state[key] = value.reshape(1)  # a state of when one value per tensor was 0-d
 
 
-def _has_loaded_state(module: nn.Module, _: Any) -> None:
-    """What was loaded was read before."""
+def _has_loaded_state(module: nn.Module, keys: Any) -> None:
+    """What was loaded was read before; a BatchNorm that nobody merged is refused: a pickle loses the hook of ``MergedNorm``."""
     assert isinstance(module, FakeQuant)
     module.is_calibrated = module._calibrated
+    for found, merged in itertools.product(keys.unexpected_keys, module.merged):
+        if f".{found}".endswith(f".{merged}"):
+            raise CheckpointError(
+                f"the state has {found}, of a BatchNorm that is merged here: its weights are not those of this model.\n"
+                "  load it before the model is pickled, or prepare the model anew and load it then."
+            )
 
 
 def fake_quants(module: nn.Module) -> dict[str, FakeQuant]:
