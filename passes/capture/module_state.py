@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node, Proxy
 
 from pege_fx.modules.mode import Attributes, attributes, put_back
+from pege_fx.modules.write_watch import WriteWatch
 from pege_fx.passes.graph import after, call_method, copy_origin, get_attr
 
 _CONSTANTS = ("_tensor_constant", "_torchbind_obj", "_tree_spec_constant", "_opaque_obj")  # what fx keeps on the root
@@ -20,6 +21,8 @@ class ModuleState:
         root: the model.
         opaque: paths of modules that are not looked into, and keep what is theirs.
 
+    While example values are computed, ``watch`` is to be on: it notes what a parameter held that they write.
+
     ``changed`` are the attributes, (module, name), in which ``forward`` left other numbers and texts than it found, ``kept``
     those in which it left tensors.
     """
@@ -30,6 +33,7 @@ class ModuleState:
         self.kept: list[tuple[str, str]] = []
         self._before = [(path, module, attributes(module)) for path, module in root.named_modules()]
         self._opaque = opaque
+        self.watch = WriteWatch(parameter for parameter in root.parameters() if not parameter.is_meta)
         self._left: list[tuple[nn.Module, Attributes]] = []
 
     def note(self) -> None:
@@ -66,6 +70,7 @@ class ModuleState:
         constants = {name: value for name, value in vars(self.root).items() if name.startswith(_CONSTANTS)}
         for _, module, before in self._before:
             put_back(module, before)
+        self.watch.put_back()
         self.root.__dict__.update(constants)
 
     @contextmanager

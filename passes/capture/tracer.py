@@ -423,7 +423,7 @@ class PegeTracer(GuardingTracer):
         args, kwargs = (plain(map_arg(part, values.__getitem__)) for part in arguments(node))
         before, self._evaluating = self._evaluating, True
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self.state.watch:
                 return _run(self.root, node, args, kwargs)
         finally:
             self._evaluating = before

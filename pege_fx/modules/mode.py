@@ -1,8 +1,9 @@
 """Modules that stand in a traced graph for what a graph does not hold: the training mode, code that stays Python."""
 
 import inspect
+import itertools
 import sys
-from collections import OrderedDict
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from pege_fx.errors import OtherCallError
+from pege_fx.modules.write_watch import WriteWatch, copied
 
 TRAINING_MODE = "training_mode"
 PYTHON_FORWARD = "python_forward"
@@ -31,60 +33,90 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 class Attributes(NamedTuple):
-    """The attributes of a module, and copies of those that change in place: lists, dictionaries of tensors, children, hooks."""
+    """The attributes of a module, copies of those that change in place, by name, and of the collections inside them."""
 
     values: dict[str, Any]
     copies: dict[str, Any]
+    nested: tuple[tuple[Any, Any], ...] = ()
 
 
-_CHANGING = (dict, OrderedDict, list)
+_CHANGING = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
 _EMPTY: dict[str, Any] = {}
 
 
 def attributes(module: nn.Module) -> Attributes:
-    """Note the attributes of a module."""
+    """Note the attributes of a module: lists, dictionaries of tensors, children, hooks."""
     values = vars(module).copy()
     copies = {
         name: value.copy() if value else _EMPTY  # a dozen, and most are empty
         for name, value in values.items()
         if type(value) in _CHANGING
     }
-    return Attributes(values, copies)
+    return Attributes(values, copies, tuple(_nested(copies.values(), set())))
+
+
+def _nested(collections: Iterable[Any], seen: set[int]) -> Iterator[tuple[Any, Any]]:
+    """Collections inside collections, near and far, each with a copy."""
+    for collection in collections:
+        for value in collection.values() if isinstance(collection, dict) else collection:
+            if type(value) in _CHANGING and id(value) not in seen:
+                seen.add(id(value))
+                yield value, value.copy()
+                yield from _nested([value], seen)
 
 
 def put_back(module: nn.Module, before: Attributes) -> None:
     """Give a module the attributes that it had; lists and dictionaries, which others may hold too, are the same ones."""
     module.__dict__.clear()
     module.__dict__.update(before.values)
-    for name, copied in before.copies.items():
-        if value := before.values[name]:
+    for value, kept in (*((before.values[name], kept) for name, kept in before.copies.items()), *before.nested):
+        if value:
             value.clear()
-        if copied:
-            (value.extend if type(value) is list else value.update)(copied)
+        if kept:
+            (value.extend if isinstance(value, (list, deque)) else value.update)(kept)
+
+
+def _tensors_in(before: Attributes) -> set[Tensor]:
+    """Tensors that are attributes, or lie in collections that are: parameters and buffers are none."""
+    held = [kept for name, kept in before.copies.items() if name not in ("_parameters", "_buffers")]
+    held += [before.values, *(kept for _, kept in before.nested)]
+    items = itertools.chain.from_iterable(kept.values() if isinstance(kept, dict) else kept for kept in held)
+    return {value for value in items if isinstance(value, Tensor)}
 
 
 @contextmanager
 def trial(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Put back what calls inside leave in modules: attributes, hooks, buffers; parameters, where the code is not torch's."""
+    """Put back what calls inside leave in modules: attributes, hooks, buffers, parameters.
+
+    Parameters of torch's own layers are copied when something is about to write them, all other tensors at once.
+    """
     modules = list(modules)
     modules += [module.code for module in modules if isinstance(module, PythonForward)]
     states = [(module, attributes(module)) for module in modules]
-    own = [module for module in modules if not type(module).__module__.startswith(("torch.", "pege_fx."))]
+    own = [module for module in modules if not _is_torchs(module)]
     tensors = {buffer for module in modules for buffer in module.buffers(recurse=False)}
     tensors |= {parameter for module in own for parameter in module.parameters(recurse=False)}
-    values = [(tensor, tensor.detach().clone()) for tensor in tensors if not tensor.is_meta]
-    leaves = {tensor for tensor in tensors if tensor.is_leaf}
+    tensors |= {tensor for _, before in states for tensor in _tensors_in(before)}
+    values = [copied(tensor) for tensor in tensors if not tensor.is_meta]
+    rest = {parameter for module in modules for parameter in module.parameters(recurse=False)} - tensors
+    leaves = {tensor for tensor in tensors | rest if tensor.is_leaf}
+    watch = WriteWatch(parameter for parameter in rest if not parameter.is_meta)
     try:
-        yield
+        with watch:
+            yield
     finally:
         for module, before in states:
             put_back(module, before)
         with torch.no_grad():
-            for tensor, value in values:
-                if not torch.equal(tensor, value):
-                    (tensor if tensor.shape == value.shape else tensor.resize_(value.shape)).copy_(value)
-                if tensor.grad_fn is not None and tensor in leaves:
-                    tensor.detach_()  # a write of what needs a gradient made it part of that call's graph
+            for noted in (*values, *watch.copies):
+                noted.put_back()
+                if noted.tensor.grad_fn is not None and noted.tensor in leaves:
+                    noted.tensor.detach_()  # a write of what needs a gradient made it part of that call's graph
+
+
+def _is_torchs(module: nn.Module) -> bool:
+    """Whether a module is a layer of torch or one of this package; what a script does is seen by nobody."""
+    return type(module).__module__.startswith(("torch.", "pege_fx.")) and not isinstance(module, torch.jit.ScriptModule)
 
 
 class TrainingMode(nn.Module):
