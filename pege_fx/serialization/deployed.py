@@ -1,7 +1,8 @@
 """Converted graphs as files: tensors in the safetensors format, the graph as JSON in its header, nothing else.
 
     {"format": "pege_fx", "version": 2, "name": ..., "replacement": rate p that training had reached,
-     "nodes": [[name, op, target, args, kwargs], ...], "parameters": [...], "packed": {name: [bits, signed, shape]}}
+     "nodes": [[name, op, target, args, kwargs], ...], "parameters": [...], "packed": {name: [bits, signed, shape]},
+     "orders": {name: dimensions, from the slowest to the fastest in memory}}
 
 A SHA-256 over that text and the tensors says whether what is read is what was written. Weight codes are packed to their
 bits. A value of an argument that JSON does not have is an object with one key, its kind.
@@ -29,6 +30,7 @@ from pege_fx.modules.stages import graph_of
 from pege_fx.numerics.packing import pack, unpack
 from pege_fx.passes.graph import arguments, register_buffer, set_parameter, where
 from pege_fx.serialization.allowlist import READABLE, function_of, methods, name_of, read_attribute
+from pege_fx.serialization.memory_order import laid_out, order_of
 from pege_fx.serialization.records import as_call, is_named_result
 
 FORMAT, VERSION, CHECKSUM = "pege_fx", 2, "sha256"
@@ -64,6 +66,7 @@ def save_deployed(deployed: GraphModule, path: str | os.PathLike[str]) -> int:
         "replacement": deployed.meta.get("replacement", 1.0),
         "parameters": [name for name, _ in deployed.named_parameters()],
         "packed": packed,
+        "orders": _orders(deployed),
         "nodes": [_encode_node(node) for node in deployed.graph.nodes],
     }
     with atomic_write(path) as temporary:
@@ -96,6 +99,8 @@ def load_deployed(path: str | os.PathLike[str]) -> GraphModule:
     try:
         for name, (bits, signed, shape) in header["packed"].items():
             tensors[name] = unpack(tensors[name], shape, bits=bits, signed=signed)
+        for name, order in header.get("orders", {}).items():
+            tensors[name] = laid_out(tensors[name], order)
         gm = GraphModule(nn.Module(), Graph(), class_name=str(header["name"]))
         for name in header["parameters"]:
             set_parameter(gm, name, nn.Parameter(tensors[name]))
@@ -149,6 +154,12 @@ def _packed_state(deployed: GraphModule) -> tuple[dict[str, Tensor], dict[str, t
             packed[name] = (stored.bits, value.dtype is torch.int8, list(value.shape))
             tensors[name] = pack(tensors[name], stored.bits)
     return tensors, packed
+
+
+def _orders(deployed: GraphModule) -> dict[str, list[int]]:
+    """In which order of dimensions tensors lie in memory that do not lie row by row: convolutions compute in it."""
+    named = [*deployed.named_parameters(), *deployed.named_buffers()]
+    return {name: order for name, value in named if (order := order_of(value)) is not None}
 
 
 def checksum(text: str, tensors: dict[str, Tensor]) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pege_fx._utils.files import path_of, path_to_read, replacement, scratch, while_replaced
 from pege_fx.errors import CheckpointError
+from pege_fx.serialization.memory_order import laid_out, order_of
 
 PREVIOUS = ".previous"
 
@@ -98,13 +99,14 @@ def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
 
 # --- trees -------------------------------------------------------------------------------------------------------
 # JSON has no tuple, no keys but text, and no tensor: {"tuple": [...]}, {"dict": [[key, value], ...]}, {"tensor": name}.
+# Of a tensor that does not lie row by row: {"ordered": [name, dimensions]}; of a complex one: {"complex": its real view}.
 
 
 def _encode(value: Any, name: str, tensors: dict[str, Tensor], known: dict[Any, str]) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Tensor):
-        return {"tensor": _name_of(value, name, tensors, known)}
+        return _encode_tensor(value, name, tensors, known)
     if isinstance(value, Mapping):
         for key in value:
             if not (key is None or isinstance(key, (bool, int, float, str))):
@@ -118,6 +120,17 @@ def _encode(value: Any, name: str, tensors: dict[str, Tensor], known: dict[Any, 
         f"{name or 'the tree'} is a {type(value).__name__}: a checkpoint holds tensors, numbers, text, None, and lists, "
         "tuples and dicts of them."
     )
+
+
+def _encode_tensor(value: Tensor, name: str, tensors: dict[str, Tensor], known: dict[Any, str]) -> Any:
+    if value.layout is not torch.strided or value.is_meta:
+        kind = "without data" if value.is_meta else f"in the layout {value.layout}"
+        raise CheckpointError(f"{name or 'the tree'} is a tensor {kind}: a checkpoint holds dense ones.")
+    value = value.detach().resolve_conj().resolve_neg()  # flags that no file has
+    if value.is_complex():
+        return {"complex": _encode_tensor(torch.view_as_real(value), name, tensors, known)}
+    stored, order = _name_of(value, name, tensors, known), order_of(value)
+    return {"tensor": stored} if order is None else {"ordered": [stored, order]}
 
 
 def _name_of(value: Tensor, name: str, tensors: dict[str, Tensor], known: dict[Any, str]) -> str:
@@ -140,6 +153,11 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     ((what, content),) = value.items()
     if what == "tensor":
         return tensors[content].clone()  # what is read maps the file, and may be shared
+    if what == "ordered":
+        stored, order = content
+        return laid_out(tensors[stored], order)
+    if what == "complex":
+        return torch.view_as_complex(_decode(content, tensors))
     if what == "tuple":
         return tuple(_decode(child, tensors) for child in content)
     if what == "dict":
