@@ -1,27 +1,35 @@
 """Deployed models in other tools: ONNX written from the graph, verified in ONNX Runtime; ``torch.export`` programs."""
 
+import contextlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
+import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
 from pege_fx._utils.files import atomic_write, path_of, path_to_read
 from pege_fx.errors import ExportError, PegeWarning
-from pege_fx.export.program import check_deployed, stepped, steps_of_all, to_program
+from pege_fx.export.calls import Call, has_tokens, in_order, tensors_of, try_call
+from pege_fx.export.outputs import given_names
+from pege_fx.export.outputs import output_names as names_of_results
+from pege_fx.export.program import Exported, to_program
 from pege_fx.modules.stages import graph_of
 from pege_fx.numerics.functional import dequantize
 from pege_fx.passes.graph import arguments
 
 if TYPE_CHECKING:
+    from onnx import ModelProto
+
     from pege_fx.export.verify import ExportReport
 
 Style: TypeAlias = Literal["qdq", "qcdq", "qonnx"]
 MIN_OPSET = 17
 _DEFAULT_OPSETS = {"qdq": 21, "qcdq": 17, "qonnx": 17}
+_BFLOAT16_OPSET = 22
 
 __all__ = ["export_onnx", "to_program", "verify_export"]
 
@@ -29,11 +37,15 @@ __all__ = ["export_onnx", "to_program", "verify_export"]
 def export_onnx(
     deployed: GraphModule,
     path: str | os.PathLike[str],
-    example_inputs: tuple[Any, ...] | Tensor,
+    example_inputs: tuple[Any, ...] | Tensor = (),
     *,
+    example_kwargs: Mapping[str, Any] | None = None,
     style: Style = "qdq",
     opset: int | None = None,
     dynamic_batch: bool = True,
+    dynamic_shapes: Any = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
 ) -> int:
     """Write a converted model as ONNX; return the file's size in bytes.
 
@@ -42,18 +54,29 @@ def export_onnx(
     Args:
         deployed: the result of ``pege_fx.convert``.
         path: of the file.
-        example_inputs: positional arguments of ``forward``; they fix every size but the first.
+        example_inputs: positional arguments of ``forward``; they fix every size that is not free. None between them is left
+            out of the file, numbers are fixed; equal tensors, also one tensor given twice, are inputs of their own.
+        example_kwargs: keyword arguments of ``forward``.
         style: "qdq": weights of 3 and 4 bits are INT4 (from opset 21), of 2 bits INT2 (from opset 25), really packed; other
             weights and all activations are int8, activations below 8 bits with a Clip. "qcdq": int8 and Clip, for any
             runtime. "qonnx": ``Quant`` nodes that say the bits, for FINN, hls4ml and their kin; weights are stored in float.
-        opset: version of the operators, from 17; by default 17, for "qdq" 21, or 25 if something has 2 bits.
-        dynamic_batch: leave the first dimension of every input free, where the model allows it.
+        opset: version of the operators, from 17; by default 17, for "qdq" 21, or 25 if something has 2 bits; for bfloat16 at
+            least 22.
+        dynamic_batch: leave the first dimension of every input free, and the number of tokens (the second one of whole numbers
+            that have two), where the model allows it.
+        dynamic_shapes: which sizes stay free beside the batch, as ``torch.export.export`` takes them; a name may stand for a
+            ``Dim``, and parameters may be left out: ``{"ids": {1: "length"}, "mask": {1: "length"}}``.
+        input_names: of the file's inputs, one for each tensor among the arguments; by default the names of ``forward``'s
+            parameters.
+        output_names: of the file's outputs; by default the keys or fields of the result, "output" for a single tensor.
 
-    Warns if replacement was not complete (p < 1) when the model was converted, and where the model fixes the batch size.
+    Warns if replacement was not complete (p < 1) when the model was converted, and where the model fixes the batch size, or
+    chooses by it what it computes.
 
     Raises:
         ExportError: an unknown style or opset; a model that was not converted; an operator that has no mapping (node,
-            operator and line are named); a file that can not be written.
+            operator and line are named); a model that writes into a buffer or an argument, which a file can not; a size that
+            is to be free and that the model fixes or chooses by; names that do not fit; a file that can not be written.
         InputError: example inputs that do not fit the model.
 
     >>> import tempfile
@@ -71,23 +94,23 @@ def export_onnx(
         raise ExportError(f'style={style!r}: give "qdq", "qcdq" or "qonnx".')
     need_onnx()
     target = path_of(path)
-    args = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     deployed = graph_of(deployed, "converted", error=ExportError)
-    result = check_deployed(deployed, args)
+    positional = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    call = in_order(deployed, (positional, dict(example_kwargs or {})))
+    outputs = names_of_results(try_call(deployed, call))
+    inputs = None if input_names is None else given_names("input_names", input_names, len(tensors_of(call)))
+    outputs = outputs if output_names is None else given_names("output_names", output_names, len(outputs))
     chosen = _opset(opset, style, deployed)
-    from pege_fx.export.model import build, output_names, warn_if_batch_is_fixed
-
     if (rate := deployed.meta.get("replacement", 1.0)) < 1.0:
         warnings.warn(
             f"the model was converted at p = {rate:.3f}, before its training was finished; it is deployed fully quantized.",
             PegeWarning,
             stacklevel=2,
         )
-    program = to_program(deployed, args, operators="pege_fx", dynamic_batch=dynamic_batch)
-    if dynamic_batch:
-        warn_if_batch_is_fixed(program)
-    places = {name: step.place for name, step in steps_of_all(stepped(deployed))}
-    model = build(program, places, output_names(result), chosen, style)
+    sizes = {"dynamic_batch": dynamic_batch, "dynamic_shapes": dynamic_shapes}
+    model, notes = _written(deployed, call, sizes, inputs, outputs, chosen, style)
+    for note in notes:
+        warnings.warn(note, PegeWarning, stacklevel=2)
     with atomic_write(target) as temporary:
         return temporary.write_bytes(model.SerializeToString())
 
@@ -101,7 +124,8 @@ def verify_export(deployed: GraphModule, path: str | os.PathLike[str], batches: 
     Args:
         deployed: the model that was exported.
         path: the file that ``export_onnx`` wrote.
-        batches: tensors, or tuples of them (surplus ones, such as labels, are left out).
+        batches: what ``calibrate`` takes: tensors, tuples of positional arguments (None and numbers among them, surplus ones,
+            such as labels, left out) or dicts of keyword arguments.
 
     Returns:
         An ``ExportReport``: ``verdict`` is "exact" (every code is equal), "ties" (those that differ have an exact value on
@@ -136,16 +160,45 @@ def need_onnx() -> None:
         raise ExportError(f"{' and '.join(missing)} not found: pip install 'pege_fx[export]'.")
 
 
+def _written(
+    deployed: GraphModule,
+    call: Call,
+    sizes: dict[str, Any],
+    inputs: list[str] | None,
+    outputs: list[str],
+    opset: int,
+    style: Style,
+) -> tuple["ModelProto", list[str]]:
+    """Return the model in ONNX, with its number of tokens free where everything allows it, and what a user should know."""
+    from pege_fx.export.model import build
+
+    def write(free_lengths: bool) -> tuple["ModelProto", list[str]]:
+        exported = Exported(deployed, call, "pege_fx", **sizes, free_lengths=free_lengths, flat=True)
+        return build(exported, inputs, outputs, opset, style), exported.notes
+
+    if sizes["dynamic_batch"] and sizes["dynamic_shapes"] is None and has_tokens(call):
+        with contextlib.suppress(ExportError):
+            return write(free_lengths=True)
+    return write(free_lengths=False)
+
+
 def _opset(opset: int | None, style: str, deployed: GraphModule) -> int:
     import onnx
 
     from pege_fx.export.quantization import INT2_OPSET
 
     newest = onnx.defs.onnx_opset_version()
+    in_bfloat16 = any(value.dtype is torch.bfloat16 for value in (*deployed.parameters(), *deployed.buffers()))
     if opset is None:
-        return INT2_OPSET if style == "qdq" and has_two_bits(deployed) else _DEFAULT_OPSETS[style]
+        usual = INT2_OPSET if style == "qdq" and has_two_bits(deployed) else _DEFAULT_OPSETS[style]
+        return max(usual, _BFLOAT16_OPSET) if in_bfloat16 else usual
     if isinstance(opset, bool) or not isinstance(opset, int) or not MIN_OPSET <= opset <= newest:
         raise ExportError(f"opset={opset!r}: give a whole number from {MIN_OPSET} to {newest}, what the installed onnx knows.")
+    if in_bfloat16 and opset < _BFLOAT16_OPSET:
+        raise ExportError(
+            f"opset={opset}: ONNX has convolutions and the like in bfloat16 from opset {_BFLOAT16_OPSET} on.\n"
+            "  leave opset out, or export the model in float32: deployed.float()."
+        )
     return opset
 
 

@@ -1,7 +1,6 @@
 """Element-wise operators, reductions and comparisons in ONNX."""
 
 import math
-import operator
 from typing import Any
 
 import torch
@@ -338,12 +337,15 @@ def vector_norm(w: Writer, x: Value, order: Any = 2, dims: Any = None, keepdim: 
 def variance(w: Writer, x: Value, dims: Any = None, *, correction: float | None = None, keepdim: bool = False) -> Value:
     centred = w.op("Sub", x, reduce(w, "ReduceMean", x, dims, True))
     mean = reduce(w, "ReduceMean", w.op("Mul", centred, centred), dims, keepdim)
-    axes = range(x.rank) if not dims else [dims] if isinstance(dims, int) else dims
+    axes = list(range(x.rank)) if not dims else [dims] if isinstance(dims, int) else list(dims)
     sizes = [x.size(axis) for axis in axes]
+    less = 1 if correction is None else correction
     if None in sizes:
-        raise UnmappedError("a variance over a dimension whose size is not fixed")
+        shape = w.op("Gather", w.op("Shape", x, dtype=torch.int64), w.constant([axis % x.rank for axis in axes]), axis=0)
+        counted = w.cast(w.op("ReduceProd", shape, keepdims=0), x.dtype)
+        return w.op("Mul", mean, w.op("Div", counted, w.op("Relu", w.op("Sub", counted, w.constant(less, x.dtype)))))
     count = math.prod(size for size in sizes if size is not None)
-    return w.op("Mul", mean, w.constant(count / max(count - (1 if correction is None else correction), 0), x.dtype))
+    return w.op("Mul", mean, w.constant(count / max(count - less, 0), x.dtype))
 
 
 @writes("std.correction")
@@ -387,24 +389,3 @@ def max_dim(w: Writer, x: Value, dim: int, keepdim: bool = False) -> list[Value]
 @writes("cumsum")
 def cumsum(w: Writer, x: Value, dim: int, dtype: Any = None) -> Value:
     return w.op("CumSum", w.cast(x, w.result.dtype), w.constant(dim))
-
-
-# --- sizes ---------------------------------------------------------------------------------------------------
-
-
-def size_arithmetic(kind: str) -> Handler:
-    """Whole numbers computed from sizes: int64 tensors of one element. Sizes are positive: Div rounds as // does."""
-
-    def write(w: Writer, a: Any, b: Any) -> Value:
-        return w.op(kind, w.scalar(a), w.scalar(b), dtype=torch.int64)
-
-    return write
-
-
-SIZES: dict[Any, Handler] = {
-    operator.add: size_arithmetic("Add"),
-    operator.sub: size_arithmetic("Sub"),
-    operator.mul: size_arithmetic("Mul"),
-    operator.floordiv: size_arithmetic("Div"),
-    operator.mod: size_arithmetic("Mod"),
-}

@@ -169,12 +169,24 @@ def attention(
     # its factors it takes that product away, even from others who read it.
     scores = binary(w, "Mul", w.op("MatMul", query, w.op("Transpose", key, perm=order)), factor)
     if is_causal:
-        size = fixed_size(query, -2), fixed_size(key, -2)
-        mask = w.constant(torch.full(size, -math.inf).triu(1))
+        mask = _causal_mask(w, query, key)
     if mask is not None and mask.dtype is torch.bool:
         mask = w.op("Where", mask, w.constant(0.0, w.result.dtype), w.constant(-math.inf, w.result.dtype), dtype=w.result.dtype)
     weights = w.op("Softmax", scores if mask is None else binary(w, "Add", scores, mask), axis=-1)
     return w.op("MatMul", weights, value)
+
+
+def _causal_mask(w: Writer, query: Value, key: Value) -> Value:
+    """What may be seen from where, (queries, keys): keys up to the query's own place."""
+    count, seen = query.size(-2), key.size(-2)
+    if count is not None and seen is not None:
+        return w.constant(torch.full((count, seen), -math.inf, dtype=w.result.dtype).triu(1))
+    places = []
+    for x in (query, key):
+        end = w.op("Squeeze", w.op("Shape", x, dtype=torch.int64, start=-2, end=-1), w.constant([0]))
+        places.append(w.op("Range", w.constant(0), end, w.constant(1)))
+    own = w.op("Unsqueeze", places[0], w.constant([1]))
+    return w.op("LessOrEqual", places[1], own, dtype=torch.bool)
 
 
 def _for_each_head(w: Writer, x: Value, heads: int) -> Value:

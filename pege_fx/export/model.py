@@ -2,7 +2,7 @@
 
 import operator
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import onnx
@@ -20,28 +20,47 @@ import pege_fx.export.pooling
 import pege_fx.export.quantization
 import pege_fx.export.recurrent
 import pege_fx.export.shapes  # noqa: F401 (these fill the table)
-from pege_fx.errors import ExportError, PegeWarning
+from pege_fx.errors import ExportError
 from pege_fx.export import qonnx
-from pege_fx.export.arithmetic import SIZES
-from pege_fx.export.program import constants, origin, sizes_of
+from pege_fx.export.free_sizes import sizes_of
+from pege_fx.export.numbers import SIZES
+from pege_fx.export.program import Exported, constants, origin
 from pege_fx.export.writer import TABLE, TYPES, UnmappedError, Value, Writer
 from pege_fx.passes.graph import arguments, first_argument
 
 
-def build(program: ExportedProgram, places: Mapping[str, str], outputs: list[str], opset: int, style: str) -> onnx.ModelProto:
+def build(exported: Exported, inputs: list[str] | None, outputs: list[str], opset: int, style: str) -> onnx.ModelProto:
     """Return a program as an ONNX model, checked.
 
     Args:
-        program: functional, see ``to_program``.
-        places: " (file:line)" of a converted graph's node by its name.
+        exported: the program, whose results are flat.
+        inputs: names of the inputs, in order; None: those of ``forward``'s parameters.
         outputs: names of the results, in order.
         opset: version of the operators.
         style: "qdq", "qcdq" or "qonnx".
 
     Raises:
-        ExportError: for an operator that has no entry, with node, operator and line.
+        ExportError: for an operator that has no entry, with node, operator and line; a model that writes into a buffer or
+            an input; names that do not fit.
     """
-    return _Build(_in_known_operators(program), places, outputs, Writer(opset, style)).model()
+    _refuse_writes(exported)
+    return _Build(exported, inputs, outputs, Writer(opset, style)).model()
+
+
+def _refuse_writes(exported: Exported) -> None:
+    """A file keeps nothing between its calls and changes no array of its caller: what a model writes would be lost."""
+    signature = exported.program.graph_signature
+    lines = {node.name: exported.places.get(origin(node), "") for node in exported.program.graph.nodes}
+    for result, name in signature.buffers_to_mutate.items():
+        raise ExportError(
+            f"the model writes into its buffer {name}{lines[result]}, and a file keeps nothing from one call to the next.\n"
+            "  make the state an argument of forward, and return the new one."
+        )
+    for result, name in signature.user_inputs_to_mutate.items():
+        raise ExportError(
+            f"the model writes into its input {name}{lines[result]}, and a file changes no array of its caller.\n"
+            f"  let forward write into a copy: {name} = {name}.clone()."
+        )
 
 
 def _in_known_operators(program: ExportedProgram) -> ExportedProgram:
@@ -60,11 +79,15 @@ def _is_known(target: Any) -> bool:
 
 
 class _Build:
-    def __init__(self, program: ExportedProgram, places: Mapping[str, str], outputs: list[str], writer: Writer) -> None:
-        self.program, self.places, self.w = program, places, writer
-        self.fixed = constants(program)
+    def __init__(self, exported: Exported, inputs: list[str] | None, outputs: list[str], writer: Writer) -> None:
+        self.program, self.w = _in_known_operators(exported.program), writer
+        self.places, self.symbols = exported.places, exported.symbols
+        self.fixed = constants(self.program)
         self.values: dict[Node, Any] = {}
         self.names = self._step_names()
+        placeholders, given = self.program.graph.find_nodes(op="placeholder"), self.program.graph_signature.user_inputs
+        self.inputs = [node for node in placeholders if node.name in given and isinstance(node.meta.get("val"), Tensor)]
+        self.input_names = [writer.unique(name) for name in inputs or [node.name for node in self.inputs]]
         self.outputs = [writer.unique(name) for name in outputs]
 
     def _step_names(self) -> dict[Node, str]:
@@ -77,17 +100,12 @@ class _Build:
 
     def model(self) -> onnx.ModelProto:
         graph = self.program.graph
-        inputs = []
+        inputs = [self._input(node, name) for node, name in zip(self.inputs, self.input_names, strict=True)]
         for node in graph.nodes:
-            if node.op == "placeholder":
-                if node.name in self.program.graph_signature.user_inputs:
-                    inputs.append(self._input(node))
-            elif node in self.fixed:
-                continue
-            elif node.op == "call_function":
+            if node.op == "call_function" and node not in self.fixed:
                 self._write(node)
         results = first_argument(next(iter(graph.find_nodes(op="output"))))
-        outputs = [self._output(name, value) for name, value in zip(self.outputs, _tensors(results), strict=True)]
+        outputs = [self._output(name, value) for name, value in zip(self.outputs, results, strict=True)]
         kept = _needed(self.w.nodes, self.outputs)
         read = {name for node in kept for name in node.input}
         stored = [tensor for name, tensor in self.w.initializers.items() if name in read]
@@ -105,23 +123,18 @@ class _Build:
             raise ExportError(f"onnx's own checker refuses what was written: {error}") from error
         return model
 
-    def _input(self, node: Node) -> onnx.ValueInfoProto:
+    def _input(self, node: Node, name: str) -> onnx.ValueInfoProto:
         example = node.meta["val"]
-        if not isinstance(example, Tensor):
-            raise ExportError(f"input {node.name} is {type(example).__name__}, not a tensor: fix it in the model.")
-        self.values[node] = Value(self.w.unique(node.name), example.dtype, sizes_of(example))
-        return self._info(self.values[node].name, example)
+        self.values[node] = Value(name, example.dtype, sizes_of(example))
+        return self._info(name, example)
 
     def _info(self, name: str, example: Tensor) -> onnx.ValueInfoProto:
-        """A free size that is one symbol has a name ("batch" for the first); one that is computed has none."""
+        """A free size that is one symbol has a name; one that is computed has none."""
         sizes = [size if isinstance(size, int) else self._symbol(str(size)) for size in sizes_of(example)]
         return helper.make_tensor_value_info(name, TYPES[example.dtype], sizes)
 
     def _symbol(self, text: str) -> str | None:
-        symbols = list(map(str, self.program.range_constraints))
-        if text not in symbols:
-            return None
-        return "batch" if symbols.index(text) == 0 else text
+        return self.symbols.get(text, text if text.isidentifier() else None)
 
     def _output(self, name: str, value: Any) -> onnx.ValueInfoProto:
         example = value.meta["val"] if isinstance(value, Node) else None
@@ -133,7 +146,8 @@ class _Build:
 
     def _value(self, node: Node) -> Any:
         if node not in self.values and node in self.fixed:
-            self.values[node] = self.w.constant(self.fixed[node], name=self._constant_name(node))
+            value = self.fixed[node]
+            self.values[node] = self.w.constant(value, name=self._constant_name(node)) if isinstance(value, Tensor) else value
         return self.values[node]
 
     def _constant_name(self, node: Node) -> str:
@@ -183,10 +197,6 @@ class _Build:
         )
 
 
-def _tensors(results: Any) -> list[Any]:
-    return [value for value in results if value is not None]
-
-
 def _rename(nodes: Iterable[onnx.NodeProto], old: str, new: str) -> None:
     for node in nodes:
         for names in (node.input, node.output):
@@ -205,37 +215,3 @@ def _needed(nodes: list[onnx.NodeProto], outputs: list[str]) -> list[onnx.NodePr
             kept.append(node)
             wanted |= set(node.input)
     return kept[::-1]
-
-
-def output_names(result: Any, prefix: str = "") -> list[str]:
-    """Name every tensor of a model's result: by its key, its place, or "output".
-
-    >>> import torch
-    >>> output_names({"out": torch.ones(1), "aux": torch.ones(1)}), output_names((torch.ones(1), None, torch.ones(1)))
-    (['out', 'aux'], ['output_0', 'output_2'])
-
-    Raises:
-        ExportError: for what is neither a tensor nor None.
-    """
-    if isinstance(result, Tensor):
-        return [prefix or "output"]
-    if isinstance(result, Mapping):
-        return [
-            name for key, value in result.items() for name in output_names(value, f"{prefix}_{key}" if prefix else str(key))
-        ]
-    if isinstance(result, (list, tuple)):
-        start = prefix or "output"
-        return [name for i, value in enumerate(result) for name in output_names(value, f"{start}_{i}")]
-    if result is not None:
-        raise ExportError(f"{prefix or 'the output'} is {result!r}, not a tensor: leave it out, or make it one.")
-    return []
-
-
-def warn_if_batch_is_fixed(program: ExportedProgram) -> None:
-    """Say so if torch.export had to fix the first dimension of an input."""
-    for node in program.graph.find_nodes(op="placeholder"):
-        value = node.meta.get("val")
-        is_input = node.name in program.graph_signature.user_inputs
-        if is_input and isinstance(value, Tensor) and value.ndim and isinstance(size := sizes_of(value)[0], int):
-            reason = "as in the example inputs, where others have more" if size == 1 else "by the model"
-            warnings.warn(f"the batch size of {node.name} is fixed to {size} {reason}.", PegeWarning, stacklevel=3)

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from pege_fx.export.arithmetic import reduce
+from pege_fx.export.free_sizes import sizes_of
 from pege_fx.export.layers import _batched, _each, _unbatched, fixed_size
-from pege_fx.export.program import sizes_of
 from pege_fx.export.writer import UnmappedError, Value, Writer, writes
 
 

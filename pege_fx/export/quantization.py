@@ -8,7 +8,7 @@ from onnx import TensorProto
 from torch import Tensor
 
 from pege_fx.export import qonnx
-from pege_fx.export.program import DEQUANTIZE, QUANTIZE
+from pege_fx.export.steps import DEQUANTIZE, QUANTIZE
 from pege_fx.export.writer import CODE_TYPES, Codes, Pending, UnmappedError, Value, Writer, writes
 from pege_fx.numerics.spec import bounds_of
 

@@ -16,7 +16,9 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_map
 
 from pege_fx.errors import ExportError
-from pege_fx.export.program import Step, stepped, steps_of
+from pege_fx.export.calls import Call, copied
+from pege_fx.export.outputs import flat_tensors
+from pege_fx.export.steps import Step, stepped, steps_of
 from pege_fx.numerics.functional import dequantize, quantize
 from pege_fx.numerics.spec import bounds_of
 from pege_fx.passes.graph import arguments
@@ -50,9 +52,8 @@ class _Model:
         self.exact = stepped(deployed, {dequantize: _wide_dequantize}).double()
         self.scales: dict[str, float] = {}
         self._source = _sources(deployed)
-        self.takes = len(deployed.graph.find_nodes(op="placeholder"))
 
-    def __call__(self, args: tuple[Any, ...]) -> Reference:
+    def __call__(self, call: Call) -> Reference:
         codes: dict[str, Tensor] = {}
         values: dict[str, Tensor] = {}
         positions: dict[str, Tensor] = {}
@@ -71,19 +72,28 @@ class _Model:
 
         with torch.no_grad():
             with _Hooks(self.plain, {quantize: keep_codes, dequantize: keep_values}):
-                outputs = flat_tensors(self.plain.forward(*args))  # a call would print the traceback of what fails
+                outputs = flat_tensors(_run(self.plain, call))
             with _Hooks(self.exact, {quantize: keep_positions}):
-                exact = flat_tensors(self._exactly(args))
+                exact = flat_tensors(self._exactly(call))
         codes, positions = ({name: found[self._source[name]] for name in values} for found in (codes, positions))
         return Reference(outputs, exact, values, codes, positions)
 
-    def _exactly(self, args: tuple[Any, ...]) -> Any:
+    def _exactly(self, call: Call) -> Any:
         """In float64; code that stays Python may make float32 tensors of its own, which allow no other."""
         try:
-            return self.exact.forward(*tree_map(lambda x: x.double() if x.is_floating_point() else x, args))
+            return _run(self.exact, tree_map(_as_double, call))
         except RuntimeError:
             self.exact.float()
-            return self.exact.forward(*args)
+            return _run(self.exact, call)
+
+
+def _run(gm: GraphModule, call: Call) -> Any:
+    args, kwargs = copied(call)  # a model may write into its arguments
+    return gm.forward(*args, **kwargs)  # a call would print the traceback of what fails
+
+
+def _as_double(leaf: Any) -> Any:
+    return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
 
 def _wide_dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None = None, **settings: Any) -> Tensor:
@@ -135,14 +145,6 @@ def _named(name: str, callback: Callable[[str, Any, Any, Any], Any]) -> Callable
     return lambda module, args, kwargs, result: callback(name, args, kwargs, result)
 
 
-def flat_tensors(result: Any) -> list[Tensor]:
-    """Return the tensors of a result in the order in which ``export_onnx`` names them."""
-    if isinstance(result, Tensor):
-        return [result]
-    values = result.values() if isinstance(result, Mapping) else result if isinstance(result, (list, tuple)) else ()
-    return [tensor for value in values for tensor in flat_tensors(value)]
-
-
 # --- ONNX Runtime ----------------------------------------------------------------------------------------------
 
 
@@ -184,8 +186,13 @@ def _session(proto: onnx.ModelProto, *, optimized: bool) -> onnxruntime.Inferenc
     try:
         return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as error:
+        no_kernel = "NOT_IMPLEMENTED" in str(error)  # the file is right, and this runtime has not all of ONNX: bfloat16
+        fix = (
+            "\n  it has no kernel for that type on a CPU: verify the model in float32 (deployed.float())." if no_kernel else ""
+        )
         raise ExportError(
-            f"ONNX Runtime can not load the file, optimizations {'on' if optimized else 'off'}: {type(error).__name__}: {error}"
+            f"ONNX Runtime can not load the file, optimizations {'on' if optimized else 'off'}: "
+            f"{type(error).__name__}: {error}{fix}"
         ) from error
 
 

@@ -1,11 +1,14 @@
 """Reshaping, slicing, joining and padding in ONNX."""
 
+import itertools
+import operator
 import sys
 from typing import Any
 
 import torch
 
-from pege_fx.export.program import sizes_of
+from pege_fx.export.free_sizes import sizes_of
+from pege_fx.export.numbers import SIZES, in_one_type
 from pege_fx.export.writer import UnmappedError, Value, Writer, writes
 
 _END = sys.maxsize
@@ -26,17 +29,25 @@ def reshape(w: Writer, x: Value, sizes: list[Any]) -> Value:
     return w.op("Reshape", x, w.vector(sizes))
 
 
-def _to_result(w: Writer, x: Value) -> Value:
-    """Reshape to the result's own shape, of which one size at most may be free."""
-    sizes = [size if isinstance(size, int) else -1 for size in sizes_of(w.result)]
-    if sizes.count(-1) <= 1 and 0 not in sizes:
-        return w.op("Reshape", x, w.constant(sizes))
-    raise UnmappedError("a reshape with several sizes that are not fixed")
+@writes("flatten.using_ints")
+def flatten(w: Writer, x: Value, start: int = 0, end: int = -1) -> Value:
+    if not x.rank:
+        return w.op("Reshape", x, w.constant([1]))
+    return _with_sizes(w, x, start % x.rank, end % x.rank + 1, [-1])
 
 
-@writes("flatten.using_ints", "unflatten.int")
-def flatten(w: Writer, x: Value, *settings: Any) -> Value:
-    return _to_result(w, x)
+@writes("unflatten.int")
+def unflatten(w: Writer, x: Value, dim: int, sizes: list[Any]) -> Value:
+    return _with_sizes(w, x, dim % x.rank, dim % x.rank + 1, sizes)
+
+
+def _with_sizes(w: Writer, x: Value, start: int, end: int, sizes: list[Any]) -> Value:
+    """Reshape dimensions from ``start`` up to ``end`` to other sizes; the others keep theirs (those before by a 0)."""
+    behind = [x.size(axis) for axis in range(end, x.rank)]
+    if None not in behind and 0 not in behind:
+        return reshape(w, x, [0] * start + list(sizes) + behind)
+    kept = [w.op("Shape", x, dtype=torch.int64, start=end, end=x.rank)] if end < x.rank else []
+    return w.op("Reshape", x, w.op("Concat", w.vector([0] * start + list(sizes)), *kept, axis=0))
 
 
 @writes("permute")
@@ -146,7 +157,7 @@ def _pieces(w: Writer, x: Value, dim: int) -> list[Value]:
     """Cut as the result's own sizes say."""
     sizes = [sizes_of(value)[dim] for value in w.result]
     if not all(isinstance(size, int) for size in sizes):
-        raise UnmappedError("a split along a dimension whose size is not fixed")
+        raise UnmappedError("a split into pieces whose sizes are not fixed")
     if len(sizes) == 1:
         return [x]
     return w.ops("Split", x, w.constant(sizes), count=len(sizes), axis=dim)
@@ -154,7 +165,15 @@ def _pieces(w: Writer, x: Value, dim: int) -> list[Value]:
 
 @writes("split.Tensor", "split_with_sizes", "chunk", "split.sizes", "tensor_split.sections")
 def split(w: Writer, x: Value, sizes: Any, dim: int = 0) -> list[Value]:
-    return _pieces(w, x, dim)
+    count = len(w.result)
+    if x.size(dim) is not None or count == 1:
+        return _pieces(w, x, dim)
+    if "sizes" in w.target:
+        return w.ops("Split", x, w.vector(sizes), count=count, axis=dim)
+    if w.target != "aten.split.Tensor":
+        return _pieces(w, x, dim)
+    ends = [SIZES[operator.mul](w, sizes, i) for i in range(count)] + [_END]
+    return [cut(w, x, dim, start, end) for start, end in itertools.pairwise(ends)]
 
 
 @writes("unbind.int")
@@ -231,7 +250,8 @@ def pad(w: Writer, x: Value, pads: list[Any], mode: Any = "constant", value: Any
 
 
 def _filled(w: Writer, sizes: Value, value: Any) -> Value:
-    return w.op("Expand", w.operand(value, w.result.dtype), sizes, dtype=w.result.dtype)
+    made = w.op("Expand", w.operand(value, w.result.dtype), sizes, dtype=w.result.dtype)
+    return made if w.result.ndim else w.op("Reshape", made, w.constant([]))  # a number that is computed has one element
 
 
 @writes("fill.Scalar", "full_like")
@@ -286,8 +306,7 @@ def full(w: Writer, sizes: list[Any], value: Any, **settings: Any) -> Value:
 
 @writes("arange", "arange.start", "arange.start_step")
 def arange(w: Writer, *ends: Any, **settings: Any) -> Value:
-    start, stop, step = (0, *ends, 1) if len(ends) == 1 else (*ends, 1) if len(ends) == 2 else ends
-    if not all(isinstance(end, (int, Value)) for end in (start, stop, step)):
-        raise UnmappedError("a range of numbers that are not whole")
-    places = [w.op("Squeeze", w.scalar(end), w.constant([0]), dtype=torch.int64) for end in (start, stop, step)]
-    return w.cast(w.op("Range", *places, dtype=torch.int64), w.result.dtype)
+    """Whole numbers as they are, others in float64, as torch counts them."""
+    numbers = in_one_type(w, *((0, *ends, 1) if len(ends) == 1 else (*ends, 1) if len(ends) == 2 else ends))
+    places = [w.op("Squeeze", number, w.constant([0])) for number in numbers]
+    return w.cast(w.op("Range", *places), w.result.dtype)

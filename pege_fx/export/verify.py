@@ -18,8 +18,9 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
 from pege_fx.errors import InputError
+from pege_fx.export.calls import Call, in_order, shapes_of, tensors_of
 from pege_fx.export.runs import FORCED, Array, Reference, Sessions
-from pege_fx.training.batches import each_batch, positional
+from pege_fx.training.batches import as_arguments, each_batch
 
 TIE = 0.01  # steps: how far float32 may be from the border between two codes
 SLACK = 8  # times the rounding of the model itself: how far others that sum in another order may be from it
@@ -149,27 +150,28 @@ def verify(deployed: GraphModule, path: Path, batches: Iterable[Any]) -> ExportR
     sessions = Sessions(path, deployed)
     report = ExportReport()
     for batch in each_batch(batches, "verify_export"):
-        _compare(sessions, _arguments(deployed, batch, sessions), report)
+        _compare(sessions, _call_of(deployed, batch, len(sessions.inputs)), report)
     return report
 
 
-def _arguments(deployed: GraphModule, batch: Any, sessions: Sessions) -> tuple[Any, ...]:
-    """The arguments of ``forward`` in a batch, which have to be the inputs of the file."""
-    count, args = len(sessions.inputs), positional(deployed, batch)
-    leaves = tree_leaves(args)
-    if len(leaves) != count or not all(isinstance(leaf, Tensor) for leaf in leaves):
-        raise InputError(f"a batch has {len(leaves)} values, the model takes {count} tensors: give tensors or tuples of them.")
-    return args
+def _call_of(gm: GraphModule, batch: Any, count: int) -> Call:
+    """Return the call of ``forward`` that a batch stands for; surplus values, such as labels, are left out."""
+    call = in_order(gm, as_arguments(gm, batch))
+    if len(tensors_of(call)) != count:
+        raise InputError(
+            f"a batch has {len(tree_leaves(batch))} values, the model takes {count} tensors: "
+            "give what calibrate takes, with the arguments that the model was exported with."
+        )
+    return call
 
 
 # --- the comparison --------------------------------------------------------------------------------------------
 
 
-def _compare(sessions: Sessions, args: tuple[Any, ...], report: ExportReport) -> None:
-    leaves: list[Tensor] = tree_leaves(args)
-    shapes = [tuple(x.shape) for x in leaves]
+def _compare(sessions: Sessions, call: Call, report: ExportReport) -> None:
+    leaves, shapes = tensors_of(call), shapes_of(call)
     try:
-        reference = sessions.model(args)
+        reference = sessions.model(call)
     except Exception as error:
         raise InputError(f"the model fails on inputs of shapes {shapes}: {type(error).__name__}: {error}") from error
     names = [name for name in reference.values if name in sessions.names]  # in the order of execution
@@ -184,7 +186,7 @@ def _compare(sessions: Sessions, args: tuple[Any, ...], report: ExportReport) ->
     except Exception as error:
         raise InputError(f"ONNX Runtime fails on inputs of shapes {shapes}: {error}") from error
     count = len(sessions.outputs)
-    report.samples += leaves[0].shape[0] if leaves[0].ndim else 1
+    report.samples += leaves[0].shape[0] if leaves and leaves[0].ndim else 1
     _add_outputs(report.plain, plain[:count], reference.outputs, unit)
     _add_outputs(report.optimized, optimized, reference.outputs, unit)
     report.rounding = max(report.rounding, _rounding(reference, unit))

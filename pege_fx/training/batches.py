@@ -131,13 +131,3 @@ def call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
             tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in (*args, *kwargs.values())
         ]
         raise InputError(f"the model fails on inputs {shapes}: {type(error).__name__}: {error}") from error
-
-
-def positional(model: nn.Module, batch: Any) -> tuple[Any, ...]:
-    """Return a batch as positional arguments of ``model.forward`` alone, in its order, up to the last that was given."""
-    args, kwargs = as_arguments(model, batch)
-    try:
-        bound = inspect.signature(unwrapped(model).forward).bind(*args, **kwargs)
-    except TypeError as error:
-        raise InputError(f"a batch does not fit forward: {error}.") from error
-    return bound.args

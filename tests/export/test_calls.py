@@ -1,0 +1,211 @@
+"""How an exported model is called: keywords, None, equal tensors, names, free sizes, and what a file can not hold."""
+
+from collections import OrderedDict, namedtuple
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+import pege_fx
+from pege_fx import ExportError, InputError, QuantPolicy, Rule
+
+EVERYTHING = QuantPolicy((Rule(weight="8", input="8"),))
+X = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
+
+
+class Named(nn.Module):
+    """Two linears around an optional mask and an optional factor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, factor: float = 1.0, *, shift: Tensor | None = None) -> Any:
+        h = torch.relu(self.a(x)) * factor
+        if mask is not None:
+            h = h.masked_fill(mask, torch.tensor(0.5))
+        return self.b(h) if shift is None else self.b(h) + shift
+
+
+def deployed_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> torch.fx.GraphModule:
+    return pege_fx.convert(pege_fx.prepare(model.eval(), EVERYTHING, args, kwargs))
+
+
+def sides(path: Path) -> tuple[list[str], list[str]]:
+    graph = onnx.load(path).graph
+    return [value.name for value in graph.input], [value.name for value in graph.output]
+
+
+MASK, SHIFT = torch.rand(2, 5, 6) > 0.5, torch.randn(2, 5, 3)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "names"),
+    [
+        ((X,), {}, ["x"]),
+        ((X, MASK), {}, ["x", "mask"]),
+        ((X, None, 0.5), {}, ["x"]),
+        ((X,), {"mask": MASK, "shift": SHIFT}, ["x", "mask", "shift"]),
+        ((), {"shift": SHIFT, "x": X}, ["x", "shift"]),
+    ],
+    ids=["plain", "mask", "None between", "keywords", "by name"],
+)
+def test_keywords_none_and_numbers_are_as_in_the_call(
+    args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str], tmp_path: Path
+) -> None:
+    deployed, path = deployed_of(Named(), args, kwargs), tmp_path / "m.onnx"
+    pege_fx.export_onnx(deployed, path, args, example_kwargs=kwargs)
+    assert sides(path) == (names, ["output"])
+    assert pege_fx.verify_export(deployed, path, [(args, kwargs)]).ok
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return torch.relu(self.a(x)) - self.b(y)
+
+
+def test_one_tensor_given_twice_is_two_inputs(tmp_path: Path) -> None:
+    deployed = deployed_of(Two(), (X, X))
+    pege_fx.export_onnx(deployed, tmp_path / "m.onnx", (X, X))
+    assert sides(tmp_path / "m.onnx")[0] == ["x", "y"]
+    assert pege_fx.verify_export(deployed, tmp_path / "m.onnx", [(X, X.flip(0)), (X.flip(1), X)]).ok
+
+
+Pair = namedtuple("Pair", ["first", "second"])
+
+
+class Returning(nn.Module):
+    def __init__(self, wrap: Any) -> None:
+        super().__init__()
+        self.a, self.wrap = nn.Linear(4, 3), wrap
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.a(x)
+        return self.wrap(y, y.relu())
+
+
+@pytest.mark.parametrize(
+    ("wrap", "names"),
+    [
+        (lambda a, b: OrderedDict(out=a, aux=b), ["out", "aux"]),
+        (lambda a, b: {"logits": a, "hidden": [b, a]}, ["logits", "hidden_0", "hidden_1"]),
+        (Pair, ["first", "second"]),
+        (lambda a, b: (a, None, b), ["output_0", "output_2"]),
+    ],
+    ids=["OrderedDict", "nested", "named tuple", "tuple"],
+)
+def test_results_have_their_keys_as_names(wrap: Any, names: list[str], tmp_path: Path) -> None:
+    deployed = deployed_of(Returning(wrap), (X,))
+    pege_fx.export_onnx(deployed, tmp_path / "m.onnx", (X,))
+    assert sides(tmp_path / "m.onnx")[1] == names
+    assert pege_fx.verify_export(deployed, tmp_path / "m.onnx", [X]).ok
+
+
+def test_names_may_be_given_and_have_to_fit(tmp_path: Path) -> None:
+    deployed, path = deployed_of(Two(), (X, X)), tmp_path / "m.onnx"
+    pege_fx.export_onnx(deployed, path, (X, X), input_names=["left", "right"], output_names=["difference"])
+    assert sides(path) == (["left", "right"], ["difference"])
+    with pytest.raises(ExportError, match="the model has 2, give a name of its own for each"):
+        pege_fx.export_onnx(deployed, path, (X, X), input_names=["left", "left"])
+
+
+@pytest.mark.parametrize("asked", [{"x": {1: "length"}}, {"x": {1: Dim("length", min=2)}}, ({1: "length"},)], ids=repr)
+def test_sizes_that_are_asked_for_stay_free(asked: Any, tmp_path: Path) -> None:
+    deployed, path = deployed_of(Named(), (X,)), tmp_path / "m.onnx"
+    pege_fx.export_onnx(deployed, path, (X,), dynamic_shapes=asked)
+    dims = onnx.load(path).graph.input[0].type.tensor_type.shape.dim
+    assert [dim.dim_param or dim.dim_value for dim in dims] == ["batch", "length", 4]
+    assert pege_fx.verify_export(deployed, path, [torch.randn(3, 9, 4), torch.randn(1, 2, 4)]).ok
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"z": {1: "n"}}, "give a dict by parameter"),
+        ({"x": {7: "n"}}, "no dimension 7"),
+        ({"x": {1: "not a name"}}, "give a name as Python has them"),
+        ({"x": "n"}, "give its free sizes by dimension"),
+    ],
+)
+def test_free_sizes_that_do_not_fit_are_refused(asked: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=message):
+        pege_fx.export_onnx(deployed_of(Named(), (X,)), tmp_path / "m.onnx", (X,), dynamic_shapes=asked)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Counts(nn.Module):
+    seen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 3)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += 1
+        return self.a(x) * self.seen
+
+
+class Overwrites(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        x.zero_()
+        return y
+
+
+@pytest.mark.parametrize(("model", "what"), [(Counts, "its buffer seen"), (Overwrites, "its input x")])
+def test_what_a_model_writes_is_refused_by_name(model: type[nn.Module], what: str, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=f"the model writes into {what}"):
+        pege_fx.export_onnx(deployed_of(model(), (X.clone(),)), tmp_path / "m.onnx", (X.clone(),))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_types_are_written_and_a_runtime_without_kernels_says_so(dtype: torch.dtype, tmp_path: Path) -> None:
+    x, path = X.to(dtype), tmp_path / "m.onnx"
+    deployed = deployed_of(Two().to(dtype), (x, x))
+    pege_fx.export_onnx(deployed, path, (x, x))
+    if dtype is torch.float16:
+        assert pege_fx.verify_export(deployed, path, [(x, x)]).ok
+        return
+    with pytest.raises(ExportError, match=r"no kernel for that type on a CPU: verify the model in float32"):
+        pege_fx.verify_export(deployed, path, [(x, x)])
+    with pytest.raises(ExportError, match="from opset 22 on"):
+        pege_fx.export_onnx(deployed, path, (x, x), opset=21)
+
+
+class Filled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        y = torch.where(y > 0, y, torch.tensor(-1.0))
+        return y.masked_fill(y > 0.5, y.detach().amax()) + torch.full((3,), 0.25)
+
+
+def test_tensors_fill_where_numbers_do(tmp_path: Path) -> None:
+    deployed = deployed_of(Filled(), (X,))
+    pege_fx.export_onnx(deployed, tmp_path / "m.onnx", (X,))
+    assert pege_fx.verify_export(deployed, tmp_path / "m.onnx", [X]).ok
+
+
+def test_a_batch_of_other_inputs_is_refused(tmp_path: Path) -> None:
+    deployed = deployed_of(Two(), (X, X))
+    pege_fx.export_onnx(deployed, tmp_path / "m.onnx", (X, X))
+    with pytest.raises(InputError):
+        pege_fx.verify_export(deployed, tmp_path / "m.onnx", [(X,)])
