@@ -129,8 +129,11 @@ def _embedding(readers: _Readers, node: Node, module: Any) -> None:
     if module.max_norm is not None:
         node.meta["not_normalized"] = f"{node.target} changes its weight in place (max_norm)"
         return
+    if module.sparse:
+        node.meta["not_normalized"] = f"{node.target} has sparse gradients (sparse=True), which a quantized weight has not"
+        return
     path, source = str(node.target), arguments(node)[0][0]
-    kwargs: dict[str, Any] = {"scale_grad_by_freq": module.scale_grad_by_freq, "sparse": module.sparse}
+    kwargs: dict[str, Any] = {"scale_grad_by_freq": module.scale_grad_by_freq}
     kwargs = {k: v for k, v in kwargs.items() if v}
     weight = readers.read(module, path, "weight", node)
     become(node, F.embedding, (source, weight, module.padding_idx), kwargs)
@@ -140,9 +143,12 @@ def _embedding_bag(readers: _Readers, node: Node, module: Any) -> None:
     if module.max_norm is not None:
         node.meta["not_normalized"] = f"{node.target} changes its weight in place (max_norm)"
         return
+    if module.sparse:
+        node.meta["not_normalized"] = f"{node.target} has sparse gradients (sparse=True), which a quantized weight has not"
+        return
     args, kwargs = arguments(node)
     given = dict(zip(("input", "offsets", "per_sample_weights"), args, strict=False)) | kwargs
-    names = ("mode", "sparse", "scale_grad_by_freq", "include_last_offset", "padding_idx")
+    names = ("mode", "scale_grad_by_freq", "include_last_offset", "padding_idx")
     settings = {name: getattr(module, name) for name in names} | given
     weight = readers.read(module, str(node.target), "weight", node)
     become(node, F.embedding_bag, (settings.pop("input"), weight), settings)

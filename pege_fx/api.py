@@ -217,7 +217,8 @@ def prepare(
     # transformers.Trainer asks for this before it looks at the signature: its loss arguments are fixed as all others are.
     vars(gm)["accepts_loss_kwargs"] = example is not None and "num_items_in_batch" in example[1]
     if example is not None:
-        if sum(value.nbytes for value in tree_leaves(example) if isinstance(value, Tensor)) <= _KEPT_BYTES:
+        held = [value for value in tree_leaves(example) if isinstance(value, Tensor)]
+        if sum(value.numel() * value.element_size() for value in held) <= _KEPT_BYTES:
             _EXAMPLES[gm] = example
         with trial(modules):
             observe(gm, [fresh(example)])

@@ -67,6 +67,8 @@ def _copy_tensor(value: Tensor, copies: dict[int, Any], shared: bool) -> None:
 
 
 def _copy_numbers(value: Tensor) -> Tensor:
+    if value.layout is not torch.strided:  # sparse
+        return value.clone()
     if value.is_cpu and value.dtype is torch.float32 and value.nbytes >= _HUGE_PAGES and value.is_contiguous():
         return torch.from_numpy(numpy.empty(value.shape, numpy.float32)).copy_(value)
     return value.clone(memory_format=torch.preserve_format)

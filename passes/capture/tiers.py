@@ -29,6 +29,7 @@ from pege_fx.passes.capture.branches import MergeError, merge_branches
 from pege_fx.passes.capture.bytecode import NO_NAMES, Names, names_in_forward
 from pege_fx.passes.capture.examples import fresh
 from pege_fx.passes.capture.guards import Known
+from pege_fx.passes.capture.load_hooks import keep_load_hooks
 from pege_fx.passes.capture.model_copy import copied
 from pege_fx.passes.capture.patching import reserve_self, uncompiled
 from pege_fx.passes.capture.source_location import place_of
@@ -410,6 +411,7 @@ def _graph_module(root: nn.Module, graph: Graph, tracer: PegeTracer, prefix: str
     gm.meta["is_operation"] = PegeTracer().is_leaf_module(root, prefix)
     remove_dead_nodes(gm)
     _keep_everything(root, gm)
+    keep_load_hooks(root, gm)
     return gm
 
 
@@ -475,4 +477,5 @@ def _python_root(root: nn.Module, prefix: str) -> GraphModule:
     holder.add_module(PYTHON_FORWARD, PythonForward(root, assigned).train(root.training))
     gm = (Grafted if prefix else GraphModule)(holder, graph, class_name=type(root).__name__)
     gm.meta["prefix"] = prefix
+    keep_load_hooks(root, gm)
     return gm

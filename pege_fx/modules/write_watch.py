@@ -33,6 +33,9 @@ class Copied(NamedTuple):
 
     def put_back(self) -> None:
         """Give the tensor its memory, size and values."""
+        if self.tensor.layout is not torch.strided:  # it has no one memory
+            self.tensor.data = self.value
+            return
         if self.tensor.data_ptr() != self.memory.data_ptr():  # ``tensor.data = other``
             self.tensor.data = self.memory
         if self.tensor.shape != self.value.shape:
