@@ -15,10 +15,12 @@ _CAPTURE = os.path.dirname(__file__)
 _PACKAGE = os.path.dirname(inspect.getfile(pege_fx))
 _LIBRARY = (
     f"{sys.modules['torch'].__path__[0]}/",
-    "<",
+    "<eval_with_key",  # what torch.fx writes
+    "fx_generated_",
+    "<frozen ",  # Python's own
     f"{_CAPTURE}/",
     f"{_PACKAGE}/decompositions/",  # torch's, written out
-)
+)  # but not "<stdin>", "<string>" or "<ipython-input-1-...>": a user typed those
 _CHECKPOINT_FILE = torch.utils.checkpoint.__file__
 _TRACE = LocalTracer.trace.__code__  # behind it is who asked for the trace
 

@@ -2,10 +2,12 @@
 
 import copy
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import pege_fx
+from pege_fx.passes.capture import source_location
 from pege_fx.passes.capture.tiers import capture
 from pege_fx.passes.graph import where
 
@@ -38,3 +40,13 @@ def test_a_node_knows_the_line_that_made_it() -> None:
 
 def test_a_model_of_torch_s_own_layers_has_no_line() -> None:
     assert not any(where(node) for node in capture(nn.Sequential(nn.Linear(8, 8), nn.ReLU())).root.graph.nodes)
+
+
+@pytest.mark.parametrize("filename", ["<stdin>", "<string>", "<ipython-input-3-0a1b>"])
+def test_what_a_user_typed_is_the_model_s_own_code(filename: str) -> None:
+    scope = {"line": source_location.line}
+    exec(compile("def forward():\n    return line()\n\ndef fails():\n    raise ValueError(0)", filename, "exec"), scope)
+    assert scope["forward"]() == f'File "{filename}", line 2, in forward'
+    with pytest.raises(ValueError, match="0") as raised:
+        scope["fails"]()
+    assert source_location.where_raised(raised.value) == f"{filename}:5 in fails"
