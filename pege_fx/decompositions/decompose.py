@@ -8,6 +8,7 @@ from torch import nn
 
 from pege_fx.decompositions import recurrent, transformer
 from pege_fx.decompositions.attention import ExplicitAttention, can_be_explicit
+from pege_fx.decompositions.frozen_norm import freeze_norm
 from pege_fx.modules.batch_norm import NORM_THEN, BatchNorm
 
 _EXPLICIT = recurrent.EXPLICIT_LAYERS | recurrent.EXPLICIT_CELLS | transformer.EXPLICIT_LAYERS
@@ -18,7 +19,8 @@ def make_explicit(root: nn.Module) -> None:
     """Let torch's attention, transformer and recurrent layers below ``root`` be written out, in place.
 
     Their subclasses stay as they are: their code is their own. A subclass of BatchNorm that is found to compute
-    BatchNorm and then its children, as libraries have them for an activation, becomes just that.
+    BatchNorm and then its children, as libraries have them for an activation, becomes just that; so does what normalises by
+    fixed buffers alone.
     """
     found: dict[Any, bool] = {}
     for module in root.modules():
@@ -32,6 +34,8 @@ def make_explicit(root: nn.Module) -> None:
                 found[kind] = _is_norm_then_children(module)
             if found[kind]:
                 module.__class__ = NORM_THEN[_base(module)]
+        elif "running_mean" in module._buffers and not isinstance(module, BatchNorm):
+            freeze_norm(module)
 
 
 def _base(module: nn.Module) -> type[nn.Module]:
