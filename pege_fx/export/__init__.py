@@ -13,13 +13,14 @@ from torch.fx import GraphModule
 
 from pege_fx._utils.files import atomic_write, path_of, path_to_read
 from pege_fx.errors import ExportError, PegeWarning
-from pege_fx.export.calls import Call, has_tokens, in_order, tensors_of, try_call
+from pege_fx.export.calls import has_tokens, in_order, tensors_of, try_call
 from pege_fx.export.outputs import given_names
 from pege_fx.export.outputs import output_names as names_of_results
 from pege_fx.export.program import Exported, to_program
 from pege_fx.modules.stages import graph_of
 from pege_fx.numerics.functional import dequantize
 from pege_fx.passes.graph import arguments
+from pege_fx.training.batches import Call
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -99,7 +100,7 @@ def export_onnx(
     call = in_order(deployed, (positional, dict(example_kwargs or {})))
     outputs = names_of_results(try_call(deployed, call))
     inputs = None if input_names is None else given_names("input_names", input_names, len(tensors_of(call)))
-    outputs = outputs if output_names is None else given_names("output_names", output_names, len(outputs))
+    outputs = outputs if output_names is None else given_names("output_names", output_names, len(outputs), inputs or ())
     chosen = _opset(opset, style, deployed)
     if (rate := deployed.meta.get("replacement", 1.0)) < 1.0:
         warnings.warn(

@@ -1,7 +1,7 @@
 """How a converted model is called when it is exported or verified: its arguments in the order of ``forward``."""
 
 import inspect
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,9 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from pege_fx.errors import InputError
 from pege_fx.modules.mode import evaluating, trial
-
-Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments
-
+from pege_fx.training.batches import Call
 
 TOKEN_TYPES = (torch.int64, torch.int32)
 

@@ -17,8 +17,9 @@ from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from pege_fx.errors import ExportError
-from pege_fx.export.calls import TOKEN_TYPES, Call, copied
+from pege_fx.export.calls import TOKEN_TYPES, copied
 from pege_fx.modules.mode import trial
+from pege_fx.training.batches import Call
 
 Sizes = dict[int, Any]  # by dimension: a Dim, a hint of torch's (Dim.AUTO), or None where it is fixed
 _TRIED = 64  # sizes up to here, and up to four times the example's, are tried
@@ -104,6 +105,15 @@ def _is_hint(size: Any) -> bool:
     return isinstance(size, type(Dim.AUTO))
 
 
+def _is_plain(size: Any) -> bool:
+    """Whether a size is what torch likes, or a Dim that is computed from no other."""
+    return _is_hint(size) or type(size) is Dim
+
+
+def _hinted(free: list[Sizes]) -> list[tuple[int, int]]:
+    return [(i, dim) for i, sizes in enumerate(free) for dim, size in sizes.items() if _is_hint(size)]
+
+
 class Exporter:
     """Exports a module on one call, with sizes that stay free.
 
@@ -184,23 +194,42 @@ class Exporter:
         return next(sizes_of(node.meta["val"]) for node in program.graph.find_nodes(op="placeholder") if node.name == name)
 
     def _proved(self, given: list[Any], free: list[Sizes]) -> ExportedProgram:
-        """Export; sizes that torch may fix as it likes get a name, with which it has to prove that nothing depends on them."""
-        hinted = [(i, dim) for i, sizes in enumerate(free) for dim, size in sizes.items() if _is_hint(size)]
+        """Export with a name for every free size: torch then has to prove that nothing depends on it.
+
+        It can not where an operator's own formula for sizes asks something (a pool with ceil_mode, a window of one): there
+        the program is held against the model on the sizes next to what was asked.
+        """
+        try:
+            return self._named(given, free)
+        except Exception as error:
+            refusal = error
+        relaxed = [{dim: Dim.AUTO if _is_plain(size) else size for dim, size in sizes.items()} for sizes in free]
+        try:
+            program = self._exported(given, relaxed)
+        except Exception:
+            raise refusal from None
+        if not self._keeps_names(program, free):
+            raise refusal
+        self._check_choices(program, given, _hinted(relaxed), refusal)
+        return program
+
+    def _named(self, given: list[Any], free: list[Sizes]) -> ExportedProgram:
+        hinted = _hinted(free)
         if not hinted:
             return self._exported(given, free)
         if len({i for i, _ in hinted}) == 1:  # nothing that other inputs' sizes could be equal to
-            try:
-                return self._exported(given, _with(free, hinted, {(i, dim): Dim(f"_size_{dim}") for i, dim in hinted}))
-            except Exception as error:
-                program, refusal = self._exported(given, free), error
-        else:
-            program = self._exported(given, free)
-            try:
-                return self._exported(given, _with(free, hinted, self._as_found(program, free, hinted)))
-            except Exception as error:
-                refusal = error
-        self._check_choices(program, given, hinted, refusal)
-        return program
+            return self._exported(given, _with(free, {(i, dim): Dim(f"_size_{dim}") for i, dim in hinted}))
+        return self._exported(given, _with(free, self._as_found(self._exported(given, free), free, hinted)))
+
+    def _keeps_names(self, program: ExportedProgram, free: list[Sizes]) -> bool:
+        """Whether every size that was asked for by a name is free, and equal to none of another name."""
+        names: dict[str, Any] = {}
+        asked = [(i, dim, size) for i, sizes in enumerate(free) for dim, size in sizes.items() if type(size) is Dim]
+        symbols = [str(self._sizes_in(program, i)[dim]) for i, dim, _ in asked]
+        return all(
+            symbol.isidentifier() and names.setdefault(symbol, size) is size
+            for symbol, (_, _, size) in zip(symbols, asked, strict=True)
+        )
 
     def _as_found(
         self, program: ExportedProgram, free: list[Sizes], hinted: list[tuple[int, int]]
@@ -254,14 +283,12 @@ def _near(count: int, refusal: str) -> list[int]:
     return sorted(n for n in near - {count} if 1 <= n <= max(_TRIED, 4 * count))
 
 
-def _with(free: list[Sizes], hinted: list[tuple[int, int]], sizes: Mapping[tuple[int, int], Any]) -> list[Sizes]:
+def _with(free: list[Sizes], sizes: Mapping[tuple[int, int], Any]) -> list[Sizes]:
+    """Put other sizes in their places; None: fixed."""
     made = [dict(part) for part in free]
-    for i, dim in hinted:
-        if (i, dim) in sizes and sizes[i, dim] is None:
-            del made[i][dim]
-        else:
-            made[i][dim] = sizes.get((i, dim), Dim.AUTO)
-    return made
+    for (i, dim), size in sizes.items():
+        made[i][dim] = size
+    return [{dim: size for dim, size in part.items() if size is not None} for part in made]
 
 
 def _resized(given: list[Any], places: list[tuple[int, int]], size: int) -> list[Any]:

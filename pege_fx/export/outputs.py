@@ -1,7 +1,7 @@
 """The results of a model as the outputs of a file: every tensor by a name of its own, whatever holds it."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -59,9 +59,13 @@ def output_names(result: Any) -> list[str]:
     return names
 
 
-def given_names(argument: str, names: Sequence[str], count: int) -> list[str]:
+def given_names(argument: str, names: Sequence[str], count: int, taken: Collection[str] = ()) -> list[str]:
     """Return the names that a user gives; raise ``ExportError`` unless there are ``count`` of them, each its own."""
     found = [names] if isinstance(names, str) else list(names)
-    if len(found) != count or len(set(found)) != count or not all(isinstance(name, str) and name for name in found):
+    if (
+        len(found) != count
+        or len({*found, *taken}) != count + len(taken)
+        or not all(isinstance(name, str) and name for name in found)
+    ):
         raise ExportError(f"{argument}={names!r}: the model has {count}, give a name of its own for each.")
     return found

@@ -13,11 +13,12 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from pege_fx.errors import ExportError, PegeWarning
-from pege_fx.export.calls import Call, by_name, copied, try_call
+from pege_fx.export.calls import by_name, copied, try_call
 from pege_fx.export.free_sizes import Exporter, reason_of, sizes_of
-from pege_fx.export.steps import DEQUANTIZE, Operators, Step, replacements, step_name, stepped, steps_of_all
+from pege_fx.export.steps import DEQUANTIZE, Operators, Step, as_module, replacements, step_name, stepped, steps_of_all
 from pege_fx.modules.stages import graph_of
 from pege_fx.passes.graph import arguments
+from pege_fx.training.batches import Call
 
 _NOT_THE_MODEL = (f"{os.path.dirname(torch.__file__)}/", f"{os.path.dirname(os.path.dirname(__file__))}/", "<")
 
@@ -95,7 +96,7 @@ class Exported:
         flat: bool = False,
     ) -> None:
         module, call = stepped(deployed, replacements(operators), flat=flat), copied(call)
-        exporter = Exporter(module, call, by_name(deployed, call), dynamic_shapes)
+        exporter = Exporter(as_module(module), call, by_name(deployed, call), dynamic_shapes)
         self.places = {name: step.place for name, step in steps_of_all(module)}
         self.notes: list[str] = []
         self.program = self._exported(exporter, dynamic_batch, free_lengths)

@@ -16,12 +16,13 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_map
 
 from pege_fx.errors import ExportError
-from pege_fx.export.calls import Call, copied
+from pege_fx.export.calls import copied
 from pege_fx.export.outputs import flat_tensors
 from pege_fx.export.steps import Step, stepped, steps_of
 from pege_fx.numerics.functional import dequantize, quantize
 from pege_fx.numerics.spec import bounds_of
 from pege_fx.passes.graph import arguments
+from pege_fx.training.batches import Call
 
 FORCED = "__computed"  # what ONNX Runtime makes of codes that it was given
 Array = NDArray[Any]

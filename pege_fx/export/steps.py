@@ -160,6 +160,17 @@ def _give_tensors_alone(gm: GraphModule) -> None:
         output.update_arg(0, gm.graph.call_function(flat_tensors, (first_argument(output),)))
 
 
+def as_module(gm: GraphModule) -> nn.Module:
+    """Return a module that is no graph, with the same children, tensors and ``forward``.
+
+    torch.export runs a GraphModule node by node and hands it every argument by its place, keywords too (torch 2.14).
+    """
+    made: nn.Module = type(type(gm).__name__, (nn.Module,), {"forward": type(gm).forward})()
+    for name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "training"):
+        vars(made)[name] = vars(gm)[name]
+    return made
+
+
 def step_name(path: str) -> str:
     """Return the node that a step's path stands for, in a nested graph with the graph's path before it.
 

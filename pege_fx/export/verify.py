@@ -15,12 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
-from torch.utils._pytree import tree_leaves
 
 from pege_fx.errors import InputError
-from pege_fx.export.calls import Call, in_order, shapes_of, tensors_of
+from pege_fx.export.calls import in_order, shapes_of, tensors_of
 from pege_fx.export.runs import FORCED, Array, Reference, Sessions
-from pege_fx.training.batches import as_arguments, each_batch
+from pege_fx.training.batches import Call, as_arguments, each_batch
 
 TIE = 0.01  # steps: how far float32 may be from the border between two codes
 SLACK = 8  # times the rounding of the model itself: how far others that sum in another order may be from it
@@ -155,11 +154,11 @@ def verify(deployed: GraphModule, path: Path, batches: Iterable[Any]) -> ExportR
 
 
 def _call_of(gm: GraphModule, batch: Any, count: int) -> Call:
-    """Return the call of ``forward`` that a batch stands for; surplus values, such as labels, are left out."""
+    """Return the call of ``forward`` that a batch stands for; its tensors have to be the inputs of the file."""
     call = in_order(gm, as_arguments(gm, batch))
-    if len(tensors_of(call)) != count:
+    if (given := len(tensors_of(call))) != count:
         raise InputError(
-            f"a batch has {len(tree_leaves(batch))} values, the model takes {count} tensors: "
+            f"a batch has {given} values, the model takes {count} tensors: "
             "give what calibrate takes, with the arguments that the model was exported with."
         )
     return call

@@ -151,6 +151,8 @@ def _is_equal(value: Any, traced: Any) -> bool:
     """Whether two values are equal and of one type: True is not 1; a size that ``torch.export`` leaves open is a number."""
     if type(value) is not type(traced) and not isinstance(value, (*_SYMBOLIC, type(traced))):
         return False
+    if isinstance(value, torch.SymBool):
+        value = bool(value)  # torch.export notes that it asked
     return bool(value == traced) and isinstance(value, bool) == isinstance(traced, bool)
 
 

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
+from torch.fx import symbolic_trace
 
 import pege_fx
 from pege_fx import ExportError, InputError, QuantPolicy, Rule
+from pege_fx.export.calls import copied, in_order, tensors_of
 
 EVERYTHING = QuantPolicy((Rule(weight="8", input="8"),))
 X = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
@@ -209,3 +211,142 @@ def test_a_batch_of_other_inputs_is_refused(tmp_path: Path) -> None:
     pege_fx.export_onnx(deployed, tmp_path / "m.onnx", (X, X))
     with pytest.raises(InputError):
         pege_fx.verify_export(deployed, tmp_path / "m.onnx", [(X,)])
+
+
+Y = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+
+
+def inputs_of(path: Path) -> list[str]:
+    return [value.name for value in onnx.load(path).graph.input]
+
+
+class Difference(nn.Module):
+    """Two arguments that are not told apart by their values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        out: Tensor = self.fc(left) - 2 * self.fc(right)
+        return out
+
+
+@pytest.mark.parametrize(
+    "right", [Y, Y.clone(), Y[:], Y.t().contiguous().t()], ids=["itself", "equal", "a view", "other strides"]
+)
+def test_equal_tensors_stay_two_inputs(right: Tensor, tmp_path: Path) -> None:
+    model = pege_fx.convert(pege_fx.prepare(Difference().eval(), "W4A4", (Y, Y + 1)))
+    pege_fx.export_onnx(model, tmp_path / "model.onnx", (Y, right))
+    assert inputs_of(tmp_path / "model.onnx") == ["left", "right"]
+    assert pege_fx.verify_export(model, tmp_path / "model.onnx", [(Y, right), (Y, Y + 1), (Y + 1, Y)]).ok
+    program = pege_fx.to_program(model, (Y, right))
+    assert torch.equal(program.module()(Y, Y + 1), model(Y, Y + 1))
+
+
+class Optional(nn.Module):
+    """None and a number between tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None, mask: Tensor | None = None, scale: float = 2.0) -> Tensor:
+        y: Tensor = self.fc(x) * scale
+        if bias is not None:
+            y = y + bias
+        return y if mask is None else y * mask
+
+
+SEEN = (Y > 0).float()
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "names"),
+    [
+        ((Y, None, SEEN), {}, ["x", "mask"]),
+        ((Y,), {"mask": SEEN}, ["x", "mask"]),
+        ((), {"mask": SEEN, "x": Y}, ["x", "mask"]),
+        ((Y, None, None, 3.0), {}, ["x"]),
+        ((Y, SEEN), {"scale": 0.5}, ["x", "bias"]),
+    ],
+)
+def test_keywords_and_none_between_inputs(args: Any, kwargs: dict[str, Any], names: list[str], tmp_path: Path) -> None:
+    model = pege_fx.convert(pege_fx.prepare(Optional().eval(), "W4A4", args, kwargs))
+    pege_fx.export_onnx(model, tmp_path / "model.onnx", args, example_kwargs=kwargs)
+    assert inputs_of(tmp_path / "model.onnx") == names
+    report = pege_fx.verify_export(model, tmp_path / "model.onnx", [(args, kwargs)])
+    assert report.ok, report
+    assert report.samples == 3
+    program = pege_fx.to_program(model, args, kwargs)
+    assert torch.equal(program.module()(*args, **kwargs), model(*args, **kwargs))
+    with pytest.raises(InputError):
+        pege_fx.verify_export(model, tmp_path / "model.onnx", [(Y, SEEN, SEEN)])
+
+
+def test_names_decide_not_their_order() -> None:
+    gm = symbolic_trace(Difference())
+    assert in_order(gm, ((), {"right": 1, "left": 2})) == ((2, 1), {})
+    assert in_order(symbolic_trace(nn.ReLU()), ((), {"input": 3})) == ((3,), {})
+    with pytest.raises(InputError, match=r"they do not fit forward.*missing.*right.*\n  given: 1 positional, keywords none"):
+        in_order(gm, ((Y,), {}))
+
+
+def test_copies_share_no_memory() -> None:
+    call = copied(((Y, Y[:2], {"a": Y}, None, 3), {"b": Y}))
+    assert len({x.untyped_storage().data_ptr() for x in [*tensors_of(call), Y]}) == 5
+    assert all(torch.equal(x, y) for x, y in zip(tensors_of(call), (Y, Y[:2], Y, Y), strict=True))
+
+
+class Writing(nn.Module):
+    """Writes into a buffer or an argument."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.fc, self.where = nn.Linear(4, 4), where
+        self.register_buffer("seen", torch.zeros(1))
+        self.register_buffer("cache", torch.zeros(8, 4), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.where == "seen":
+            self.seen += 1
+        elif self.where == "cache":
+            self.cache[:2] = self.fc(x)[:2]
+        elif self.where == "x":
+            x.mul_(0.5)
+        else:
+            y = x.clone()
+            y.mul_(0.5)
+            return self.fc(y)  # type: ignore[no-any-return]
+        return self.fc(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("where", ["seen", "cache", "x", "a copy"])
+def test_what_a_file_can_not_keep_is_refused_by_name(where: str, tmp_path: Path) -> None:
+    x = Y.clone()
+    model = pege_fx.convert(pege_fx.prepare(Writing(where).eval(), "W4A4", (x.clone(),)))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    if where == "a copy":
+        pege_fx.export_onnx(model, tmp_path / "model.onnx", (x,))
+        assert pege_fx.verify_export(model, tmp_path / "model.onnx", [x]).ok
+    else:
+        what = "input x" if where == "x" else f"buffer {where}"
+        with pytest.raises(
+            ExportError, match=rf"writes into its {what}.*\n  (make the state an argument|let forward write into)"
+        ):
+            pege_fx.export_onnx(model, tmp_path / "model.onnx", (x,))
+        assert not list(tmp_path.iterdir())
+    assert torch.equal(x, Y)  # an export only looks
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_a_program_keeps_its_state() -> None:
+    model = pege_fx.convert(pege_fx.prepare(Writing("seen").eval(), "W4A4", (Y,)))
+    before = model.get_buffer("seen").clone()
+    module = pege_fx.to_program(model, (Y,)).module()
+    module(Y)
+    module(Y)
+    assert torch.equal(module.get_buffer("seen"), before + 2)
+    assert torch.equal(model.get_buffer("seen"), before)

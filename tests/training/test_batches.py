@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pege_fx
 from pege_fx import InputError
-from pege_fx.training.batches import as_arguments, positional
+from pege_fx.training.batches import as_arguments
 
 X = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
 
@@ -86,12 +86,6 @@ def test_verify_export_takes_every_kind(tmp_path: Path) -> None:
 class Two(nn.Module):
     def forward(self, x: Tensor, y: Tensor, *, scale: float = 1.0) -> Tensor:
         return x - scale * y
-
-
-def test_names_decide_not_their_order() -> None:
-    args = positional(Two(), {"y": X + 1, "x": X})
-    assert torch.equal(args[0], X)
-    assert torch.equal(args[1], X + 1)
 
 
 def test_a_keyword_only_argument_is_no_place_for_a_label() -> None:
