@@ -2,6 +2,8 @@
 
 import copy
 import copyreg
+import operator
+import types
 from collections import OrderedDict
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pege_fx.errors import ModelError
+from pege_fx.modules.calls import HOOKS
 
 _HUGE_PAGES = 2**22  # from so many bytes on NumPy asks for them
 _PLAIN = {type(None), bool, int, float, str}
@@ -40,7 +43,10 @@ def copied(model: nn.Module, share_parameters: bool, share_buffers: bool | None 
             if id(module) not in copies and _is_copied_by_its_attributes(type(module)):
                 copies[id(module)] = made = type(module).__new__(type(module))
                 vars(made).update({name: _copy_value(value, copies) for name, value in vars(module).items()})
-        return copy.deepcopy(model, copies)
+        made = copy.deepcopy(model, copies)
+        for module in made.modules():
+            _rebind(module, copies)
+        return made
     except Exception as error:
         hint = "torch.nn.utils.parametrizations.weight_norm can be." if "weight_norm" in str(error) else ""
         raise ModelError(f"the model can not be copied: {type(error).__name__}: {error}\n  {hint}".rstrip()) from error
@@ -88,3 +94,43 @@ def _copy_value(value: Any, copies: dict[int, Any]) -> Any:
     if value:  # most are empty
         made.update(value if cls is set else {key: _copy_value(part, copies) for key, part in value.items()})
     return made
+
+
+def _rebind(module: nn.Module, copies: dict[int, Any]) -> None:
+    """Let hooks and a patched ``forward`` hold the copy where they held the model: ``deepcopy`` copies no function."""
+    attributes = vars(module)
+    if "forward" in attributes:
+        attributes["forward"] = _rebound(attributes["forward"], copies)
+    for name in HOOKS:
+        for key, hook in (attributes.get(name) or {}).items():
+            attributes[name][key] = _rebound(hook, copies)
+
+
+def _rebound(value: Any, copies: dict[int, Any]) -> Any:
+    """Return a function, or what one holds, with the model's modules and tensors replaced by their copies."""
+    if isinstance(value, (nn.Module, Tensor)):
+        return copies.get(id(value), value)
+    if isinstance(value, types.MethodType):
+        return types.MethodType(value.__func__, _rebound(value.__self__, copies))
+    if type(value) in (tuple, list):
+        held = [_rebound(part, copies) for part in value]
+        return value if all(map(operator.is_, held, value)) else type(value)(held)
+    if not isinstance(value, types.FunctionType):
+        return value
+    cells = tuple(_rebound_cell(cell, copies) for cell in value.__closure__ or ())
+    defaults = _rebound(value.__defaults__, copies)
+    if all(map(operator.is_, cells, value.__closure__ or ())) and defaults is value.__defaults__:
+        return value
+    made = types.FunctionType(value.__code__, value.__globals__, value.__name__, defaults, cells)
+    made.__dict__.update(vars(value))
+    made.__kwdefaults__ = value.__kwdefaults__ and {k: _rebound(part, copies) for k, part in value.__kwdefaults__.items()}
+    return made
+
+
+def _rebound_cell(cell: types.CellType, copies: dict[int, Any]) -> types.CellType:
+    try:
+        held = cell.cell_contents
+    except ValueError:  # a name that has no value yet
+        return cell
+    found = held if held is cell else _rebound(held, copies)
+    return cell if found is held else types.CellType(found)

@@ -22,6 +22,7 @@ from pege_fx.decompositions.decompose import make_explicit
 from pege_fx.decompositions.recurrent import CELLS, LAYERS
 from pege_fx.errors import InputError, ModelError, PegeWarning, PolicyError, closest
 from pege_fx.modules.batch_norm import only_normalizes
+from pege_fx.modules.calls import beside_forward, global_hooks, has_hooks, takes_other_arguments
 from pege_fx.modules.fake_quant import FakeQuant
 from pege_fx.modules.mode import PYTHON_FORWARD, TRAINING_MODE, PythonForward, TrainingMode, evaluating, trial
 from pege_fx.modules.stages import check_stage, unwrapped
@@ -62,6 +63,15 @@ def check_model(model: Any) -> None:
     if unwrapped(model) is not model:
         name = next(name for name, _ in model.named_children())
         raise ModelError(f"the model is wrapped in {type(model).__name__}: prepare model.{name} first, and wrap the result.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError(
+            "the model is scripted, and its code can not be taken apart: prepare the nn.Module that it was made of."
+        )
+    if kinds := global_hooks():
+        raise ModelError(
+            f"there are hooks for all modules ({', '.join(kinds)}), which a graph would not call.\n"
+            "  remove them before prepare, or register them on the modules that they are for."
+        )
     for name, module in model.named_modules():
         if isinstance(module, FakeQuant):
             raise ModelError(f"the model is prepared already ({name} is a fake-quant): prepare the float model.")
@@ -115,7 +125,7 @@ def capture(
         ModelError, InputError: if the model can not be copied, or the example does not fit.
         PolicyError: if a pattern names no module.
     """
-    if example is not None:
+    if example is not None and not takes_other_arguments(model):
         bind(model, *example)
     chosen: set[str] = set()
     for block in [blocks] if isinstance(blocks, str) else blocks:
@@ -180,7 +190,9 @@ class _Ladder:
         return led_by_data and name in call.given and any(leaf is None for leaf in _leaves(call.values[name]))
 
     def climb(self, root: nn.Module, prefix: str) -> Captured:
-        opaque = self._blocks_in(root, prefix)
+        if what := beside_forward(root):
+            return self._keep_root(root, prefix, _beside(root, "", what))
+        opaque = self._kept_whole(root) | self._blocks_in(root, prefix)
         try:
             tracer, graph, branches = self._trace_around(root, prefix, opaque)
         except NotTraceableError as error:
@@ -233,6 +245,15 @@ class _Ladder:
                     del opaque[path]
                 opaque[error.path] = error
                 branches = None
+
+    def _kept_whole(self, root: nn.Module) -> dict[str, NotTraceableError]:
+        """The modules below a module that have hooks, by path: nobody knows what else those do. The outermost alone."""
+        found: dict[str, NotTraceableError] = {}
+        for path, module in root.named_modules():
+            if path and has_hooks(module) and not PegeTracer().is_leaf_module(module, path):
+                if not any(path.startswith(f"{other}.") for other in found):
+                    found[path] = _beside(module, path, beside_forward(module))
+        return found
 
     def _blocks_in(self, root: nn.Module, prefix: str) -> dict[str, NotTraceableError]:
         """The blocks below a module, by path."""
@@ -291,7 +312,7 @@ class _Ladder:
         names = around | names_in_forward(module)
         for name, child in list(module.named_children()):
             path = join(prefix, name)
-            if isinstance(child, GraphModule) or not any(p.ndim > 1 for p in child.parameters()):
+            if isinstance(child, (GraphModule, torch.jit.ScriptModule)) or not any(p.ndim > 1 for p in child.parameters()):
                 continue
             is_container = type(child).forward is nn.Module.forward or _is_iterated(names, name, child)
             if is_container or _is_asked_for_more(names, name, child):
@@ -330,6 +351,10 @@ def _follow(
 def _leaves(value: Any) -> list[Any]:
     """The leaves of nested collections, None among them."""
     return tree_leaves(value, is_leaf=lambda part: part is None)
+
+
+def _beside(module: nn.Module, path: str, what: str) -> NotTraceableError:
+    return NotTraceableError(path, place_of(module), f"{what}, which a graph does not hold")
 
 
 def _stateful(root: nn.Module, path: str, what: str) -> NotTraceableError:
@@ -443,6 +468,10 @@ def stays_python(gm: GraphModule) -> bool:
     return bool(gm.graph.find_nodes(op="call_module", target=PYTHON_FORWARD))
 
 
+def _any_call(*args: Any, **kwargs: Any) -> None:
+    """The signature of a call whose arguments nobody knows."""
+
+
 def _python_root(root: nn.Module, prefix: str) -> GraphModule:
     """A graph that calls the root's own code: its parameters and children are the graph's, under their own names."""
     graph = Graph()
@@ -450,7 +479,8 @@ def _python_root(root: nn.Module, prefix: str) -> GraphModule:
     arguments: dict[str, Node] = {}
     extra: Any = ()
     more: Any = {}
-    for name, parameter in inspect.signature(root.forward).parameters.items():
+    called = _any_call if takes_other_arguments(root) else root.forward
+    for name, parameter in inspect.signature(called).parameters.items():
         default = parameter.default
         stars = "*" if parameter.kind is parameter.VAR_POSITIONAL else "**" if parameter.kind is parameter.VAR_KEYWORD else ""
         node = graph.create_node("placeholder", f"{stars}{name}", () if default is parameter.empty else (default,), name=name)

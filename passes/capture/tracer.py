@@ -205,6 +205,8 @@ class PegeTracer(GuardingTracer):
             return True
         if type(m).__module__.startswith("einops.layers.") and not has_parameters(m):
             return True
+        if isinstance(m, torch.jit.ScriptModule):  # its code is no Python that could be followed
+            return True
         if isinstance(m, BatchNorm):  # a subclass too, unless it computes something else: torch's forward branches on the mode
             return type(m).forward is BatchNorm.forward or super().is_leaf_module(m, module_qualified_name)
         if is_parametrized(m) and not self._evaluating:

@@ -13,6 +13,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from pege_fx.errors import OtherCallError
+from pege_fx.modules.calls import beside_forward
 from pege_fx.modules.write_watch import WriteWatch, copied
 
 TRAINING_MODE = "training_mode"
@@ -270,7 +271,8 @@ class PythonForward(nn.Module):
             if getattr(code, name, None) is not value:
                 setattr(code, name, value)
         args, kwargs = self._as_called(code, arguments, bool(extra))
-        result = code.forward(*args, *extra, **kwargs, **more)
+        call = code if beside_forward(code) else code.forward
+        result = call(*args, *extra, **kwargs, **more)
         with torch.no_grad():
             for name, value in code.named_buffers(recurse=False):
                 if name in owned and value is not owned[name]:
