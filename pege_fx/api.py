@@ -18,7 +18,7 @@ from pege_fx.errors import ModelError, PegeWarning, PolicyError
 from pege_fx.inspection.diff import PassTrace
 from pege_fx.inspection.summary import Explanation, bystanders
 from pege_fx.modules.fake_quant import fake_quants
-from pege_fx.modules.mode import trial
+from pege_fx.modules.mode import ordinary_modes, trial
 from pege_fx.modules.stages import graph_of, refuse_shards
 from pege_fx.passes.capture.examples import fresh
 from pege_fx.passes.capture.tiers import Captured, capture, check_model, stays_python, warn_of
@@ -206,7 +206,7 @@ def prepare(
     """
     policy = _as_policy(policy)
     pipeline = prepare_passes(policy, batch_norm=batch_norm, seed=seed) if passes is None else passes
-    with _collector_paused():
+    with ordinary_modes(), _collector_paused():
         captured, example = _capture(model, example_inputs, example_kwargs, blocks, share_parameters)
         if check and example is not None:
             validate(model, captured.root, captured.graphs, example)
@@ -281,14 +281,15 @@ def convert(
             PegeWarning,
             stacklevel=2,
         )
-    deployed = copy.deepcopy(gm).eval()
-    for site in fake_quants(deployed).values():
-        if site.is_calibrated:
-            site.check_method(site.calibrated.dtype, 2)
-    inner = [module for module in deployed.modules() if isinstance(module, GraphModule) and not stays_python(module)]
-    run(reversed(inner), convert_passes(integer_bias=integer_bias, packed=packed))
-    if deployed not in inner:  # it stays Python, and has what its graphs leave behind
-        run([deployed], [graph_passes.drop_unused])
+    with ordinary_modes():  # or what is made here could not be written to outside of inference mode
+        deployed = copy.deepcopy(gm).eval()
+        for site in fake_quants(deployed).values():
+            if site.is_calibrated:
+                site.check_method(site.calibrated.dtype, 2)
+        inner = [module for module in deployed.modules() if isinstance(module, GraphModule) and not stays_python(module)]
+        run(reversed(inner), convert_passes(integer_bias=integer_bias, packed=packed))
+        if deployed not in inner:  # it stays Python, and has what its graphs leave behind
+            run([deployed], [graph_passes.drop_unused])
     deployed.meta["replacement"] = rates.get(behind, 1.0)
     given = example_inputs is not None or example_kwargs is not None
     example = _call(example_inputs, example_kwargs) if given else _EXAMPLES.get(gm)
@@ -325,7 +326,7 @@ def explain(
     policy = _as_policy(policy)
     passes = prepare_passes(policy, batch_norm=batch_norm)
     carried_out = passes.index(next(step for step in passes if isinstance(step, graph_passes.InsertFakeQuants)))
-    with _collector_paused():
+    with ordinary_modes(), _collector_paused():
         captured, _ = _capture(model, example_inputs, example_kwargs, blocks)
         for step in passes[:carried_out]:  # nobody runs these graphs: no need to lint and to compile them
             for gm in captured.graphs:

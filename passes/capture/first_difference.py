@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.overrides import TorchFunctionMode
 
 from pege_fx._utils.comparison import tensors
+from pege_fx.modules.calls import takes_hooks
 from pege_fx.modules.mode import TRAINING_MODE
 from pege_fx.passes.graph import join, owner, plain
 
@@ -112,7 +113,7 @@ def first_difference(model: nn.Module, gm: GraphModule, graphs: Iterable[GraphMo
     """
     values = _Values()
     parted: list[tuple[GraphModule, Node]] = []
-    for module in model.modules():
+    for module in filter(takes_hooks, model.modules()):
         module.register_forward_hook(lambda _, args, result: values.add((args, result)))
     run(model, values)
     watches = {graph: _Watch(graph, values, parted) for graph in {gm, *graphs}}

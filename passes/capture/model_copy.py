@@ -2,6 +2,8 @@
 
 import copy
 import copyreg
+import io
+import itertools
 import operator
 import types
 from collections import OrderedDict
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pege_fx.errors import ModelError
-from pege_fx.modules.calls import HOOKS
+from pege_fx.modules.calls import HOOKS, takes_hooks
 
 _HUGE_PAGES = 2**22  # from so many bytes on NumPy asks for them
 _PLAIN = {type(None), bool, int, float, str}
@@ -39,12 +41,14 @@ def copied(model: nn.Module, share_parameters: bool, share_buffers: bool | None 
                 if value is not None and id(value) not in copies:
                     _copy_tensor(value, copies, shared)
     try:
+        for module in itertools.filterfalse(takes_hooks, modules):
+            copies.setdefault(id(module), module if share_parameters else _copy_scripted(module))
         for module in reversed(modules):  # children first
             if id(module) not in copies and _is_copied_by_its_attributes(type(module)):
                 copies[id(module)] = made = type(module).__new__(type(module))
                 vars(made).update({name: _copy_value(value, copies) for name, value in vars(module).items()})
         made = copy.deepcopy(model, copies)
-        for module in made.modules():
+        for module in filter(takes_hooks, made.modules()):
             _rebind(module, copies)
         return made
     except Exception as error:
@@ -93,6 +97,15 @@ def _copy_value(value: Any, copies: dict[int, Any]) -> Any:
     copies[id(value)] = made = cls()
     if value:  # most are empty
         made.update(value if cls is set else {key: _copy_value(part, copies) for key, part in value.items()})
+    return made
+
+
+def _copy_scripted(module: nn.Module) -> nn.Module:
+    """Copy by way of its file: after torch's own ``deepcopy`` the copy's parameters are no leaves and do not train."""
+    file = io.BytesIO()
+    torch.jit.save(module, file)
+    file.seek(0)
+    made: nn.Module = torch.jit.load(file)  # type: ignore[no-untyped-call]
     return made
 
 

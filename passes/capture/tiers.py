@@ -22,7 +22,7 @@ from pege_fx.decompositions.decompose import make_explicit
 from pege_fx.decompositions.recurrent import CELLS, LAYERS
 from pege_fx.errors import InputError, ModelError, PegeWarning, PolicyError, closest
 from pege_fx.modules.batch_norm import only_normalizes
-from pege_fx.modules.calls import beside_forward, global_hooks, has_hooks, takes_other_arguments
+from pege_fx.modules.calls import beside_forward, global_hooks, has_hooks, takes_hooks, takes_other_arguments
 from pege_fx.modules.fake_quant import FakeQuant
 from pege_fx.modules.mode import PYTHON_FORWARD, TRAINING_MODE, PythonForward, TrainingMode, evaluating, trial
 from pege_fx.modules.stages import check_stage, unwrapped
@@ -33,8 +33,9 @@ from pege_fx.passes.capture.guards import Known
 from pege_fx.passes.capture.load_hooks import keep_load_hooks
 from pege_fx.passes.capture.model_copy import copied
 from pege_fx.passes.capture.patching import reserve_self, uncompiled
+from pege_fx.passes.capture.proxies import ContextError
 from pege_fx.passes.capture.source_location import place_of
-from pege_fx.passes.capture.tracer import NotTraceableError, PegeTracer, is_steady
+from pege_fx.passes.capture.tracer import NotTraceableError, PegeTracer, ignores_modes, is_steady
 from pege_fx.passes.graph import (
     attribute_of,
     has_parameters,
@@ -247,12 +248,14 @@ class _Ladder:
                 branches = None
 
     def _kept_whole(self, root: nn.Module) -> dict[str, NotTraceableError]:
-        """The modules below a module that have hooks, by path: nobody knows what else those do. The outermost alone."""
+        """The modules below a module with hooks or a call of their own, by path: nobody knows what those do. The outermost."""
         found: dict[str, NotTraceableError] = {}
         for path, module in root.named_modules():
-            if path and has_hooks(module) and not PegeTracer().is_leaf_module(module, path):
-                if not any(path.startswith(f"{other}.") for other in found):
-                    found[path] = _beside(module, path, beside_forward(module))
+            is_own = type(module).__call__ is not nn.Module.__call__
+            if not path or not (is_own or has_hooks(module)) or PegeTracer().is_leaf_module(module, path):
+                continue
+            if not any(path.startswith(f"{other}.") for other in found):
+                found[path] = _beside(module, path, beside_forward(module))
         return found
 
     def _blocks_in(self, root: nn.Module, prefix: str) -> dict[str, NotTraceableError]:
@@ -341,6 +344,10 @@ def _follow(
         if tracer.state.kept and known.is_call and not _repeats(root, known):
             path, name = tracer.state.kept[0]
             raise _stateful(root, path, f"a call reads what the last one left in self.{name}")
+        if tracer.asked and not ignores_modes(tracer, graph, new(mode)):
+            question, path = next(iter(tracer.asked.items()))
+            reason = f"ContextError: it does one thing or another by {question}(), which a graph does not hold"
+            raise NotTraceableError(path, place_of(root.get_submodule(path)), reason, ContextError())
         return tracer, graph
     except NotTraceableError as error:
         if mode is not None and not error.asks_mode:
@@ -392,7 +399,7 @@ def _record_calls(root: nn.Module, example: Call) -> dict[nn.Module, list[Known]
 
     args, kwargs = fresh(example)
     with trial(root.modules()), evaluating(root), contextlib.ExitStack() as hooks:
-        for module in root.modules():
+        for module in filter(takes_hooks, root.modules()):
             hooks.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
         with contextlib.suppress(Exception):  # the shapes are recorded later, and that says where and why it fails
             root(*args, **kwargs)

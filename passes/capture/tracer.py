@@ -9,9 +9,10 @@ import string
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
+from unittest import mock
 
 import numpy
 import torch
@@ -26,6 +27,7 @@ from pege_fx.decompositions.attention import multi_head_attention_forward
 from pege_fx.kernels.inductor import TRACING
 from pege_fx.modules.batch_norm import NORM_THEN, BatchNorm
 from pege_fx.modules.mode import CHECKS, TRAINING_MODE
+from pege_fx.passes.capture.contexts import no_contexts, other_answer, stand_ins, surroundings
 from pege_fx.passes.capture.dictionaries import GuardedDict
 from pege_fx.passes.capture.guards import UNKNOWN, GuardingTracer, Known
 from pege_fx.passes.capture.module_state import ModuleState, write_buffer
@@ -63,10 +65,6 @@ class NotTraceableError(Exception):
         self.keeps_meaning = isinstance(cause, (ModeError, ContextError))  # by staying Python, and nothing could be decided
 
 
-def _context() -> tuple[bool, bool, bool]:
-    return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
-
-
 class PegeTracer(GuardingTracer):
     """fx's tracer; with ``live_training``, ``self.training`` is a value of the graph.
 
@@ -94,7 +92,9 @@ class PegeTracer(GuardingTracer):
         self.proxy_buffer_attributes = True  # what is done to a buffer is done by the graph, not while tracing
         self.live_training = live_training
         self.mode = mode
-        self._context = _context()
+        self._context = surroundings()
+        self.asked: dict[str, str] = {}  # for which modes the code asked, and which module did first
+        self.contradicts = False  # it is told another answer than the one that holds
         self.opaque = opaque or {}
         self.known = None if known is None else known.fresh(tensors=evaluate)  # each attempt has a call of its own
         self.evaluate = evaluate
@@ -152,8 +152,11 @@ class PegeTracer(GuardingTracer):
     def trace(self, root: Any, concrete_args: Any = None) -> Graph:
         """Trace, with the functions that make tensors of a size taking sizes of the graph."""
         with TRACING, ExitStack() as stack:
-            for namespace, names in self._stand_ins(root):
+            of_contexts = stand_ins(self.refuse_context, self.answer)
+            for namespace, names in self._stand_ins(root, of_contexts):
                 stack.enter_context(replaced(namespace, names))
+            stack.enter_context(no_contexts(of_contexts, self.refuse_context))
+            stack.enter_context(self._kept_calls(root))
             stack.enter_context(DrawsOfConstants(self.refuse_to_draw))
             graph = super().trace(root, concrete_args)
         for node in graph.nodes:
@@ -161,16 +164,16 @@ class PegeTracer(GuardingTracer):
                 node.meta.pop("is_wrapped", None)  # fx says so of the last node of a wrapped function that was followed
         return graph
 
-    def _stand_ins(self, root: Any) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    def _stand_ins(self, root: Any, more: dict[Any, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
         """What stands in for functions while tracing: (namespace, by name)."""
         yield vars(torch), {name: self._factory(getattr(torch, name)) for name in _FACTORIES} | {"is_tensor": is_tensor(self)}
         yield vars(F), {"grouped_mm": self._factory(F.grouped_mm)}
-        others = guards(self.refuse_to_draw) | {check: _assume(check) for check in _checks()}
+        others = more | guards(self.refuse_to_draw) | {check: _assume(check) for check in _checks()}
         others[IS_TENSOR] = is_tensor(self)
         own = questions(self)
         kinds = set(map(type, others))
-        for namespace, more in (*((names, {}) for names in GENERATORS), *((names, own) for names in globals_of(root))):
-            yield namespace, {n: others[v] for n, v in namespace.items() if type(v) in kinds and v in others} | more
+        for namespace, answers in (*((names, {}) for names in GENERATORS), *((names, own) for names in globals_of(root))):
+            yield namespace, {n: others[v] for n, v in namespace.items() if type(v) in kinds and v in others} | answers
 
     def class_of(self, proxy: Proxy) -> type:
         return class_of(self, proxy)
@@ -183,6 +186,42 @@ class PegeTracer(GuardingTracer):
     def refuse_to_draw(self) -> None:
         if self.live_training and self.is_following:
             raise ContextError("it draws random numbers, which a graph would hold as constants")
+
+    @contextmanager
+    def _kept_calls(self, root: Any) -> Iterator[None]:
+        """Let a module that is not looked into be one node, also where its class has a ``__call__`` of its own."""
+
+        def kept(original: Callable[..., Any]) -> Callable[..., Any]:
+            def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+                if self.is_following and module in self._installed and (path := self.path_of_module(module)) in self.opaque:
+                    return self.create_proxy("call_module", path, args, kwargs)
+                return original(module, *args, **kwargs)
+
+            return call
+
+        paths = [path for path in self.opaque if isinstance(root, nn.Module)]
+        classes = {type(root.get_submodule(path)) for path in paths}
+        with ExitStack() as stack:
+            for cls in classes:
+                if cls.__call__ is not nn.Module.__call__:
+                    stack.enter_context(mock.patch.object(cls, "__call__", kept(cls.__call__)))
+            yield
+
+    def refuse_context(self, what: str) -> None:
+        """Raise where the code of the model enters a context or sets a mode: another call may be within another."""
+        if self.live_training and self.is_following:
+            raise ContextError(f"it uses {what} inside forward, which a graph does not hold")
+
+    def answer(self, question: str, value: Any) -> Any:
+        """Answer the code of the model when it asks for a mode, and note where it did."""
+        if not (self.live_training and self.is_following):
+            return value
+        self.asked.setdefault(question, self.scope.module_path)
+        if not self.contradicts:
+            return value
+        if (other := other_answer(value)) is None:
+            raise ContextError(f"it asks {question}() inside forward, and another call may find another answer")
+        return other
 
     def _factory(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original, updated=())
@@ -240,7 +279,7 @@ class PegeTracer(GuardingTracer):
             raise
 
     def _check_context(self) -> None:
-        if self.live_training and _context() != self._context:
+        if self.live_training and surroundings() != self._context:
             raise ContextError("it changes the gradient or autocast mode inside forward, which a graph does not hold")
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
@@ -429,6 +468,15 @@ class PegeTracer(GuardingTracer):
                 return _run(self.root, node, args, kwargs)
         finally:
             self._evaluating = before
+
+
+def ignores_modes(tracer: PegeTracer, graph: Graph, again: PegeTracer) -> bool:
+    """Tell whether ``forward`` does the same whatever it is told of the modes that it asked for."""
+    again.contradicts = True
+    try:
+        return str(again.follow(tracer.state.root)) == str(graph)
+    except NotTraceableError:
+        return False
 
 
 def is_steady(tracer: PegeTracer, graph: Graph, again: PegeTracer) -> bool:

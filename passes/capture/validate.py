@@ -218,7 +218,8 @@ class _Comparison:
             yield "autograd's graph", _autograd_graph([y for _, y in results])
             return
         names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
-        wanted = {f"the gradient of {name}": module.get_parameter(name) for name in names} | inputs
+        named = dict(module.named_parameters(remove_duplicate=False))  # get_parameter does not know those of scripted modules
+        wanted = {f"the gradient of {name}": named[name] for name in names} | inputs
         if not (results and wanted):
             return
         generator = torch.Generator().manual_seed(0)

@@ -16,6 +16,11 @@ def has_hooks(module: nn.Module) -> bool:
     return any(vars(module).get(name) for name in HOOKS)
 
 
+def takes_hooks(module: nn.Module) -> bool:
+    """Tell whether hooks may be registered on a module; a scripted one takes none."""
+    return not isinstance(module, torch.jit.ScriptModule)
+
+
 def beside_forward(module: nn.Module) -> str:
     """Return what a module's call does besides its class's ``forward``, in words; "" if nothing."""
     if type(module).__call__ is not nn.Module.__call__:

@@ -5,7 +5,7 @@ import itertools
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +31,17 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for child, training in modes.items():
             child.training = training
+
+
+@contextmanager
+def ordinary_modes() -> Iterator[None]:
+    """The modes in which a model trains: gradients are recorded, no inference mode, no autocast."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(mode=False))
+        stack.enter_context(torch.enable_grad())
+        for device in ("cpu", "cuda"):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 class Attributes(NamedTuple):

@@ -1,0 +1,147 @@
+"""Contexts while a module is traced: what enters one or sets a mode is refused, also where nothing changes by it.
+
+A graph may be called within other contexts than it was traced in, and what a block sets would be lost then. A question is
+answered; whoever traces asks for a second time with the other answer, and takes the graph if it is the same one.
+"""
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeAlias
+from unittest import mock
+
+import torch
+from torch.autograd import graph as autograd_graph
+
+from pege_fx.passes.capture.patching import replaced
+
+Refuse: TypeAlias = Callable[[str], None]
+Answer: TypeAlias = Callable[[str, Any], Any]
+
+# Classes, with the method that does it: a decorator goes the same way as a ``with`` block.
+_BLOCKS: tuple[tuple[Any, str], ...] = (
+    (torch.no_grad, "__enter__"),
+    (torch.enable_grad, "__enter__"),
+    (torch.inference_mode, "__enter__"),
+    (torch.autocast, "__enter__"),
+    (torch.set_grad_enabled, "__init__"),  # it may be called without a block
+    (torch.autograd.detect_anomaly, "__enter__"),
+    (torch.autograd.set_detect_anomaly, "__init__"),
+    (autograd_graph.saved_tensors_hooks, "__enter__"),
+)
+_QUESTIONS = (
+    "is_grad_enabled", "is_inference_mode_enabled", "is_anomaly_enabled", "is_autocast_enabled", "is_autocast_cpu_enabled",
+    "is_autocast_cache_enabled", "get_autocast_dtype", "get_autocast_cpu_dtype", "get_autocast_gpu_dtype",
+    "are_deterministic_algorithms_enabled", "is_deterministic_algorithms_warn_only_enabled", "get_deterministic_debug_mode",
+    "get_float32_matmul_precision", "get_default_dtype",
+)  # fmt: skip
+_SETTERS = (
+    "set_autocast_enabled", "set_autocast_cpu_enabled", "set_autocast_dtype", "set_autocast_cpu_dtype",
+    "set_autocast_gpu_dtype", "set_autocast_cache_enabled", "clear_autocast_cache", "use_deterministic_algorithms",
+    "set_deterministic_debug_mode",
+    "set_float32_matmul_precision", "set_default_dtype", "set_default_device", "manual_seed", "seed", "set_rng_state",
+)  # fmt: skip
+_ELSEWHERE: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("torch.random", ("fork_rng", "manual_seed", "seed", "set_rng_state")),
+    ("torch.autograd.graph", ("allow_mutation_on_saved_tensors",)),
+    ("torch.nn.attention", ("sdpa_kernel",)),
+    ("torch.backends.cuda", ("sdp_kernel", "flash_sdp_enabled", "mem_efficient_sdp_enabled", "math_sdp_enabled",
+                             "cudnn_sdp_enabled", "enable_flash_sdp", "enable_mem_efficient_sdp", "enable_math_sdp",
+                             "enable_cudnn_sdp")),
+    ("torch.backends.cudnn", ("flags", "set_flags")),
+    ("torch.backends.mkldnn", ("flags", "set_flags")),
+)  # fmt: skip
+_PASSING_ON = ("torch.utils._contextlib", "torch.amp.", "torch.cuda.amp.", "torch.cpu.amp.")  # what a decorator runs through
+
+_ATTENTION_KERNELS: tuple[Callable[[], bool], ...] = (
+    torch.backends.cuda.flash_sdp_enabled,
+    torch.backends.cuda.mem_efficient_sdp_enabled,
+    torch.backends.cuda.math_sdp_enabled,
+)
+
+
+def surroundings() -> tuple[Any, ...]:
+    """Return the modes that what runs depends on, as far as they are no tensors' own."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.is_autocast_enabled("cuda"),
+        torch.are_deterministic_algorithms_enabled(),
+        *(ask() for ask in _ATTENTION_KERNELS),
+    )
+
+
+def _functions() -> Iterator[tuple[dict[str, Any], str]]:
+    """The functions that set a mode or ask for one: the namespace, the name."""
+    places: list[tuple[dict[str, Any], tuple[str, ...]]] = [(vars(torch), (*_QUESTIONS, *_SETTERS))]
+    places += [(vars(importlib.import_module(module)), names) for module, names in _ELSEWHERE]
+    return ((namespace, name) for namespace, names in places for name in names if name in namespace)
+
+
+def stand_ins(refuse: Refuse, answer: Answer) -> dict[Any, Callable[..., Any]]:
+    """Return what stands in for the functions that set a mode or ask for one, by the function.
+
+    Args:
+        refuse: called with what the code of the model does; raises if it is the code that is traced.
+        answer: called with the question and its answer; returns what that code is to be told.
+    """
+
+    def stand_in(name: str, original: Any) -> Callable[..., Any]:
+        return _asked(original, name, answer) if name in _QUESTIONS else _refused(original, f"{name}()", refuse)
+
+    return {namespace[name]: stand_in(name, namespace[name]) for namespace, name in _functions()}
+
+
+@contextmanager
+def no_contexts(functions: dict[Any, Callable[..., Any]], refuse: Refuse) -> Iterator[None]:
+    """Let the code of a model enter no context, and set no mode.
+
+    Args:
+        functions: what ``stand_ins`` returned.
+        refuse: as there.
+    """
+    with ExitStack() as stack:
+        for namespace, name in _functions():
+            stack.enter_context(replaced(namespace, {name: functions.get(namespace[name], namespace[name])}))
+        for cls, method in _BLOCKS:
+            refused = _refused(vars(cls)[method], f"torch.{cls.__name__}", refuse)
+            stack.enter_context(mock.patch.object(cls, method, refused))
+        yield
+
+
+def other_answer(value: Any) -> Any:
+    """Return what a question about a mode may be answered in another call; None if nobody knows."""
+    if isinstance(value, bool):
+        return not value
+    return (torch.float64 if value is not torch.float64 else torch.float32) if isinstance(value, torch.dtype) else None
+
+
+def _refused(original: Callable[..., Any], name: str, refuse: Refuse) -> Callable[..., Any]:
+    @functools.wraps(original, updated=())
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if _is_asked_by_a_model():
+            refuse(name)
+        return original(*args, **kwargs)
+
+    return call
+
+
+def _asked(original: Callable[..., Any], name: str, answer: Answer) -> Callable[..., Any]:
+    @functools.wraps(original, updated=())
+    def ask(*args: Any, **kwargs: Any) -> Any:
+        value = original(*args, **kwargs)
+        return answer(name, value) if _is_asked_by_a_model() else value
+
+    return ask
+
+
+def _is_asked_by_a_model() -> bool:
+    """Whether the code two calls up is no library's: torch asks for modes everywhere, to do the same thing in another way."""
+    frame = inspect.currentframe()
+    for _ in range(2):
+        frame = frame and frame.f_back
+    name = str(frame and frame.f_globals.get("__name__"))
+    return name.startswith(_PASSING_ON) or name.partition(".")[0] not in ("torch", "pege_fx")
