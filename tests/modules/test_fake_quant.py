@@ -1,5 +1,6 @@
 """The module behind a fake-quant node: masks by schedule, p = 1 in evaluation, calibration as state, copies, dtypes."""
 
+import contextlib
 import copy
 import pickle
 from typing import Any
@@ -551,3 +552,21 @@ def test_a_free_batch_and_length_are_exported() -> None:
     program = torch.export.export(gm, (torch.randn(8, 5, 512),), dynamic_shapes=free)
     x = torch.randn(40, 3, 512)
     torch.testing.assert_close(program.module()(x), gm(x))
+
+
+@pytest.mark.parametrize("signs", [(-1.0,) * 4, (1.0, -1.0, 1.0, -1.0)])
+@pytest.mark.parametrize("kernels", [False, True])
+def test_unsigned_moving_ranges_see_a_weight_with_the_sign_of_its_norm(signs: tuple[float, ...], kernels: bool) -> None:
+    torch.manual_seed(0)
+    net: Any = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4))
+    with torch.no_grad():
+        net[1].weight.copy_(torch.tensor(signs))
+        net[0].weight.copy_(net[0].weight.abs() * net[1].weight.view(-1, 1, 1, 1))  # the folded weight is positive
+    x = torch.randn(8, 3, 6, 6)
+    policy = QuantPolicy((Rule(weight=QuantSpec(bits=8, signed=False, method="minmax"), input=None),))
+    with contextlib.nullcontext() if kernels else eager_kernels():
+        gm = pege_fx.prepare(net.train(), policy, (x,))
+        torch.testing.assert_close(gm(x), copy.deepcopy(net)(x), rtol=0.05, atol=0.05)
+        method: Any = fake_quants(gm)["0.weight_fq"].method
+        assert torch.equal(method.low, torch.zeros(4))
+        assert torch.equal(method.high, net[0].weight.detach().abs().amax((1, 2, 3)))

@@ -188,6 +188,16 @@ def test_nobody_holds_y_between_forward_and_backward(again: bool) -> None:
     loss.backward()
 
 
+def test_backward_lets_go_of_what_it_made_again() -> None:
+    model, nodes = prepared(True), []
+    for site in pege_fx.fake_quants(model).values():
+        site.register_forward_hook(lambda site, args, y: nodes.append(y.grad_fn) if site.recompute else None)
+    model(X).square().sum().backward(retain_graph=True)
+    discretizers = [node for node in nodes if getattr(node, "recompute", False)]
+    assert discretizers
+    assert all(node.remembered is None for node in discretizers)
+
+
 def test_methods_that_bend_their_input_keep_no_more_than_before() -> None:
     for method in ("pact", "dorefa", "interval", "minmax"):
         policy = QuantPolicy((Rule(weight=QuantSpec(bits=3, method=method), input=QuantSpec(bits=3, method=method)),))

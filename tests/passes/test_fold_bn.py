@@ -236,6 +236,17 @@ def test_the_graph_keeps_one_convolution_and_freeze_drops_the_norm() -> None:
     assert "1.running_mean" not in frozen.state_dict()
 
 
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_merging_changes_nothing_of_what_trains(learns: bool, bias: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=bias), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3)).eval()
+    model[0].requires_grad_(learns)
+    gm = pege_fx.prepare(model, "W4A4", batch_norm="freeze")
+    assert gm.get_parameter("0.weight").requires_grad is learns
+    assert gm.get_parameter("0.bias").requires_grad is learns
+    assert gm.get_parameter("3.weight").requires_grad
+
+
 def test_a_norm_frozen_in_the_middle_of_training_uses_its_running_statistics() -> None:
     model = randomise(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), 3)
     gm, x = pege_fx.prepare(model, FLOAT.__class__((Rule(weight="8", input=None),)), (torch.randn(IMAGE),)), torch.randn(IMAGE)

@@ -164,6 +164,22 @@ def test_unfinished_replacement_warns() -> None:
         pege_fx.convert(gm)
 
 
+def test_a_bias_of_another_size_than_the_scales_stays_float() -> None:
+    class OneForAll(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.ones(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, self.weight, self.bias)
+
+    x = torch.randn(5, 4)
+    gm = pege_fx.prepare(OneForAll(), "W8A8", (x,)).eval()
+    deployed = pege_fx.convert(gm, integer_bias=True)
+    assert torch.equal(deployed(x), gm(x))
+    assert torch.equal(deployed.get_parameter("bias"), torch.ones(1))
+
+
 class Undecided(nn.Module):
     """Stays Python as a whole."""
 
