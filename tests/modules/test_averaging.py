@@ -107,6 +107,15 @@ def test_averaged_scales_are_kept_in_evaluation(kind: str) -> None:
     assert all(fq.is_calibrated for fq in fake_quants(model).values())
 
 
+def test_a_tensor_in_the_place_of_a_flag_says_nothing_until_it_is_written() -> None:
+    fq = fake_quants(prepared())["0.weight_fq"]
+    fq.calibrated = torch.ones(())  # as ``to_empty`` leaves whatever was in the memory
+    assert not fq.is_calibrated
+    with torch.no_grad():
+        fq.calibrated.fill_(1.0)
+    assert fq.is_calibrated
+
+
 def test_moved_before_its_first_update_it_is_calibrated_too() -> None:
     gm = prepared()
     average = AveragedModel(gm).double().float()
@@ -121,6 +130,7 @@ def test_new_statistics_of_an_average_move_neither_schedule_nor_grids() -> None:
     trained(gm, average, steps=3)
     site = fake_quants(average)["module.0.weight_fq"]
     scale, rate = site.method.scale.clone(), site.schedule.rate.clone()
+    assert not site.schedule.is_complete
     update_bn([batch(), 2 * batch()], average)
     assert torch.equal(site.method.scale, scale)
     assert torch.equal(site.schedule.rate, rate)

@@ -710,6 +710,13 @@ def test_strength_adds_nothing_to_what_is_not_replaced_or_is_not_asked_for(estim
         assert scale == 0
 
 
+@pytest.mark.parametrize("plain", [False, True])
+def test_ties_are_rounded_to_even(plain: bool) -> None:
+    x = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 3.5])
+    with eager_kernels() if plain else contextlib.nullcontext(), torch.no_grad():
+        assert fake_quantize(2 * x, torch.tensor(2.0), QuantSpec(bits=4)).tolist() == [0, 4, 4, 0, -4, -4, 8]
+
+
 def test_where_a_replaced_value_is_out_of_range_the_scales_gradient_does_not_read_it() -> None:
     for value in (100.0, 3e38, INFINITY):
         scale = torch.tensor(2.0, requires_grad=True)
