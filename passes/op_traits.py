@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from pege_fx.decompositions.recurrent import given_or_zeros, recurrent
+from pege_fx.modules.autocast import SWITCHES
 from pege_fx.modules.calls import beside_forward
 from pege_fx.modules.fake_quant import FakeQuant
 from pege_fx.modules.mode import TrainingMode, check_argument, check_class, check_keys, select_by_mode, written
@@ -137,7 +138,8 @@ TRAITS: dict[Target, OpTraits] = {
     **dict.fromkeys((len, int, float, bool, round, isinstance), _NEW),
     **dict.fromkeys((operator.getitem, getattr, max, min, sum, abs, tuple, list, dict, slice), _EITHER),
     **dict.fromkeys(
-        (quantize, dequantize, unpack, FakeQuant, TrainingMode, check_argument, check_class, check_keys, recurrent), _NEW
+        (quantize, dequantize, unpack, FakeQuant, TrainingMode, *SWITCHES, check_argument, check_class, check_keys, recurrent),
+        _NEW,
     ),
     **dict.fromkeys((select_by_mode, written, given_or_zeros), _EITHER),
     **dict.fromkeys((f"einops.einops.{name}" for name in ("rearrange", "reduce", "repeat", "einsum", "asnumpy")), _EITHER),

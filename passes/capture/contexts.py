@@ -1,7 +1,8 @@
 """Contexts while a module is traced: what enters one or sets a mode is refused, also where nothing changes by it.
 
-A graph may be called within other contexts than it was traced in, and what a block sets would be lost then. A question is
-answered; whoever traces asks for a second time with the other answer, and takes the graph if it is the same one.
+A graph may be called within other contexts than it was traced in, and what a block sets would be lost then. One kind of block
+is written down: that which switches autocast off. A question is answered; whoever traces asks for a second time with the
+other answer, and takes the graph if it is the same one.
 """
 
 import functools
@@ -18,6 +19,7 @@ from torch.autograd import graph as autograd_graph
 from pege_fx.passes.capture.patching import replaced
 
 Refuse: TypeAlias = Callable[[str], None]
+Region: TypeAlias = Callable[[str], Callable[[], Any]]
 Answer: TypeAlias = Callable[[str, Any], Any]
 
 # Classes, with the method that does it: a decorator goes the same way as a ``with`` block.
@@ -25,7 +27,6 @@ _BLOCKS: tuple[tuple[Any, str], ...] = (
     (torch.no_grad, "__enter__"),
     (torch.enable_grad, "__enter__"),
     (torch.inference_mode, "__enter__"),
-    (torch.autocast, "__enter__"),
     (torch.set_grad_enabled, "__init__"),  # it may be called without a block
     (torch.autograd.detect_anomaly, "__enter__"),
     (torch.autograd.set_detect_anomaly, "__init__"),
@@ -96,20 +97,56 @@ def stand_ins(refuse: Refuse, answer: Answer) -> dict[Any, Callable[..., Any]]:
 
 
 @contextmanager
-def no_contexts(functions: dict[Any, Callable[..., Any]], refuse: Refuse) -> Iterator[None]:
+def no_contexts(functions: dict[Any, Callable[..., Any]], refuse: Refuse, region: Region) -> Iterator[None]:
     """Let the code of a model enter no context, and set no mode.
 
     Args:
         functions: what ``stand_ins`` returned.
         refuse: as there.
+        region: called with a type of devices where a block switches autocast off for it; returns what is to be called at its
+            end, or raises.
     """
     with ExitStack() as stack:
         for namespace, name in _functions():
             stack.enter_context(replaced(namespace, {name: functions.get(namespace[name], namespace[name])}))
         for cls, method in _BLOCKS:
-            refused = _refused(vars(cls)[method], f"torch.{cls.__name__}", refuse)
+            refused = _refused(vars(cls)[method], f"torch.{cls.__name__}", refuse, _PASSING_ON)
             stack.enter_context(mock.patch.object(cls, method, refused))
+        for method, stand_in in _autocast(refuse, region).items():
+            stack.enter_context(mock.patch.object(torch.autocast, method, stand_in))
         yield
+
+
+def _autocast(refuse: Refuse, region: Region) -> dict[str, Callable[..., Any]]:
+    """Return what stands in for the methods of ``torch.autocast``: blocks that switch it off become regions of the graph."""
+    original = {name: vars(torch.autocast)[name] for name in ("__init__", "__enter__", "__exit__")}
+    switched_off: dict[int, Any] = {}  # by identity: those that the model made to switch autocast off
+    ends: list[tuple[Any, Callable[[], Any]]] = []
+
+    @functools.wraps(original["__init__"])
+    def init(self: Any, device_type: Any, dtype: Any = None, enabled: bool = True, cache_enabled: Any = None) -> None:
+        original["__init__"](self, device_type, dtype, enabled, cache_enabled)
+        if enabled is False and _is_asked_by_a_model(_PASSING_ON):
+            switched_off[id(self)] = self
+
+    @functools.wraps(original["__enter__"])
+    def enter(self: Any) -> Any:
+        if _is_asked_by_a_model(_PASSING_ON):
+            if id(self) in switched_off:
+                ends.append((self, region(self.device)))
+            else:
+                refuse("torch.autocast")
+        return original["__enter__"](self)
+
+    @functools.wraps(original["__exit__"])
+    def leave(self: Any, *error: Any) -> Any:
+        if ends and ends[-1][0] is self:
+            _, end = ends.pop()
+            if error[:1] == (None,):
+                end()
+        return original["__exit__"](self, *error)
+
+    return {"__init__": init, "__enter__": enter, "__exit__": leave}
 
 
 def other_answer(value: Any) -> Any:
@@ -119,10 +156,10 @@ def other_answer(value: Any) -> Any:
     return (torch.float64 if value is not torch.float64 else torch.float32) if isinstance(value, torch.dtype) else None
 
 
-def _refused(original: Callable[..., Any], name: str, refuse: Refuse) -> Callable[..., Any]:
+def _refused(original: Callable[..., Any], name: str, refuse: Refuse, passing_on: tuple[str, ...] = ()) -> Callable[..., Any]:
     @functools.wraps(original, updated=())
     def call(*args: Any, **kwargs: Any) -> Any:
-        if _is_asked_by_a_model():
+        if _is_asked_by_a_model(passing_on):
             refuse(name)
         return original(*args, **kwargs)
 
@@ -138,10 +175,10 @@ def _asked(original: Callable[..., Any], name: str, answer: Answer) -> Callable[
     return ask
 
 
-def _is_asked_by_a_model() -> bool:
+def _is_asked_by_a_model(passing_on: tuple[str, ...] = ()) -> bool:
     """Whether the code two calls up is no library's: torch asks for modes everywhere, to do the same thing in another way."""
     frame = inspect.currentframe()
     for _ in range(2):
         frame = frame and frame.f_back
     name = str(frame and frame.f_globals.get("__name__"))
-    return name.startswith(_PASSING_ON) or name.partition(".")[0] not in ("torch", "pege_fx")
+    return name.startswith(passing_on) or name.partition(".")[0] not in ("torch", "pege_fx")

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from pege_fx.decompositions.attention import multi_head_attention_forward
 from pege_fx.kernels.inductor import TRACING
+from pege_fx.modules.autocast import SWITCHES, guard_regions, switch_autocast_back, switch_autocast_off
 from pege_fx.modules.batch_norm import NORM_THEN, BatchNorm
 from pege_fx.modules.mode import CHECKS, TRAINING_MODE
 from pege_fx.passes.capture.contexts import no_contexts, other_answer, stand_ins, surroundings
@@ -155,10 +156,11 @@ class PegeTracer(GuardingTracer):
             of_contexts = stand_ins(self.refuse_context, self.answer)
             for namespace, names in self._stand_ins(root, of_contexts):
                 stack.enter_context(replaced(namespace, names))
-            stack.enter_context(no_contexts(of_contexts, self.refuse_context))
+            stack.enter_context(no_contexts(of_contexts, self.refuse_context, self._region))
             stack.enter_context(self._kept_calls(root))
             stack.enter_context(DrawsOfConstants(self.refuse_to_draw))
             graph = super().trace(root, concrete_args)
+        guard_regions(graph)
         for node in graph.nodes:
             if (getattr(node.target, "__module__", None) or "torch").partition(".")[0] in ("torch", "_operator"):
                 node.meta.pop("is_wrapped", None)  # fx says so of the last node of a wrapped function that was followed
@@ -211,6 +213,21 @@ class PegeTracer(GuardingTracer):
         """Raise where the code of the model enters a context or sets a mode: another call may be within another."""
         if self.live_training and self.is_following:
             raise ContextError(f"it uses {what} inside forward, which a graph does not hold")
+
+    def _region(self, device: str) -> Callable[[], Any]:
+        """Write down that autocast is switched off from here on, and return what writes down that it is back."""
+        if not (self.live_training and self.is_following):
+            return lambda: None
+        first = next(iter(self.graph.nodes), None)
+        if self.mode is not None or first is None or first.op != "placeholder":
+            raise ContextError("it uses torch.autocast inside forward, which a graph of both modes does not hold")
+        before = self._switch(switch_autocast_off, (first, device))
+        return functools.partial(self._switch, switch_autocast_back, (before, device))
+
+    def _switch(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        node = self.create_node("call_function", function, args, {})
+        node.meta["is_wrapped"] = True  # one node for a tracer of the generated code as well
+        return node
 
     def answer(self, question: str, value: Any) -> Any:
         """Answer the code of the model when it asks for a mode, and note where it did."""
@@ -354,7 +371,7 @@ class PegeTracer(GuardingTracer):
         node = super().create_node(kind, target, args, kwargs, *rest, **more)
         if self.live_training and (where := line()):
             node.meta["stack_trace"] = where
-        if self.evaluate and kind != "output" and target not in (TRAINING_MODE, *CHECKS):
+        if self.evaluate and kind != "output" and target not in (TRAINING_MODE, *CHECKS, *SWITCHES):
             self._values[node] = self._evaluate(node)
             self._note_origin(node)
         return node

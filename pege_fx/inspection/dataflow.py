@@ -9,6 +9,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from pege_fx.errors import ModelError, closest
+from pege_fx.modules.autocast import SWITCHES
 from pege_fx.modules.batch_norm import BiasFold, WeightFold
 from pege_fx.modules.fake_quant import FakeQuant
 from pege_fx.modules.mode import CHECKS, PYTHON_FORWARD, TRAINING_MODE, PythonForward, contains, length
@@ -118,7 +119,7 @@ def _facts(prefix: str, gm: GraphModule, node: Node) -> dict[str, Any]:
 
 def _about(node: Node) -> str:
     """What a node is about by itself; "either" for plain Python, which its arguments decide."""
-    if node.target in (*CHECKS, length, contains, TRAINING_MODE):
+    if node.target in (*CHECKS, *SWITCHES, length, contains, TRAINING_MODE):
         return "sizes"
     gets = function_name(node) == "getattr"
     if (arguments(node)[0][1] if gets else node.target) in _SIZES and (gets or node.op == "call_method"):

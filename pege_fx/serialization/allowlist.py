@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pege_fx.decompositions import attention
 from pege_fx.decompositions.recurrent import recurrent
+from pege_fx.modules.autocast import SWITCHES
 from pege_fx.modules.mode import CHECKS, contains, length, written
 from pege_fx.numerics.functional import dequantize, quantize
 from pege_fx.numerics.packing import unpack
@@ -56,6 +57,7 @@ _OWN: dict[str, tuple[Callable[..., Any], ...]] = {  # names in files outlive th
     "pege_fx.functional": (quantize, dequantize),
     "pege_fx.packing": (unpack,),
     "pege_fx.mode": (written, *CHECKS, length, contains),
+    "pege_fx.autocast": SWITCHES,
     "pege_fx.attention": (attention.attention_mask, attention.padding_mask, attention.check_batched),
     "pege_fx.recurrent": (recurrent,),
     "pege_fx.results": (record, named_tuple),

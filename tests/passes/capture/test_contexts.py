@@ -1,9 +1,12 @@
 """What a forward enters, sets and asks of modes holds in each call, also where nothing changed by it when it was traced."""
 
 import contextlib
+import copy
+import pickle
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -133,11 +136,68 @@ def test_a_context_within_forward_means_in_each_call_what_it_means(body: str, pr
         assert found.requires_grad == expected.requires_grad
 
 
-@pytest.mark.parametrize("body", BODIES)
+WRITTEN_DOWN = {"autocast off", "autocast of another device", "by a stack"}  # switched off: a region of the graph
+
+
+@pytest.mark.parametrize("body", sorted(BODIES.keys() - WRITTEN_DOWN))
 def test_the_smallest_module_stays_python_and_what_it_uses_is_named(body: str) -> None:
     with pytest.warns(pege_fx.PegeWarning, match=r"inner stays Python: ContextError: it (uses|does one) [\w ]*(torch\.)?\w+"):
         gm = pege_fx.prepare(Net(BODIES[body]), "W8A8", (X,))
     assert {"first.weight_fq", "head.weight_fq"} <= {*pege_fx.fake_quants(gm)}
+
+
+class WithoutAutocast(nn.Module):
+    """Keeps a product of activations, and a layer, out of autocast; the type of its devices is asked for in the outer block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        with torch.autocast("cpu", enabled=False):
+            with torch.autocast(x.device.type, enabled=False):
+                y = y.float() @ y.float().t()
+            z = self.a(x.float())
+        return self.b(y @ z)  # type: ignore[no-any-return]
+
+
+def assert_same_in_and_outside_of_autocast(model: nn.Module, made: Any, x: Tensor) -> None:
+    for enabled in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            expected, found = model(x), made(x)
+        assert found.dtype is expected.dtype
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_where_autocast_is_switched_off_is_a_region_of_the_graph_in_all_its_forms() -> None:
+    model, x = WithoutAutocast(), torch.randn(8, 8)
+    gm = pege_fx.prepare(model, FLOAT, (x,))
+    assert pege_fx.plan_of(gm).captures[0].rung == "specialised"
+    compiled = torch.compile(gm, fullgraph=True, backend="aot_eager")
+    for made in (gm, copy.deepcopy(gm), pickle.loads(pickle.dumps(gm)), compiled):
+        assert_same_in_and_outside_of_autocast(model, made, x)
+    quantized = pege_fx.prepare(model, "W8A8", (x,)).eval()
+    assert [operation.function for operation in pege_fx.plan_of(quantized).operations].count("matmul") == 2
+    assert_same_in_and_outside_of_autocast(quantized, pege_fx.convert(quantized), x)
+
+
+@pytest.mark.parametrize("copied", [lambda gm: gm, copy.deepcopy, lambda gm: pickle.loads(pickle.dumps(gm))])
+def test_a_call_that_fails_in_such_a_region_leaves_autocast_on(copied: Callable[[Any], Any]) -> None:
+    made = copied(pege_fx.prepare(WithoutAutocast(), FLOAT, (torch.randn(8, 8),)))
+    made.a.weight.data = made.a.weight.data.double()  # takes half types within autocast, and no float outside of it
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(RuntimeError, match="dtype"):
+            made(torch.randn(8, 8))
+        assert torch.is_autocast_enabled("cpu")
+
+
+def test_such_a_region_is_stored(tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), Inner(autocast_off)), torch.randn(8, 8)
+    deployed = pege_fx.convert(pege_fx.prepare(model, "W8A8", (x,)))
+    pege_fx.save_deployed(deployed, tmp_path / "model.safetensors")
+    assert_same_in_and_outside_of_autocast(deployed, pege_fx.load_deployed(tmp_path / "model.safetensors"), x)
 
 
 def test_another_thread_enters_contexts_while_a_model_is_traced() -> None:
