@@ -68,7 +68,6 @@ SETTINGS: list[tuple[nn.Module, Tensor, dict[str, object]]] = [
     (nn.ConvTranspose2d(4, 6, 3), torch.randn(2, 4, 5, 5), {}),
     (nn.ConvTranspose2d(4, 6, 3, 3, 1, (0, 2)), X, {"stride": (3, 3), "padding": (1, 1), "output_padding": (0, 2)}),
     (nn.Embedding(7, 4), torch.randint(7, (3, 5)), {}),
-    (nn.Embedding(7, 4, sparse=True), torch.randint(7, (3, 5)), {"sparse": True}),
     (nn.Embedding(7, 4, padding_idx=2), torch.randint(7, (3, 5)), {"third": 2}),
 ]  # fmt: skip
 
@@ -81,12 +80,18 @@ def test_settings_other_than_the_defaults_are_in_the_graph(layer: nn.Module, x: 
     third = [{"third": arg} for arg in call.args[2:3] if isinstance(arg, int)]  # of a convolution it is the bias
     fourth = [{"stride": arg} for arg in call.args[3:]]
     assert {name: value for part in (*third, *fourth, call.kwargs) for name, value in part.items()} == kwargs
-    if not kwargs.get("sparse"):
-        (gm(x).sum() * 2).backward()
-        gradient = layer.weight.grad
-        layer.weight.grad = None
-        (layer(x).sum() * 2).backward()
-        assert gradient is None or torch.equal(gradient, layer.weight.grad)
+    (gm(x).sum() * 2).backward()
+    gradient = layer.weight.grad
+    layer.weight.grad = None
+    (layer(x).sum() * 2).backward()
+    assert gradient is None or torch.equal(gradient, layer.weight.grad)
+
+
+@pytest.mark.parametrize("cls", [nn.Embedding, nn.EmbeddingBag])
+def test_a_layer_with_sparse_gradients_stays_a_module_and_says_why(cls: type[nn.Module]) -> None:
+    gm = normalized(nn.Sequential(cls(7, 4, sparse=True)))
+    (node,) = gm.graph.find_nodes(op="call_module")
+    assert node.meta["not_normalized"] == "0 has sparse gradients (sparse=True), which a quantized weight has not"
 
 
 class Calls(nn.Module):
