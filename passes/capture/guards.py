@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Node, Proxy
+from torch.nn.utils.rnn import PackedSequence
 
 from pege_fx.decompositions.recurrent import CELLS, LAYERS, given_or_zeros
 from pege_fx.modules.mode import (
@@ -175,7 +176,7 @@ class GuardingTracer(ProxyTracer):
             return argument
         if type(value) in (list, tuple):
             return self._fix_sequence(argument, name, value)
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
+        if isinstance(value, tuple) and hasattr(value, "_fields") and not isinstance(value, PackedSequence):
             return type(value)(*self._fix_sequence(argument, name, value))
         self._check(check_class, argument, name, type(value).__qualname__)
         if _is_object(value):
