@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pege_fx import PegeWarning, QuantSpec, functional, kernels
-from pege_fx.kernels import c_kernels
+from pege_fx.kernels import c_kernels, inductor
 from pege_fx.numerics.functional import Estimator
 
 IS_TRITON = "TRITON_INTERPRET" in os.environ
@@ -75,7 +75,7 @@ def interpret(patch: pytest.MonkeyPatch) -> None:
     ran = triton_kernels._ran
     patch.setattr(interpreter.InterpreterBuilder, "create_fma", fused)
     patch.setattr(interpreter.InterpreterBuilder, "create_fp_trunc", truncated)
-    patch.setattr(functional, "_by_hand", lambda x: triton_kernels if kernels.fits_a_kernel(x) else None)
+    patch.setattr(functional, "_by_hand", lambda x: triton_kernels if inductor.fits_a_kernel(x) else None)
     patch.setattr(triton_kernels, "_ran", noted)
 
 
