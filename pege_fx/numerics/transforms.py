@@ -50,7 +50,7 @@ def transformed(
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
             x, scale, zero_point, _, _, strength, q_min, q_max, scale_gradient = inputs
             ctx.save_for_backward(x, output, scale, zero_point, strength)
-            ctx.save_for_forward(x, output, scale, zero_point)
+            ctx.save_for_forward(x, output, scale, zero_point, strength)  # the same: vmap notes one list alone
             ctx.bounds, ctx.scale_gradient = (q_min, q_max), scale_gradient
 
         @staticmethod
@@ -67,7 +67,7 @@ def transformed(
                     f"the estimator {name} has no forward-mode derivative: it is no linear map of a gradient.\n"
                     "  use reverse mode (torch.func.grad, vjp, jacrev), or train with another estimator."
                 )
-            x, y, scale, zero_point = ctx.saved_tensors
+            x, y, scale, zero_point, _ = ctx.saved_tensors
             wide = torch.promote_types(x.dtype, torch.float32)
             keep = kept(x, y, scale, zero_point, *ctx.bounds)
             tangent = torch.zeros_like(x, dtype=wide)
