@@ -175,8 +175,13 @@ def test_where_autocast_is_switched_off_is_a_region_of_the_graph_in_all_its_form
     model, x = WithoutAutocast(), torch.randn(8, 8)
     gm = pege_fx.prepare(model, FLOAT, (x,))
     assert pege_fx.plan_of(gm).captures[0].rung == "specialised"
-    compiled = torch.compile(gm, fullgraph=True, backend="aot_eager")
-    for made in (gm, copy.deepcopy(gm), pickle.loads(pickle.dumps(gm)), compiled):
+    forms = [gm, copy.deepcopy(gm), pickle.loads(pickle.dumps(gm))]
+    if torch.torch_version.TorchVersion(torch.__version__) >= (
+        2,
+        12,
+    ):  # 2.11's compiler does not know torch.set_autocast_enabled
+        forms.append(torch.compile(gm, fullgraph=True, backend="aot_eager"))
+    for made in forms:
         assert_same_in_and_outside_of_autocast(model, made, x)
     quantized = pege_fx.prepare(model, "W8A8", (x,)).eval()
     assert [operation.function for operation in pege_fx.plan_of(quantized).operations].count("matmul") == 2
