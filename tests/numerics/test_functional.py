@@ -680,8 +680,6 @@ INFINITY = float("inf")
 STRENGTHS = (0.0, 0.1, INFINITY)
 
 
-# torch 2.11's dynamo makes an instance of an autograd.Function, of which torch warns.
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize(
     ("estimator", "value", "how"),
     [
