@@ -18,7 +18,7 @@ from pege_fx.decompositions.recurrent import given_or_zeros, recurrent
 from pege_fx.modules.autocast import SWITCHES
 from pege_fx.modules.calls import beside_forward
 from pege_fx.modules.fake_quant import FakeQuant
-from pege_fx.modules.mode import TrainingMode, check_argument, check_class, check_keys, select_by_mode, written
+from pege_fx.modules.mode import CHECKS, TrainingMode, contains, length, select_by_mode, written
 from pege_fx.numerics.functional import dequantize, quantize
 from pege_fx.numerics.packing import unpack
 from pege_fx.numerics.recompute import original_of
@@ -138,7 +138,7 @@ TRAITS: dict[Target, OpTraits] = {
     **dict.fromkeys((len, int, float, bool, round, isinstance), _NEW),
     **dict.fromkeys((operator.getitem, getattr, max, min, sum, abs, tuple, list, dict, slice), _EITHER),
     **dict.fromkeys(
-        (quantize, dequantize, unpack, FakeQuant, TrainingMode, *SWITCHES, check_argument, check_class, check_keys, recurrent),
+        (quantize, dequantize, unpack, FakeQuant, TrainingMode, *SWITCHES, *CHECKS, contains, length, recurrent),
         _NEW,
     ),
     **dict.fromkeys((select_by_mode, written, given_or_zeros), _EITHER),

@@ -280,7 +280,9 @@ class LSQ(ForwardMethod, name="lsq"):
     def scale_gradient(self, x: Tensor) -> float:
         # From the sizes behind the batch, and not as a number: while a compiler traces they have none, and asking for one
         # would make a graph for each size.
-        sharing = math.prod(x.shape[1:]) if self.kind == "activation" and x.ndim > 1 else x.numel() // self.scale.numel()
+        sharing = (
+            math.prod(x.shape[1:]) if self.kind == "activation" and x.ndim > 1 else x.numel() // max(self.scale.numel(), 1)
+        )
         factor: float = (max(sharing, 1) * self.q_max) ** -0.5
         return factor
 

@@ -26,7 +26,7 @@ PREVIOUS = ".previous"
 
 def previous_of(path: Path) -> Path:
     """Where ``write`` leaves the file that it replaces: beside it, and beside what a link points to."""
-    path = path.resolve() if path.is_symlink() else path
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path  # of a loop too, where resolve() raises
     return path.with_name(path.name + PREVIOUS)
 
 
