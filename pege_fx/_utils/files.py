@@ -60,6 +60,11 @@ def atomic_write(path: str | os.PathLike[str], error: type[PegeError] = ExportEr
         raise error(f"can not write {path}: {reason.strerror or reason}; nothing was left there.") from reason
 
 
+def behind_links(path: Path) -> Path:
+    """Return what a path leads to in the end; links in a circle stay (``Path.resolve`` raises until Python 3.13)."""
+    return Path(os.path.realpath(path))
+
+
 @contextlib.contextmanager
 def replacement(path: Path, keep: Callable[[Path], None] = lambda old: None, mode: int = 0o666) -> Iterator[Path]:
     """Yield a temporary path whose file becomes ``path`` when the block ends: after a crash there is the old one or the new.
@@ -77,7 +82,9 @@ def replacement(path: Path, keep: Callable[[Path], None] = lambda old: None, mod
     >>> with tempfile.TemporaryDirectory() as folder, replacement(Path(folder) / "a") as temporary:
     ...     _ = temporary.write_text("whole")
     """
-    target = path.resolve()
+    target = behind_links(path)
+    if target.is_symlink():
+        raise OSError("it is a link that leads to itself")
     if target.is_dir():
         raise IsADirectoryError("it is a folder")
     if target.exists() and not target.is_file():

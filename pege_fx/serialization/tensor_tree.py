@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pege_fx._utils.files import path_of, path_to_read, replacement, scratch, while_replaced
+from pege_fx._utils.files import behind_links, path_of, path_to_read, replacement, scratch, while_replaced
 from pege_fx.errors import CheckpointError
 from pege_fx.serialization.memory_order import laid_out, order_of
 
@@ -26,7 +26,7 @@ PREVIOUS = ".previous"
 
 def previous_of(path: Path) -> Path:
     """Where ``write`` leaves the file that it replaces: beside it, and beside what a link points to."""
-    path = Path(os.path.realpath(path)) if path.is_symlink() else path  # of a loop too, where resolve() raises
+    path = behind_links(path) if path.is_symlink() else path
     return path.with_name(path.name + PREVIOUS)
 
 
