@@ -26,7 +26,7 @@ PREVIOUS = ".previous"
 
 def previous_of(path: Path) -> Path:
     """Where ``write`` leaves the file that it replaces: beside it, and beside what a link points to."""
-    path = behind_links(path) if path.is_symlink() else path
+    path = behind_links(path) if os.path.islink(path) else path  # Path.is_symlink raises for a name that is too long
     return path.with_name(path.name + PREVIOUS)
 
 
