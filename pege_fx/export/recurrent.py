@@ -6,12 +6,7 @@ from pege_fx.export.quantization import rows
 from pege_fx.export.writer import UnmappedError, Value, Writer, writes
 
 _GATES = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN": (0,)}  # ONNX's, by their place in torch: iofc of ifgo, zrh of rzn
-_SETTINGS: dict[str, dict[str, Any]] = {
-    "lstm": {},
-    "gru": {"linear_before_reset": 1},
-    "rnn_tanh": {"activations": ["Tanh"]},
-    "rnn_relu": {"activations": ["Relu"]},
-}
+_ACTIVATIONS = {"rnn_tanh": "Tanh", "rnn_relu": "Relu"}
 
 
 @writes("lstm.input", "gru.input", "rnn_tanh.input", "rnn_relu.input")
@@ -21,14 +16,17 @@ def recurrent(
 ) -> list[Value]:  # fmt: skip
     """Layer after layer, each on the output of the one before: (sequence, batch, features)."""
     name = w.target.split(".")[1]
-    kind, directions, settings = name.split("_")[0].upper(), 1 + bidirectional, dict(_SETTINGS[name])
+    kind, directions = name.split("_")[0].upper(), 1 + bidirectional
     if len(parameters) != num_layers * directions * (4 if has_biases else 2):
         raise UnmappedError("a hidden state with a projection")
     if any(part.ndim > 3 for part in w.result):  # torch 2.11: what reads the states is traced with the wrong shapes
         raise UnmappedError("this torch says that its last states have four dimensions; export with a newer torch")
-    if "activations" in settings:
-        settings["activations"] *= directions
-    settings |= {"direction": "bidirectional" if bidirectional else "forward", "hidden_size": parameters[1].size(1)}
+    settings = {
+        "activations": [_ACTIVATIONS[name]] * directions if kind == "RNN" else None,
+        "direction": "bidirectional" if bidirectional else "forward",
+        "hidden_size": parameters[1].size(1),
+        "linear_before_reset": 1 if kind == "GRU" else None,
+    }
     states = list(state) if kind == "LSTM" else [state]
     x = w.op("Transpose", x, perm=[1, 0, 2]) if batch_first else x
     last: list[list[Value]] = []

@@ -78,6 +78,18 @@ def test_a_state_that_is_given(kind: str, options: dict[str, Any], tmp_path: Pat
     assert report.plain.steps < 1e-2, report
 
 
+@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+def test_one_export_leaves_nothing_for_the_next(nonlinearity: str, tmp_path: Path) -> None:
+    x = torch.randn(5, 2, 4)
+    model = deployed(Recurrent("RNN", bidirectional=True, num_layers=2, nonlinearity=nonlinearity), (x,))
+    written = []
+    for i in range(2):
+        write(model, tmp_path / f"{i}.onnx", (x,))
+        written.append((tmp_path / f"{i}.onnx").read_bytes())
+    assert written[0] == written[1]
+    assert pege_fx.verify_export(model, tmp_path / "1.onnx", [x]).ok
+
+
 def test_its_weights_are_packed(tmp_path: Path) -> None:
     model = deployed(Recurrent("LSTM"), (torch.randn(5, 2, 4),))
     write(model, tmp_path / "model.onnx", (torch.randn(5, 2, 4),))
