@@ -121,10 +121,13 @@ def scratch(target: Path) -> Iterator[Path]:
 
 
 def _locked_folder(target: Path) -> tuple[Path, int | None]:
-    """Make a folder that nobody else has, and lock it: between the two another process may take it for abandoned."""
+    """Make a folder that nobody else has, and lock it: between the two another process may take it for abandoned.
+
+    That process locks it first and then removes it. So this one waits for the lock: a folder that is still there then stays.
+    """
     while True:
         folder = Path(tempfile.mkdtemp(_PART, f".{target.name}.", target.parent))
-        handle = _locked(folder)
+        handle = _locked(folder, wait=True)
         if folder.exists():
             return folder, handle
         _close(handle)
@@ -138,14 +141,19 @@ def _remove_abandoned(target: Path) -> None:
             _close(handle)
 
 
-def _locked(folder: Path) -> int | None:
-    """Lock a folder until what is returned is closed; None if another process does, or none can (then nothing is removed)."""
+def _locked(folder: Path, wait: bool = False) -> int | None:
+    """Lock a folder until what is returned is closed; None if another process does, or none can (then nothing is removed).
+
+    Args:
+        folder: what to lock.
+        wait: until another process gives the folder back; it is held only as long as removing one takes.
+    """
     if sys.platform == "win32":
         return None
     handle = None
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:
         _close(handle)
         return None

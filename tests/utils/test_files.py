@@ -1,8 +1,11 @@
 """Every public function that takes a path refuses what is none, before anything is written, and says what to give."""
 
+import fcntl
 import inspect
 import os
 import signal
+import tempfile
+import threading
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -202,6 +205,30 @@ def test_what_a_killed_writer_left_goes_with_the_next_one_and_what_others_write_
         assert (tmp_path / "x").read_text() == "second"
         assert len(list(tmp_path.iterdir())) == 2
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("x", "first")]
+
+
+def test_a_new_folder_that_another_takes_for_abandoned_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one has locked it, and removes it a moment later: until then it is there, but nobody's to write in."""
+    made: list[Path] = []
+    removers: list[threading.Thread] = []
+    real = tempfile.mkdtemp
+
+    def found_by_another(*args: Any) -> str:
+        folder = real(*args)
+        made.append(Path(folder))
+        if len(made) == 1:
+            lock = os.open(folder, os.O_RDONLY)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            removers.append(threading.Timer(0.2, lambda: (os.rmdir(folder), os.close(lock))))
+            removers[0].start()
+        return folder
+
+    monkeypatch.setattr(tempfile, "mkdtemp", found_by_another)
+    with atomic_write(tmp_path / "x") as temporary:
+        removers[0].join()
+        temporary.write_text("whole")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("x", "whole")]
+    assert len(made) == 2
 
 
 def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
