@@ -12,7 +12,7 @@ import pege_fx
 from pege_fx import Constant, PEGEScheduler, QuantPolicy
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-ESTIMATORS = ["pege", "pege-relative", "ewgs", "ste"]
+ESTIMATORS = ["pege", "pege-relative", "pege-share", "ewgs", "ste"]
 
 
 @pytest.fixture(autouse=True)

@@ -45,7 +45,7 @@ def test_masks_are_the_same_on_both_devices_and_compiled(shape: tuple[int, ...])
     assert torch.equal(there, compiled)
 
 
-@pytest.mark.parametrize("estimator", ["ste", "ewgs", "pege", "pege-relative"])
+@pytest.mark.parametrize("estimator", ["ste", "ewgs", "pege", "pege-relative", "pege-share"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_values_and_gradients_are_those_of_the_cpu(estimator: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -111,7 +111,7 @@ def bits_of(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("estimator", ["ste", "ewgs", "pege", "pege-relative"])
+@pytest.mark.parametrize("estimator", ["ste", "ewgs", "pege", "pege-relative", "pege-share"])
 def test_kernels_written_by_hand_equal_plain_operations(layout: str, dtype: torch.dtype, estimator: str) -> None:
     shape, scale_shape, memory = LAYOUTS[layout]
     torch.manual_seed(0)

@@ -21,7 +21,7 @@ from pege_fx.numerics.spec import Channels
 from pege_fx.testing import tensors
 
 METHODS = ("lsq", "pact", "dorefa", "interval", "minmax")
-ESTIMATORS = ("pege", "ste", "ewgs", "pege-relative")
+ESTIMATORS = ("pege", "ste", "ewgs", "pege-relative", "pege-share")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 NAN, INF = math.nan, math.inf
 

@@ -369,6 +369,28 @@ def continuous_and_replaced(node: Any) -> tuple[Tensor, Tensor]:
     return x, y
 
 
+def parts_of_gradient(estimator: "type[Estimator]", node: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Return dL/dx_c without an estimator's strength, and what the strength adds to it, in float64.
+
+    For a hook that runs before the node's backward, which finds there what is unpacked here: activation checkpoints give
+    saved tensors once. The small part is the difference of two large ones, hence float64.
+
+    Args:
+        estimator: of the site.
+        node: a discretizer's autograd node.
+        grad: dL/dy.
+    """
+    if node.recompute:
+        made_again(node)
+    node.remembered = node.remembered or node.saved_tensors
+    x, y, scale, zero_point, strength = node.remembered[:5]
+    keep = _is_kept(x, y, scale, zero_point, *node.bounds)
+    q_min, q_max = node.bounds
+    values = [grad.double(), x.double(), y.double(), keep, scale.double().abs() * (q_max - q_min)]
+    plain = estimator.gradient(*values, torch.zeros_like(strength, dtype=torch.float64))
+    return plain, estimator.gradient(*values, strength.double()) - plain
+
+
 def _discretizer(estimator: "type[Estimator]") -> tuple[type[torch.autograd.Function], type[torch.autograd.Function]]:
     """The discretizer with the backward of ``estimator``: a class each, made once, so that compilers see through it.
 
@@ -397,8 +419,10 @@ def _discretizer(estimator: "type[Estimator]") -> tuple[type[torch.autograd.Func
             return backward_of(grad, x, y, scale, zero_point, strength, *bounds)
         by_hand = _by_hand(x)
         if by_hand is not None and estimator in _NAMES_BY_HAND:
-            name = _NAMES_BY_HAND[estimator]
-            made: tuple[Tensor, Tensor] | None = by_hand.backward(name, grad, x, y, scale, zero_point, strength, *bounds)
+            name, size = _NAMES_BY_HAND[estimator], strength
+            if estimator is SharePEGE:
+                size = lambda_of_share(grad, x, y, _is_kept(x, y, scale, zero_point, *bounds), strength)
+            made: tuple[Tensor, Tensor] | None = by_hand.backward(name, grad, x, y, scale, zero_point, size, *bounds)
             if made is not None:
                 return made
         view = _view_of(x, scale, zero_point) if worth_compiling(x) else None
@@ -538,7 +562,36 @@ class RelativePEGE(Estimator, name="pege-relative"):
         return torch.where(keep, grad, 0.0) + nothing_if_nan(strength * grad.abs().mean() * (x - y))
 
 
+def lambda_of_share(grad: Tensor, x: Tensor, y: Tensor, keep: Tensor, share: Tensor) -> Tensor:
+    """Return the λ with which the sum of |λ (x_c - y)| is ``share`` of the sum of the rest's |gradient|, 0-d.
+
+    Args:
+        grad: dL/dy.
+        x, y: x_c and y; a difference that is not a number counts as 0.
+        keep: bools, (r or not m).
+        share: 0-d.
+    """
+    wide = compute_dtype(x)
+    size = nothing_if_nan(x.to(wide) - y.to(wide)).abs().mean().clamp(min=torch.finfo(wide).tiny)
+    return share.to(wide) * torch.where(keep, grad.to(wide), 0.0).abs().mean() / size
+
+
+class SharePEGE(Estimator, name="pege-share"):
+    """PEGE with λ as a share: the sum of |λ (x_c - y)| over a site is λ's schedule times the sum of the rest's |gradient|.
+
+    So the schedule means the same for every site, loss, batch size and scale of the weights.
+    """
+
+    is_relative = True
+    has_tangent = True
+
+    @staticmethod
+    def gradient(grad: Tensor, x: Tensor, y: Tensor, keep: Tensor, span: Tensor, strength: Tensor) -> Tensor:
+        return torch.where(keep, grad, 0.0) + nothing_if_nan(lambda_of_share(grad, x, y, keep, strength) * (x - y))
+
+
 _NAMES_BY_HAND: dict[type[Estimator], str] = {STE: "ste", EWGS: "ewgs", PEGE: "pege", RelativePEGE: "pege-relative"}
+_NAMES_BY_HAND[SharePEGE] = "pege"  # once its λ is known
 
 
 def fake_quantize(

@@ -63,7 +63,7 @@ def specs(**fixed: Any) -> st.SearchStrategy[QuantSpec]:
         "granularity": st.sampled_from(["channel", "tensor"]),
         "narrow": st.booleans(),
         "method": st.sampled_from(["lsq", "pact", "dorefa", "interval", "minmax"]),
-        "estimator": st.sampled_from(["pege", "ste", "ewgs", "pege-relative"]),
+        "estimator": st.sampled_from(["pege", "ste", "ewgs", "pege-relative", "pege-share"]),
     }
     fields = st.fixed_dictionaries(drawn | {name: st.just(value) for name, value in fixed.items()})
     return fields.filter(lambda f: not (f["narrow"] and f["signed"] is False)).map(lambda f: QuantSpec(**f))

@@ -149,7 +149,7 @@ def test_every_layout_gives_what_plain_operations_give(layout: str, masked: str 
     check(x, scale, QuantSpec(bits=3), **options)
 
 
-@pytest.mark.parametrize("estimator", ["ste", "ewgs", "pege", "pege-relative"])
+@pytest.mark.parametrize("estimator", ["ste", "ewgs", "pege", "pege-relative", "pege-share"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("bits", "signed"), [(2, True), (8, False)])
 def test_every_estimator_and_dtype(estimator: str, dtype: torch.dtype, bits: int, signed: bool) -> None:
@@ -237,7 +237,7 @@ def test_a_rate_between_two_steps_of_u_replaces_the_lower_one(part: bool) -> Non
         assert float(y[low]) == replaced
 
 
-@pytest.mark.parametrize("estimator", ["ste", "ewgs", "pege", "pege-relative"])
+@pytest.mark.parametrize("estimator", ["ste", "ewgs", "pege", "pege-relative", "pege-share"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("strength", [0.0, 0.1])
 def test_gradients_of_special_values_are_those_of_plain_operations(estimator: str, dtype: torch.dtype, strength: float) -> None:

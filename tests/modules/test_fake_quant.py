@@ -402,7 +402,7 @@ def test_autocast_leaves_grids_in_float32(method: str) -> None:
 # The compiler of torch 2.11 uses what torch 2.11 deprecates.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("estimator", ["ste", "ewgs", "pege", "pege-relative"])
+@pytest.mark.parametrize("estimator", ["ste", "ewgs", "pege", "pege-relative", "pege-share"])
 def test_compiled_gradients_are_the_eager_ones_in_every_layout(estimator: str, memory_format: torch.memory_format) -> None:
     torch.compiler.reset()
     eager = prepared(estimator=estimator).double().to(memory_format=memory_format)  # type: ignore[call-overload]

@@ -4,6 +4,7 @@ References are written out in plain torch operations, or Python integers, and sh
 """
 
 import contextlib
+import dataclasses
 import itertools
 import math
 from dataclasses import dataclass
@@ -451,7 +452,7 @@ def test_mask_values_and_gradients_are_the_same_when_compiled() -> None:
 # torch 2.11 gave zero gradients behind whatever came back under a second name, as ``y.to(y.dtype)`` does.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("estimator", ["ste", "ewgs", "pege", "pege-relative"])
+@pytest.mark.parametrize("estimator", ["ste", "ewgs", "pege", "pege-relative", "pege-share"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_at_complete_replacement_are_the_same_when_compiled(
     dtype: torch.dtype, estimator: str, recompute: bool
@@ -512,7 +513,7 @@ class Setting:
         return (torch.where(self.in_range, inside, codes.clamp(*self.spec.bounds)) - zero) * scale
 
 
-ESTIMATORS = ["ste", "ewgs", "pege", "pege-relative"]
+ESTIMATORS = ["ste", "ewgs", "pege", "pege-relative", "pege-share"]
 LAYOUTS = ["tensor", "channel", "mirrored"]
 
 
@@ -548,6 +549,11 @@ def gradients(case: Setting) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return y.detach(), y.grad, x.grad, scale.grad
 
 
+def share_of(g: Tensor, error: Tensor, keep: Tensor) -> Tensor:
+    """λ for a share of one."""
+    return (keep * g).abs().sum() / error.abs().sum()
+
+
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -564,6 +570,7 @@ def test_every_cell_of_the_gradient_table(estimator: str, layout: str, signed: b
         "ewgs": r * g * (1 + strength * torch.sign(g) * (x / width - x_q / width)),
         "pege": r * g + strength * (x - x_q),
         "pege-relative": r * g + strength * g.abs().mean() * (x - x_q),
+        "pege-share": r * g + strength * share_of(g, x - y, r | ~m) * (x - x_q),
     }[estimator]
     for cell in (m & r, m & ~r, ~m & r, ~m & ~r):
         assert int(cell.sum()) >= 5
@@ -588,6 +595,9 @@ def test_gradients_are_those_of_the_loss_written_out(estimator: str, layout: str
         loss = loss + case.strength / 2 * error.square().sum()
     if estimator == "pege-relative":
         loss = loss + case.strength * g.abs().mean() / 2 * error.square().sum()
+    if estimator == "pege-share":
+        keep = case.in_range | ~case.mask
+        loss = loss + case.strength * share_of(g, error.detach(), keep) / 2 * error.square().sum()
     if estimator == "ewgs":
         width = (case.scale * (case.spec.bounds[1] - case.spec.bounds[0])).abs()
         pull = case.in_range * case.strength * g.abs() * (error / width).detach()
@@ -676,6 +686,25 @@ def test_without_strength_every_estimator_is_ste(estimator: str) -> None:
     assert torch.equal(found[0], found[1])
 
 
+@given(cases(), st.floats(0, 10), st.floats(-20, 20))
+def test_a_share_is_a_share_of_the_gradient_whatever_its_size(
+    case: tuple[Tensor, Tensor, Tensor | None, QuantSpec], share: float, size: float
+) -> None:
+    x, scale, zero, spec = case
+    spec = dataclasses.replace(spec, estimator="pege-share")
+    x, scale = x.double().requires_grad_(), scale.double()
+    g = 2.0**size * torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = [
+        torch.autograd.grad(fake_quantize(x, scale, spec, zero_point=zero, strength=torch.tensor(s)), x, g)[0]
+        for s in (0.0, share)
+    ]
+    term = found[1] - found[0]
+    with torch.no_grad():
+        error = (x - fake_quantize(x, scale, spec, zero_point=zero)).abs().sum()
+    wanted = share * found[0].abs().sum() if error > 1e-300 else torch.zeros(())
+    torch.testing.assert_close(term.abs().sum(), wanted.double(), rtol=1e-5, atol=1e-9 * float(g.abs().sum()))
+
+
 INFINITY = float("inf")
 STRENGTHS = (0.0, 0.1, INFINITY)
 
@@ -683,7 +712,9 @@ STRENGTHS = (0.0, 0.1, INFINITY)
 @pytest.mark.parametrize(
     ("estimator", "value", "how"),
     [
-        *itertools.product(("pege", "ewgs", "pege-relative"), (INFINITY, -INFINITY, math.nan, 3e38), ("plain", "kernel")),
+        *itertools.product(
+            ("pege", "ewgs", "pege-relative", "pege-share"), (INFINITY, -INFINITY, math.nan, 3e38), ("plain", "kernel")
+        ),
         ("pege", INFINITY, "compiled"),
         ("pege", math.nan, "compiled"),
     ],

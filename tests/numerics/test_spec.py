@@ -46,7 +46,7 @@ def test_an_unknown_method_is_refused_with_the_known_ones() -> None:
 def test_an_unknown_estimator_is_refused_with_the_known_ones() -> None:
     with pytest.raises(SpecError, match="unknown estimator 'pegee'") as error:
         QuantSpec(bits=4, estimator="pegee")
-    for name in ("ste", "ewgs", "pege", "pege-relative"):
+    for name in ("ste", "ewgs", "pege", "pege-relative", "pege-share"):
         assert name in str(error.value)
     assert "closest: pege" in str(error.value)
 

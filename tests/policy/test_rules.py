@@ -35,7 +35,7 @@ def specs(draw: st.DrawFn, granularities: tuple[str | None, ...] = (None, "tenso
         granularity=draw(st.sampled_from(granularities)),  # type: ignore[arg-type]
         narrow=signed is not False and draw(st.booleans()),
         method=draw(st.sampled_from(["lsq", "pact", "dorefa", "interval", "minmax"])),
-        estimator=draw(st.sampled_from(["pege", "ste", "ewgs", "pege-relative"])),
+        estimator=draw(st.sampled_from(["pege", "ste", "ewgs", "pege-relative", "pege-share"])),
     )
 
 
