@@ -27,11 +27,12 @@ from pege_fx.modules.mode import evaluating
 from pege_fx.modules.stages import graph_of
 from pege_fx.training.batches import as_arguments, call, each_batch
 from pege_fx.training.scheduler import PEGEScheduler, plan_of
+from pege_fx.training.telemetry import COLUMNS
 
 BINS = 48
 SAMPLE = 1 << 16
 """Elements of a tensor that a histogram and its error are taken from, evenly spaced."""
-FIGURES = ("error", "clipped", "scale", "p", "weight_lambda", "activation_lambda")
+FIGURES = COLUMNS[2:]
 CURVES = ("replacement", "weight_lambda", "activation_lambda")
 
 
@@ -51,7 +52,7 @@ def report(
         batches: as ``calibrate`` takes them, to measure histograms and errors on, in evaluation.
         scheduler: its curves and where it stands are drawn.
         history: ``Telemetry.history``, or the path of the CSV file that it wrote: rows with "step", "site" and any of
-            "error", "clipped", "scale", "p", "weight_lambda", "activation_lambda".
+            its figures.
 
     Raises:
         ModelError: if ``gm`` was not prepared.
@@ -78,6 +79,7 @@ def report(
             "colours": _colours(),
             "schedule": _schedule(scheduler),
             "history": rows,
+            "figures": FIGURES,
             **_graph(to_networkx(gm), _measured(gm, batches)),
         }
     )

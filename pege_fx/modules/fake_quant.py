@@ -510,11 +510,14 @@ class FakeQuant(nn.Module):
         first = functional.as_int32(self.schedule.rank * x.numel())
         return torch.stack([key, torch.full_like(key, first)])
 
+    def last_nodes(self) -> list[Any]:
+        """The autograd nodes of the last training forward, one for each input, while they live."""
+        return [node for reference in _LAST_FORWARD.get(self, []) if (node := reference()) is not None]
+
     def last_forward(self) -> tuple[Tensor, Tensor] | None:
         """x_c and y of the last training forward, while autograd still keeps them; else None. Several inputs come flat."""
-        nodes = [node for reference in _LAST_FORWARD.get(self, []) if (node := reference()) is not None]
         try:
-            seen = [functional.continuous_and_replaced(node) for node in nodes]
+            seen = [functional.continuous_and_replaced(node) for node in self.last_nodes()]
         except RuntimeError:  # backward has freed them
             return None
         if len(seen) < 2:

@@ -27,6 +27,18 @@ def squares(fq: FakeQuant, x: Tensor) -> Tensor:
     return torch.stack([(wide - x_q.to(wide.dtype)).square().sum(), wide.square().sum()])
 
 
+def distance(fq: FakeQuant, x: Tensor) -> Tensor:
+    """Return the sum of the distances to the nearest code, in steps of the grid: at most half a step where it is not clipped.
+
+    Args:
+        fq: a calibrated site.
+        x: as the forward method sees it, see ``FakeQuant.enter``.
+    """
+    scale, zero_point = fq.method.step()
+    position = fq.method.transform(x) / scale + (0.0 if zero_point is None else zero_point)
+    return (position - torch.round(position).clamp(fq.method.q_min, fq.method.q_max)).abs().sum()
+
+
 def relative_error(of_squares: Tensor) -> Tensor:
     """Return the relative error from the (added) ``squares``; 0 where there is neither a value nor an error."""
     error, norm = of_squares

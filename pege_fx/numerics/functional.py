@@ -386,9 +386,9 @@ def parts_of_gradient(estimator: "type[Estimator]", node: Any, grad: Tensor) -> 
     x, y, scale, zero_point, strength = node.remembered[:5]
     keep = _is_kept(x, y, scale, zero_point, *node.bounds)
     q_min, q_max = node.bounds
-    values = [grad.double(), x.double(), y.double(), keep, scale.double().abs() * (q_max - q_min)]
-    plain = estimator.gradient(*values, torch.zeros_like(strength, dtype=torch.float64))
-    return plain, estimator.gradient(*values, strength.double()) - plain
+    grad, x, y, span = grad.double(), x.double(), y.double(), scale.double().abs() * (q_max - q_min)
+    plain = estimator.gradient(grad, x, y, keep, span, torch.zeros_like(strength, dtype=torch.float64))
+    return plain, estimator.gradient(grad, x, y, keep, span, strength.double()) - plain
 
 
 def _discretizer(estimator: "type[Estimator]") -> tuple[type[torch.autograd.Function], type[torch.autograd.Function]]:

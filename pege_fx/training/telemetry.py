@@ -1,4 +1,4 @@
-"""Where training stands, site by site: p, λ, discretization error, share of clipped values, scale; to memory and to writers.
+"""Where training stands, site by site: p, λ, error, clipping, scale, oscillation, λ's share; to memory and to writers.
 
 Everything is added up on the device. Once per interval it comes to the host, all sites in one tensor.
 """
@@ -16,14 +16,19 @@ from torch.fx import GraphModule
 from pege_fx._utils.files import path_of, path_to_read
 from pege_fx.errors import OutputError, ScheduleError
 from pege_fx.modules.fake_quant import FakeQuant, fake_quants
-from pege_fx.modules.measures import is_clipped, relative_error, squares
-from pege_fx.modules.stages import check_stage
+from pege_fx.modules.measures import distance, is_clipped, relative_error, squares
+from pege_fx.modules.stages import check_stage, refuse_shards
+from pege_fx.training.lambda_share import KNOWN_OPTIMIZERS, LambdaShares
+from pege_fx.training.oscillation import Oscillations
+from pege_fx.training.quantized_weights import quantized_weights
 
 Row: TypeAlias = dict[str, Any]
 
-COLUMNS = ("step", "site", "p", "weight_lambda", "activation_lambda", "error", "clipped", "scale")
-_FIGURES = COLUMNS[2:]
-_SEEN = ("squared error", "squares", "clipped", "elements")
+_OF_ALL = ("p", "weight_lambda", "activation_lambda", "error", "clipped", "scale", "distance")
+_OF_SOME = ("oscillating", "lambda_of_gradient", "lambda_of_update")  # None where nothing was measured
+_FIGURES = (*_OF_ALL, *_OF_SOME)
+COLUMNS = ("step", "site", *_FIGURES)
+_SEEN = ("squared error", "squares", "clipped", "elements", "distance")
 
 
 class Writer(Protocol):
@@ -41,15 +46,31 @@ class Telemetry:
 
     A row is a dict: ``step``, ``site`` (path of the fake-quant), ``p``, ``weight_lambda``, ``activation_lambda``, ``error``
     (squared norm of x - x_q over that of x, with x_q fully quantized), ``clipped`` (share of values outside the
-    grid) and ``scale`` (mean over channels). ``history`` keeps all rows; ``pege_fx.report`` shows them.
+    grid), ``scale`` (mean over channels), ``distance`` (mean distance to the nearest code, in steps of the grid), and these,
+    which are None where they were not measured:
 
-    Between the looks a site costs one comparison. Make it before ``torch.compile``: the compiled model then has two
-    variants, with and without a look.
+    - ``oscillating``: share of the weights that since the row before changed their code and came back, the second change
+      leading to the code that the first had left.
+    - ``lambda_of_gradient``: ``sum |t| / (sum |t| + sum |g|)`` over the site, with t what the estimator's strength (PEGE's λ,
+      EWGS' δ) adds to dL/dx_c and g the rest.
+    - ``lambda_of_update``: the same of the two parts of the weight's update, after the optimizer's averaging.
+
+    ``history`` keeps all rows; ``pege_fx.report`` shows them.
+
+    Between the looks a site costs one comparison, and with ``oscillations`` or ``optimizer`` some passes over each weight in
+    every step. Make it before ``torch.compile``: the compiled model then has two variants, with and without a look; λ's
+    shares are measured in eager mode alone.
 
     Args:
         gm: a prepared model.
         every: interval in training steps.
         writers: ``CSVWriter``, ``TensorBoardWriter``, or anything with ``write(rows)`` and ``close()``.
+        oscillations: whether codes of weights are compared in every step.
+        optimizer: Adam, AdamW or SGD, whose updates are to be taken apart. Gradients that are clipped between backward
+            and step are not known here as what they became.
+
+    Raises:
+        ScheduleError: for an interval that is no positive whole number, or an optimizer of another class.
 
     >>> import pege_fx
     >>> gm = pege_fx.prepare(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), "W4A4", torch.randn(2, 4))
@@ -61,23 +82,41 @@ class Telemetry:
     [0, 2]
     """
 
-    def __init__(self, gm: GraphModule, every: int = 100, writers: Iterable[Writer] = ()) -> None:
+    def __init__(
+        self,
+        gm: GraphModule,
+        every: int = 100,
+        writers: Iterable[Writer] = (),
+        *,
+        oscillations: bool = False,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
         check_stage(gm, "prepared")
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ScheduleError(f"every={every!r}: give the interval as a positive whole number of training steps.")
+        if optimizer is not None and type(optimizer) not in KNOWN_OPTIMIZERS:
+            known = ", ".join(cls.__name__ for cls in KNOWN_OPTIMIZERS)
+            raise ScheduleError(f"the updates of {type(optimizer).__name__} are not known here: give one of {known}.")
+        if oscillations or optimizer is not None:
+            refuse_shards(gm, "watch its weights before it is sharded")
         self.every, self.writers = every, tuple(writers)
         self.history: list[Row] = []
         self.steps = 0
         self.looking = True
         self._sites = fake_quants(gm)
         self._seen: dict[str, Tensor] = {}
+        self._shares = LambdaShares({} if optimizer is None else quantized_weights(gm), optimizer)
+        self._oscillations = Oscillations(quantized_weights(gm)) if oscillations else None
         self._hooks = [site.register_forward_hook(self._look(name)) for name, site in self._sites.items()]
 
     def _look(self, name: str) -> Any:
         def look(fq: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
-            if not self.looking or not fq.training:
+            if not fq.training:
                 return
             assert isinstance(fq, FakeQuant)
+            self._shares.watch(name, fq, self.looking)
+            if not self.looking:
+                return
             with torch.no_grad():
                 figures = _figures(fq, inputs[0].detach())
                 before = self._seen.get(name)
@@ -86,7 +125,11 @@ class Telemetry:
         return look
 
     def step(self) -> None:
-        """Count one training step; call it after each."""
+        """Count one training step; call it after each, behind the optimizer's step."""
+        with torch.no_grad():
+            self._shares.step()
+            if self._oscillations is not None:
+                self._oscillations.step()
         if self.looking:
             self._collect()
         self.steps += 1
@@ -97,12 +140,17 @@ class Telemetry:
         if not names:
             return
         with torch.no_grad():
-            figures = torch.stack([_on_device(self._sites[name], self._seen[name]) for name in names])
+            some = [
+                self._oscillations.take() if self._oscillations else {},
+                self._shares.of_gradient(),
+                self._shares.of_update(),
+            ]
+            figures = torch.stack([_on_device(self._sites[name], self._seen[name], name, some) for name in names])
         self._seen = {}
-        rows = [
-            {"step": self.steps, "site": name} | dict(zip(_FIGURES, values, strict=True))
-            for name, values in zip(names, figures.tolist(), strict=True)  # the one transfer
-        ]
+        rows: list[Row] = []
+        for name, values in zip(names, figures.tolist(), strict=True):  # the one transfer
+            row = {"step": self.steps, "site": name} | dict(zip(_FIGURES, values, strict=True))
+            rows.append(row | {figure: None for figure, known in zip(_OF_SOME, some, strict=True) if name not in known})
         self.history += rows
         for writer in self.writers:
             writer.write(rows)
@@ -127,12 +175,13 @@ def _figures(fq: FakeQuant, x: Tensor) -> Tensor:
     entered = fq.enter(x)
     seen = squares(fq, entered)
     clipped = is_clipped(fq, entered).sum().to(seen.dtype)
-    return torch.cat([seen, torch.stack([clipped, torch.full_like(clipped, float(x.numel()))])]).float()
+    elements = torch.full_like(clipped, float(x.numel()))
+    return torch.cat([seen, torch.stack([clipped, elements, distance(fq, entered).to(seen.dtype)])]).float()
 
 
-def _on_device(fq: FakeQuant, seen: Tensor) -> Tensor:
-    """A row's figures, in the order of the columns."""
-    clipped, elements = seen[2:]
+def _on_device(fq: FakeQuant, seen: Tensor, name: str, some: list[dict[str, Tensor]]) -> Tensor:
+    """A row's figures, in the order of the columns; 0 for those that were not measured."""
+    clipped, elements, distances = seen[2:]
     schedule = fq.schedule
     scale, _ = fq.method.decoding()
     parts = [
@@ -142,6 +191,8 @@ def _on_device(fq: FakeQuant, seen: Tensor) -> Tensor:
         relative_error(seen[:2]),
         clipped / elements.clamp(min=1),
         scale.mean(),
+        distances / elements.clamp(min=1),
+        *(known.get(name, torch.zeros_like(clipped)) for known in some),
     ]
     return torch.stack([part.to(seen) for part in parts])
 
@@ -211,7 +262,7 @@ def read_history(path: str | os.PathLike[str]) -> list[Row]:
             if tuple(found.fieldnames or ()) != COLUMNS:
                 raise OutputError(f"{os.fspath(path)} is no telemetry: its columns are not {', '.join(COLUMNS)}.")
             return [
-                {"step": int(row["step"]), "site": row["site"]} | {name: float(row[name]) for name in _FIGURES} for row in found
+                {"step": int(row["step"]), "site": row["site"]} | {name: _read(row, name) for name in _FIGURES} for row in found
             ]
     except OSError as error:
         raise OutputError(f"can not read {os.fspath(path)}: {error.strerror}.") from error
@@ -219,8 +270,13 @@ def read_history(path: str | os.PathLike[str]) -> list[Row]:
         raise OutputError(f"{os.fspath(path)} is no telemetry: {error}.") from error
 
 
+def _read(row: dict[str, str], name: str) -> float | None:
+    """A figure of a CSV file; what was not measured is empty there."""
+    return None if name in _OF_SOME and row[name] == "" else float(row[name])
+
+
 class TensorBoardWriter:
-    """Writes scalars ``error/<site>``, ``clipped/<site>``, ``scale/<site>`` and the schedule's ``p`` and λ for TensorBoard.
+    """Writes a scalar ``<figure>/<site>`` for each figure of ``Telemetry``'s rows, for TensorBoard.
 
     Args:
         folder: that TensorBoard reads.
@@ -245,10 +301,10 @@ class TensorBoardWriter:
             raise OutputError(f"can not write to the folder {os.fspath(folder)}: {error.strerror}.") from error
 
     def write(self, rows: list[Row]) -> None:
-        """Add scalars; what is not finite is left out."""
+        """Add scalars; what is not finite, or was not measured, is left out."""
         for row in rows:
             for name in _FIGURES:
-                if math.isfinite(row[name]):
+                if row[name] is not None and math.isfinite(row[name]):
                     self._writer.add_scalar(f"{name}/{row['site']}", row[name], row["step"])
         self._writer.flush()
 

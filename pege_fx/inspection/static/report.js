@@ -295,7 +295,7 @@ function training() {
   const box = by("history").lastElementChild, chosen = by("which").value;
   const rows = data.history.filter(row => !chosen || row.site === chosen), steps = [...new Set(rows.map(row => row.step))].sort((a, b) => a - b);
   box.replaceChildren();
-  for (const name of ["error", "clipped", "scale", "p", "weight_lambda", "activation_lambda"]) {
+  for (const name of data.figures) {
     const lines = {};
     for (const row of rows) if (row[name] != null) (lines[row.site] ??= new Map()).set(row.step, row[name]);
     for (const site in lines) lines[site] = steps.map(step => lines[site].get(step) ?? null);
