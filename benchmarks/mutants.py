@@ -76,6 +76,8 @@ TARGETS: dict[str, list[str]] = {
     "passes.graph.effects": ["tests/passes/test_graph.py", "tests/passes/test_normalize.py", "tests/passes/test_insert.py"],
     "passes.operators": ["tests/passes/test_operators.py", "tests/passes/test_costs.py", "tests/passes/test_graph.py"],
     "passes.op_traits": ["tests/passes/test_op_traits.py", "tests/passes/test_effects.py"],
+    "passes.op_rules": ["tests/passes/test_sign.py", "tests/passes/test_ranks.py"],
+    "passes.graph.traits": ["tests/passes/test_op_traits.py", "tests/passes/test_sign.py", "tests/passes/test_ranks.py"],
     "passes.lower": ["tests/passes/test_lower.py", "tests/serialization/test_deployed.py"],
     "passes.ranks": ["tests/passes/test_ranks.py", "tests/passes/capture/test_tiers.py"],
     "passes.capture.tracer": [

@@ -18,13 +18,11 @@ from pege_fx.passes.graph import (
     operand,
     operator_of,
     tensor_of,
+    traits_of,
     unfolded,
 )
-from pege_fx.passes.op_traits import traits_of
 from pege_fx.passes.values import computed, constants_of
 from pege_fx.policy.plan import Part
-
-_JOINING = {torch.cat, torch.concat, torch.concatenate, torch.stack, torch.vstack, torch.hstack}
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ class ComputedWeights:
 
     def _is_arranged(self, inside: set[Node]) -> bool:
         """Whether parameters are only viewed and joined: a factor of a product is a weight then, and no activation."""
-        return all(self._is_view(node) or node.target in _JOINING for node in inside)
+        return all(self._is_view(node) or traits_of(self.gm, node).joins for node in inside)
 
     def _is_view(self, node: Node) -> bool:
         """Whether a node's elements are some of its input's: a view, or what may be one, as ``reshape``."""

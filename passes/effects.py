@@ -16,8 +16,8 @@ from pege_fx.passes.graph import (
     is_assignment,
     reads_size,
     remove_dead_nodes,
+    traits_of,
 )
-from pege_fx.passes.op_traits import traits_of
 
 
 def name_writes(gm: GraphModule) -> None:

@@ -12,7 +12,6 @@ from pege_fx.modules.batch_norm import BatchNorm
 from pege_fx.modules.mode import TrainingMode
 from pege_fx.passes.capture.patching import LocalTracer
 from pege_fx.passes.graph import (
-    arguments,
     calls,
     dropout_of,
     first_argument,
@@ -80,11 +79,5 @@ class _Evaluated(nn.Module):
 
 def _does_nothing(node: Node) -> bool:
     """Tell whether a node only drops something in training: dropout, stochastic depth."""
-    if node.op != "call_function":
-        return False
-    if (dropout := dropout_of(node)) is not None:
-        return dropout[1] is False
-    args, kwargs = arguments(node)
-    if getattr(node.target, "__name__", "") == "stochastic_depth":
-        return kwargs.get("training", args[3] if len(args) > 3 else True) is False
-    return False
+    dropout = dropout_of(node)
+    return dropout is not None and dropout[1] is False

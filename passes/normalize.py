@@ -1,7 +1,6 @@
 """One form for every operation: modules with weights become their functions, with the weight as an edge."""
 
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
@@ -20,10 +19,12 @@ from pege_fx.passes.graph import (
     operator_of,
     owner,
     owner_class,
+    parameters_of,
     remove_dead_nodes,
     set_arguments,
     tensor_of,
 )
+from pege_fx.passes.operators import MODULES, Operator
 
 _PAD_MODES = {"reflect", "replicate", "circular"}
 
@@ -35,18 +36,20 @@ def normalize(gm: GraphModule) -> None:
     """
     readers = _Readers(gm)
     for node, module in calls(gm, nn.Module):
-        builder = _BUILDERS.get(type(module))
-        if builder is None:
+        entry = MODULES.get(type(module))
+        if entry is None:
             continue
         args, kwargs = arguments(node)
-        if not isinstance(module, nn.Bilinear | nn.EmbeddingBag) and (kwargs or len(args) != 1):
+        is_convolution = "padding" in entry.parameters
+        takes_one = is_convolution or len(parameters_of(type(module).forward)) == 2  # itself and its input
+        if takes_one and (kwargs or len(args) != 1):
             node.meta["not_normalized"] = f"{node.target} is called with more than its input"
         elif any(name in vars(module) for name in ("forward", "_conv_forward")) or has_hooks(module):
             node.meta["not_normalized"] = f"{node.target} has hooks or a forward of its own"
         elif set(module.state_dict(keep_vars=True)) - {"weight", "bias"}:
             node.meta["not_normalized"] = f"{node.target} computes its weight from other parameters"
         else:
-            builder(readers, node, module)
+            (_convolution if is_convolution else _layer)(readers, node, module, entry)
     readers.merge_get_attrs()
     for node in gm.graph.nodes:
         if owner(node) and (node.target is recurrent or (operator_of(node) and owner_class(node).startswith("Parametrized"))):
@@ -87,26 +90,24 @@ class _Readers:
                 first[id(value)] = node
 
 
-def _convolution(function: Callable[..., Any]) -> Callable[[_Readers, Node, Any], None]:
-    def build(readers: _Readers, node: Node, module: Any) -> None:
-        path = str(node.target)
-        source, padding = arguments(node)[0][0], module.padding
-        if module.padding_mode in _PAD_MODES:
-            pads = _pads(module)
-            source = call_function(readers.gm.graph, F.pad, (source, pads), {"mode": module.padding_mode}, node)
-            source.meta.update(node.meta)
-            padding = (0,) * len(module.kernel_size)
-        defaults = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0}
-        settings = {"stride": module.stride, "padding": padding, "dilation": module.dilation}
-        if module.transposed:
-            settings["output_padding"] = module.output_padding
-        kwargs = {k: v for k, v in settings.items() if isinstance(v, str) or set(v) != {defaults[k]}}
-        if module.groups != 1:
-            kwargs["groups"] = module.groups
-        weight = readers.read(module, path, "weight", node)
-        become(node, function, (source, weight, readers.read(module, path, "bias", node)), kwargs)
-
-    return build
+def _convolution(readers: _Readers, node: Node, module: Any, entry: Operator) -> None:
+    """A convolution; padding that its function does not know is an operation before it."""
+    path = str(node.target)
+    source, padding = arguments(node)[0][0], module.padding
+    if module.padding_mode in _PAD_MODES:
+        pads = _pads(module)
+        source = call_function(readers.gm.graph, F.pad, (source, pads), {"mode": module.padding_mode}, node)
+        source.meta.update(node.meta)
+        padding = (0,) * len(module.kernel_size)
+    defaults = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0}
+    settings = {"stride": module.stride, "padding": padding, "dilation": module.dilation}
+    if module.transposed:
+        settings["output_padding"] = module.output_padding
+    kwargs = {k: v for k, v in settings.items() if isinstance(v, str) or set(v) != {defaults[k]}}
+    if module.groups != 1:
+        kwargs["groups"] = module.groups
+    weight = readers.read(module, path, "weight", node)
+    become(node, entry.functions[0], (source, weight, readers.read(module, path, "bias", node)), kwargs)
 
 
 def _pads(module: Any) -> tuple[int, ...]:
@@ -119,57 +120,22 @@ def _pads(module: Any) -> tuple[int, ...]:
     return tuple(side for pad in reversed(module.padding) for side in (pad, pad))
 
 
-def _linear(readers: _Readers, node: Node, module: Any) -> None:
-    path, source = str(node.target), arguments(node)[0][0]
-    weight, bias = (readers.read(module, path, name, node) for name in ("weight", "bias"))
-    become(node, F.linear, (source, weight, bias), {})
-
-
-def _embedding(readers: _Readers, node: Node, module: Any) -> None:
-    if module.max_norm is not None:
+def _layer(readers: _Readers, node: Node, module: nn.Module, entry: Operator) -> None:
+    """Any other layer: what it is called with, its tensors, and its settings that are not the function's defaults."""
+    if getattr(module, "max_norm", None) is not None:
         node.meta["not_normalized"] = f"{node.target} changes its weight in place (max_norm)"
         return
-    if module.sparse:
+    if getattr(module, "sparse", False):
         node.meta["not_normalized"] = f"{node.target} has sparse gradients (sparse=True), which a quantized weight has not"
         return
-    path, source = str(node.target), arguments(node)[0][0]
-    kwargs: dict[str, Any] = {"scale_grad_by_freq": module.scale_grad_by_freq}
-    kwargs = {k: v for k, v in kwargs.items() if v}
-    weight = readers.read(module, path, "weight", node)
-    become(node, F.embedding, (source, weight, module.padding_idx), kwargs)
-
-
-def _embedding_bag(readers: _Readers, node: Node, module: Any) -> None:
-    if module.max_norm is not None:
-        node.meta["not_normalized"] = f"{node.target} changes its weight in place (max_norm)"
-        return
-    if module.sparse:
-        node.meta["not_normalized"] = f"{node.target} has sparse gradients (sparse=True), which a quantized weight has not"
-        return
+    function = entry.functions[0]
     args, kwargs = arguments(node)
-    given = dict(zip(("input", "offsets", "per_sample_weights"), args, strict=False)) | kwargs
-    names = ("mode", "scale_grad_by_freq", "include_last_offset", "padding_idx")
-    settings = {name: getattr(module, name) for name in names} | given
-    weight = readers.read(module, str(node.target), "weight", node)
-    become(node, F.embedding_bag, (settings.pop("input"), weight), settings)
-
-
-def _bilinear(readers: _Readers, node: Node, module: Any) -> None:
-    args, kwargs = arguments(node)
-    given = dict(zip(("input1", "input2"), args, strict=False)) | kwargs
-    weight, bias = (readers.read(module, str(node.target), name, node) for name in ("weight", "bias"))
-    become(node, F.bilinear, (given["input1"], given["input2"], weight, bias), {})
-
-
-_BUILDERS: dict[type[nn.Module], Callable[[_Readers, Node, Any], None]] = {
-    nn.Conv1d: _convolution(F.conv1d),
-    nn.Conv2d: _convolution(F.conv2d),
-    nn.Conv3d: _convolution(F.conv3d),
-    nn.ConvTranspose1d: _convolution(F.conv_transpose1d),
-    nn.ConvTranspose2d: _convolution(F.conv_transpose2d),
-    nn.ConvTranspose3d: _convolution(F.conv_transpose3d),
-    nn.Linear: _linear,
-    nn.Embedding: _embedding,
-    nn.EmbeddingBag: _embedding_bag,
-    nn.Bilinear: _bilinear,
-}
+    _, *taken = parameters_of(type(module).forward)
+    named = dict(zip(taken, args, strict=False)) | kwargs
+    for name in entry.parameters:
+        if name in module._parameters:
+            named[name] = readers.read(module, str(node.target), name, node)
+    for name, default in parameters_of(function).items():
+        if name not in named and getattr(module, name, default) != default:
+            named[name] = getattr(module, name)
+    become(node, function, (), named)

@@ -11,12 +11,13 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from pege_fx.decompositions.recurrent import recurrent
 from pege_fx.errors import ModelError
 from pege_fx.numerics.recompute import variant_of
 from pege_fx.numerics.spec import Channels
+from pege_fx.passes.op_traits import TRAITS, UNKNOWN, OpTraits
 
 Shape: TypeAlias = tuple[int, ...]
 # From the result's shape and the arguments by name (shapes of tensors, other values as they are) to multiply-accumulates.
@@ -37,6 +38,8 @@ class Operator:
         name: in policies, tables and node names.
         functions: what a graph may call, one meaning under several names; the first stands for all.
         methods: of a tensor, with the tensor as the first parameter.
+        module: torch's layer that is this operation on its own parameters.
+        traits: what passes may assume of the functions that ``op_traits`` does not know yet.
         in_place: a function or method that overwrites its first operand, and the one that does not.
         parameters: the leading parameters by name (builtin functions have no signature to ask).
         inputs: which of them carry activations. Of a parameter "tensors" every item is an operand.
@@ -47,12 +50,15 @@ class Operator:
         transposed: a convolution that spreads each input over a filter.
         integer: how the reference engine runs it: a "layer" has a bias, a "product" none; None: in float.
         on_request: only a rule that names it quantizes it; all its tensors are inputs then, parameters too.
+        takes_proxies: the functions ask their arguments for ``__torch_function__``, as torch's should; tracing replaces others.
         recomputes: backward keeps operands, so that a variant which makes quantized ones again is of use.
     """
 
     name: str
     functions: tuple[Callable[..., Any], ...] = ()
     methods: tuple[str, ...] = ()
+    module: type[nn.Module] | None = None
+    traits: OpTraits = UNKNOWN
     in_place: Mapping[Any, Any] = field(default_factory=dict)
     parameters: tuple[str, ...]
     inputs: tuple[str, ...]
@@ -63,6 +69,7 @@ class Operator:
     transposed: bool = False
     integer: Literal["layer", "product"] | None = None
     on_request: bool = False
+    takes_proxies: bool = True
     recomputes: bool = True
 
 
@@ -144,6 +151,7 @@ def _convolution(dims: int) -> Operator:
     return Operator(
         name=f"conv{dims}d",
         functions=(getattr(F, f"conv{dims}d"),),
+        module=getattr(nn, f"Conv{dims}d"),
         parameters=("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
         inputs=("input",),
         weights=("weight",),
@@ -158,6 +166,7 @@ def _transposed_convolution(dims: int) -> Operator:
     return Operator(
         name=f"conv_transpose{dims}d",
         functions=(getattr(F, f"conv_transpose{dims}d"),),
+        module=getattr(nn, f"ConvTranspose{dims}d"),
         parameters=("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"),
         inputs=("input",),
         weights=("weight",),
@@ -216,6 +225,7 @@ _OPERATORS = [
     Operator(
         name="linear",
         functions=(F.linear,),
+        module=nn.Linear,
         parameters=("input", "weight", "bias"),
         inputs=("input",),
         weights=("weight",),
@@ -226,6 +236,7 @@ _OPERATORS = [
     Operator(
         name="embedding",
         functions=(F.embedding,),
+        module=nn.Embedding,
         parameters=("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
         inputs=(),
         weights=("weight",),
@@ -235,6 +246,7 @@ _OPERATORS = [
     Operator(
         name="embedding_bag",
         functions=(F.embedding_bag,),
+        module=nn.EmbeddingBag,
         parameters=("input", "weight", "offsets"),
         inputs=(),
         weights=("weight",),
@@ -244,6 +256,7 @@ _OPERATORS = [
     Operator(
         name="bilinear",
         functions=(F.bilinear,),
+        module=nn.Bilinear,
         parameters=("input1", "input2", "weight", "bias"),
         inputs=("input1", "input2"),
         weights=("weight",),
@@ -262,6 +275,7 @@ _OPERATORS = [
         inputs=("mat_a", "mat_b"),
         products=_of_product("mat_a"),
         channels=_of_experts,
+        takes_proxies=False,
     ),
     Operator(
         name="einsum",
@@ -290,6 +304,7 @@ METHODS: dict[str, Operator] = {}
 # A function or method, and the variant that makes quantized operands again in backward.
 RECOMPUTING: dict[Any, Callable[..., Any]] = {}
 OUT_OF_PLACE: dict[Any, Any] = {}
+MODULES: dict[type[nn.Module], Operator] = {}
 
 
 def register(entry: Operator) -> None:
@@ -316,6 +331,10 @@ def register(entry: Operator) -> None:
     METHODS.update(dict.fromkeys((*entry.methods, *places), entry))
     FUNCTIONS.update(dict.fromkeys((*entry.functions, *(t for t in entry.in_place if not isinstance(t, str))), entry))
     OUT_OF_PLACE.update(entry.in_place)
+    if entry.module is not None:
+        MODULES[entry.module] = entry
+    for function in entry.functions:
+        TRAITS.setdefault(function, entry.traits)
     variant = next(filter(None, map(variant_of, entry.functions)), None) if entry.recomputes else None
     if variant is not None:
         FUNCTIONS[variant] = entry

@@ -6,16 +6,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from pege_fx.errors import InputError, OtherCallError
 from pege_fx.modules.fake_quant import version_of
 from pege_fx.modules.mode import PYTHON_FORWARD, evaluating, trial
 from pege_fx.passes.capture.examples import fresh
-from pege_fx.passes.graph import arguments, first_argument, join, module_of, owner, plain, rank_of
-from pege_fx.passes.op_traits import traits_of
+from pege_fx.passes.graph import call_of, first_argument, join, owner, plain, rank_of, traits_of
 
 
 class OtherGraphCallError(Exception):
@@ -159,10 +157,6 @@ def _try_in_training(
             return
 
 
-_BATCHED = {nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}
-_KEEPING_RANK = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Dropout, nn.Identity, nn.BatchNorm1d, nn.Sigmoid, nn.Tanh)
-
-
 def infer_ranks(gm: GraphModule) -> None:
     """Note the number of dimensions that an operation's own contract proves, where no example says it."""
     for node in gm.graph.nodes:
@@ -173,14 +167,6 @@ def infer_ranks(gm: GraphModule) -> None:
 
 
 def _inferred(gm: GraphModule, node: Node) -> int | None:
-    source, module = rank_of(first_argument(node)), module_of(gm, node, nn.Module)
-    for cls, rank in _BATCHED.items():
-        if isinstance(module, cls):
-            return rank
-    if isinstance(module, nn.Flatten):
-        return 2 if (module.start_dim, module.end_dim) == (1, -1) else None
-    if node.target in (torch.flatten, "flatten"):
-        args, kwargs = arguments(node)
-        start = kwargs.get("start_dim", args[1] if len(args) > 1 else 0)
-        return 2 if start == 1 and len(args) < 3 and "end_dim" not in kwargs else None
-    return source if node.target is F.linear or isinstance(module, _KEEPING_RANK) else None
+    traits = traits_of(gm, node)
+    stated = traits.rank(call_of(gm, node)) if callable(traits.rank) else traits.rank
+    return rank_of(first_argument(node)) if stated is None and traits.keeps_rank else stated

@@ -18,10 +18,9 @@ from pege_fx.passes.graph import (
     is_unknown_code,
     reads_size,
     tensor_of,
+    traits_of,
 )
-from pege_fx.passes.op_traits import traits_of
-
-RANDOM = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.RReLU)
+from pege_fx.passes.op_traits import TRAITS, traits_of_target
 
 
 def _makes_anew(root: nn.Module, node: Node) -> bool:
@@ -101,18 +100,20 @@ def constants_of(gm: GraphModule) -> set[Node]:
         if node.op == "get_attr":
             known = tensor_of(gm, node) is not None
         elif node.op == "call_module":
-            known = type(attribute_of(gm, node)).__module__.startswith("torch.nn.")
+            known = type(attribute_of(gm, node)).__module__.startswith("torch.nn.") and not draws(attribute_of(gm, node))
         else:
-            known = node.op in ("call_function", "call_method") and not (is_unknown_code(gm, node) or _draws(node))
+            known = node.op in ("call_function", "call_method") and not (
+                is_unknown_code(gm, node) or traits_of(gm, node).random
+            )
         changed = any(changes_its_input(gm, part) for part in (node, *node.users))
         if known and not changed and all(source in found for source in node.all_input_nodes):
             found.add(node)
     return found
 
 
-def _draws(node: Node) -> bool:
-    name = str(getattr(node.target, "__name__", node.target))
-    return "rand" in name or name in ("bernoulli", "multinomial", "normal", "poisson")
+def draws(module: nn.Module) -> bool:
+    """Tell whether any part of a module is known to draw random numbers in training."""
+    return any(traits_of_target(type(part)).random and type(part) in TRAITS for part in module.modules())
 
 
 def computed(gm: GraphModule, node: Node) -> Tensor:

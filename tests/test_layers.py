@@ -29,7 +29,9 @@ FLOORS: list[set[str]] = [
 ]
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
 # What passes share; capture is one pass in several files.
-SHARED_BY_PASSES = {"graph", "operators", "pipeline", "costs", "values", "computed_weights", "norms", "op_traits", "capture"}
+SHARED_BY_PASSES = {
+    "graph", "operators", "op_traits", "op_rules", "pipeline", "costs", "values", "computed_weights", "norms", "capture",
+}  # fmt: skip
 
 
 def files() -> Iterator[tuple[str, Path]]:

@@ -22,7 +22,7 @@ from pege_fx.passes.graph import (
     remove_dead_nodes,
     set_arguments,
 )
-from pege_fx.passes.values import RANDOM, makers
+from pege_fx.passes.values import draws, makers
 
 
 class MergeError(Exception):
@@ -151,7 +151,7 @@ def _check_state(root: nn.Module, node: Node) -> None:
     if node.op != "call_module":
         return
     called = root.get_submodule(str(node.target))
-    if any(isinstance(module, RANDOM) for module in called.modules()) or list(called.buffers()):
+    if draws(called) or list(called.buffers()):
         raise MergeError(f"{node.target}, which evaluation alone calls, has a state or draws random numbers")
 
 

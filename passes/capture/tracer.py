@@ -48,6 +48,7 @@ from pege_fx.passes.graph import (
     plain,
     reads_size,
 )
+from pege_fx.passes.operators import operators
 
 
 class ModeError(Exception):
@@ -169,7 +170,8 @@ class PegeTracer(GuardingTracer):
     def _stand_ins(self, root: Any, more: dict[Any, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
         """What stands in for functions while tracing: (namespace, by name)."""
         yield vars(torch), {name: self._factory(getattr(torch, name)) for name in _FACTORIES} | {"is_tensor": is_tensor(self)}
-        yield vars(F), {"grouped_mm": self._factory(F.grouped_mm)}
+        silent = (function for entry in operators() if not entry.takes_proxies for function in entry.functions)
+        yield vars(F), {function.__name__: self._factory(function) for function in silent}
         others = more | guards(self.refuse_to_draw) | {check: _assume(check) for check in _checks()}
         others[IS_TENSOR] = is_tensor(self)
         own = questions(self)

@@ -5,6 +5,7 @@ from pege_fx.passes.graph.arguments import (
     attribute_name,
     first_argument,
     map_nodes,
+    parameters_of,
     plain,
     set_arguments,
 )
@@ -53,7 +54,6 @@ from pege_fx.passes.graph.effects import (
     is_unknown_code,
     keeps_statistics,
     only_drops,
-    reads_size,
     remove_dead_nodes,
     size_class,
     works_in_place_between,
@@ -65,7 +65,6 @@ from pege_fx.passes.graph.operands import (
     folded_weights,
     input_channels_of,
     is_matrix,
-    is_transpose,
     is_weight,
     joining_of,
     operand,
@@ -87,6 +86,7 @@ from pege_fx.passes.graph.origin import (
     short_name,
     where,
 )
+from pege_fx.passes.graph.traits import call_of, is_transpose, may_write, reads_size, traits_of, traits_of_call
 
 __all__ = [
     "after",
@@ -101,6 +101,7 @@ __all__ = [
     "call_method",
     "call_module",
     "call_module_like",
+    "call_of",
     "call_sites",
     "calls",
     "can_recompute",
@@ -133,6 +134,7 @@ __all__ = [
     "look_up",
     "make_out_of_place",
     "map_nodes",
+    "may_write",
     "module_of",
     "only_drops",
     "operand",
@@ -140,6 +142,7 @@ __all__ = [
     "owner",
     "owner_class",
     "pads",
+    "parameters_of",
     "parent_and_name",
     "plain",
     "rank_of",
@@ -158,6 +161,8 @@ __all__ = [
     "short_name",
     "size_class",
     "tensor_of",
+    "traits_of",
+    "traits_of_call",
     "transposed_again",
     "unfolded",
     "uses",

@@ -1,5 +1,7 @@
 """Arguments of nodes: reading and writing them, with exact types."""
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -40,3 +42,19 @@ def plain(value: Any) -> Any:
 def attribute_name(node: Node) -> str | None:
     """Return the name of the attribute that a node reads of a value (``x.shape``), or None."""
     return str(node.args[1]) if node.target is getattr else None
+
+
+@functools.cache
+def parameters_of(function: Any) -> dict[str, Any]:
+    """Return the parameters of a function in their order, with their defaults; none of one without a signature."""
+    try:
+        return {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
+    except (TypeError, ValueError):
+        return {}
+
+
+def given_to(node: Node, name: str) -> Any:
+    """Return what a function's call passes for a parameter, by position or by keyword; None if nothing."""
+    names = list(parameters_of(node.target)) if node.op == "call_function" else []
+    position = names.index(name) if name in names else len(node.args)
+    return node.args[position] if position < len(node.args) else node.kwargs.get(name)

@@ -8,9 +8,8 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from pege_fx.numerics.recompute import original_of
-from pege_fx.passes.graph.arguments import set_arguments
+from pege_fx.passes.graph.arguments import given_to, parameters_of, set_arguments
 from pege_fx.passes.graph.attributes import free_path, module_of
-from pege_fx.passes.graph.effects import _given, _positions
 from pege_fx.passes.graph.origin import copy_origin
 from pege_fx.passes.operators import OUT_OF_PLACE, RECOMPUTING
 
@@ -106,8 +105,8 @@ def make_out_of_place(gm: GraphModule, node: Node) -> None:
         module.inplace = False  # type: ignore[assignment]
     elif node.kwargs.get("inplace"):
         node.update_kwarg("inplace", False)
-    elif node.op == "call_function" and _given(node, "inplace"):
-        node.update_arg(_positions(node.target)["inplace"], False)
+    elif node.op == "call_function" and given_to(node, "inplace"):
+        node.update_arg(list(parameters_of(node.target)).index("inplace"), False)
 
 
 def can_recompute(node: Node) -> bool:

@@ -1,7 +1,5 @@
 """What nodes do besides their result: writes, statistics, code that the graph does not look into; and which of them may go."""
 
-import functools
-import inspect
 import operator
 import types
 from collections.abc import Collection
@@ -13,10 +11,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from pege_fx.modules.mode import PythonForward, TrainingMode
-from pege_fx.passes.graph.arguments import attribute_name
-from pege_fx.passes.graph.attributes import attribute_of, is_torch_module, module_of
+from pege_fx.passes.graph.arguments import attribute_name, given_to, parameters_of
+from pege_fx.passes.graph.attributes import attribute_of, module_of
 from pege_fx.passes.graph.operands import is_matrix, operator_of
-from pege_fx.passes.op_traits import may_write
+from pege_fx.passes.graph.traits import may_write, traits_of, traits_of_call
 
 
 def is_foreign(function: Any) -> bool:
@@ -47,18 +45,13 @@ def hides_weights(root: nn.Module, node: Node) -> bool:
     return any(is_matrix(operator.attrgetter(str(source.target))(root)) for source in read)
 
 
-_DROPS: set[Any] = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout}
-
-
-_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-
-
 def dropout_of(node: Node) -> tuple[Any, Any] | None:
     """Return a functional dropout's probability and what its ``training`` reads (True, False or a node), else None."""
-    if node.op != "call_function" or node.target not in _DROPS:
+    if node.op != "call_function" or not traits_of_call(node).identity_in_eval:
         return None
-    named = dict(zip(("input", "p", "training"), node.args, strict=False)) | node.kwargs
-    return named.get("p", 0.5), named.get("training", named.get("train", True))
+    parameters = parameters_of(node.target) or {"input": None, "p": None, "train": None}  # a builtin shows no signature
+    named = parameters | dict(zip(parameters, node.args, strict=False)) | node.kwargs
+    return named["p"], named["training" if "training" in named else "train"]
 
 
 def only_drops(gm: GraphModule, node: Node) -> tuple[nn.Module, ...] | None:
@@ -68,7 +61,7 @@ def only_drops(gm: GraphModule, node: Node) -> tuple[nn.Module, ...] | None:
     """
     module = module_of(gm, node, nn.Module)
     if module is not None:
-        if not is_torch_module(module) or not isinstance(module, (nn.Identity, *_DROPOUTS)):
+        if not traits_of(gm, node).identity_in_eval:
             return None
         return (module,) if getattr(module, "p", 0) != 0 else ()
     if (dropout := dropout_of(node)) is None:
@@ -88,18 +81,6 @@ _IN_PLACE_OPERATORS = {getattr(operator, name) for name in dir(operator) if name
     operator.is_not,
     operator.itemgetter,
 }
-
-
-_READING_SIZES: set[Any] = {
-    "shape", "ndim", "dtype", "device", "layout", "is_cuda", "requires_grad", "size", "dim", "numel", "nelement", "stride",
-    "ndimension", "is_contiguous", "is_floating_point", "is_complex", "get_device", "element_size", "itemsize", "names",
-    "is_sparse", "is_nested", "is_quantized", "storage_offset", torch.numel, torch.is_floating_point, torch.is_complex, len,
-}  # fmt: skip
-
-
-def reads_size(node: Node) -> bool:
-    """Tell whether a node asks a tensor for its shape, type or place, and not for what it holds."""
-    return (attribute_name(node) or node.target) in _READING_SIZES
 
 
 def size_class(node: Node) -> type | None:
@@ -125,22 +106,7 @@ def changes_its_input(root: nn.Module, node: Node) -> bool:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     ends_in_place = name.endswith("_") and not name.endswith("__")
     by_operator = node.target in _IN_PLACE_OPERATORS or is_assignment(node)
-    return ends_in_place or by_operator or bool(_given(node, "inplace")) or node.kwargs.get("out") is not None
-
-
-def _given(node: Node, name: str) -> Any:
-    """What a function's call passes for a parameter, by position or by keyword; None if nothing."""
-    position = _positions(node.target).get(name, len(node.args)) if node.op == "call_function" else len(node.args)
-    return node.args[position] if position < len(node.args) else node.kwargs.get(name)
-
-
-@functools.cache
-def _positions(function: Any) -> dict[str, int]:
-    """Where the parameters of a function stand; none of one without a signature."""
-    try:
-        return {name: position for position, name in enumerate(inspect.signature(function).parameters)}
-    except (TypeError, ValueError):
-        return {}
+    return ends_in_place or by_operator or bool(given_to(node, "inplace")) or node.kwargs.get("out") is not None
 
 
 _PLACE_OF_MEAN: dict[Any, int] = {F.batch_norm: 1, F.instance_norm: 1, torch.batch_norm: 3, torch.instance_norm: 3}

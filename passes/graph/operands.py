@@ -6,7 +6,6 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
@@ -15,6 +14,7 @@ from pege_fx.modules.batch_norm import BiasFold, BiasFoldBehind, Fold, WeightFol
 from pege_fx.numerics.spec import Channels
 from pege_fx.passes.graph.arguments import attribute_name, first_argument
 from pege_fx.passes.graph.attributes import calls, module_of, tensor_of
+from pege_fx.passes.graph.traits import is_transpose
 from pege_fx.passes.operators import FUNCTIONS, METHODS, Operator, recurrent_layer
 
 
@@ -126,14 +126,6 @@ def pads(node: Node, weight: Tensor) -> bool:
 def is_matrix(value: Any) -> bool:
     """Tell whether a value is a parameter with two dimensions or more: a weight, and no bias or scale."""
     return isinstance(value, nn.Parameter) and value.ndim > 1
-
-
-_TRANSPOSING: set[Any] = {torch.transpose, torch.swapaxes, torch.t, "transpose", "swapaxes", "t"}
-
-
-def is_transpose(node: Any) -> bool:
-    """Tell whether a node exchanges two dimensions of a tensor."""
-    return isinstance(node, Node) and (node.target in _TRANSPOSING or attribute_name(node) in ("T", "mT"))
 
 
 def behind_transposes(node: Any) -> Any:

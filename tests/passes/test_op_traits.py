@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Graph, symbolic_trace
 from torch.utils._pytree import tree_flatten
 
-from pege_fx.passes.op_traits import TRAITS, UNKNOWN, OpTraits, may_write, traits_of
+from pege_fx.passes import op_traits
+from pege_fx.passes.graph import may_write, traits_of
+from pege_fx.passes.op_traits import ATTRIBUTES, TRAITS, UNKNOWN, OpTraits, traits_of_target
 
 SQUARE = torch.linspace(0.1, 0.9, 9).view(3, 3)
 SIGNAL, IMAGE, VOLUME = torch.rand(2, 4, 8), torch.rand(2, 4, 8, 8), torch.rand(2, 4, 4, 4, 4)
@@ -29,6 +32,9 @@ OWN: dict[str, list[tuple[Any, ...]]] = {
     "baddbmm": [(SIGNAL[:, :3, :3], SIGNAL[:, :3, :3], SIGNAL[:, :3, :3])],
     "addmv": [(SQUARE[0], SQUARE, SQUARE[0])],
     "addr": [(SQUARE, SQUARE[0], SQUARE[0])],
+    "feature_dropout": [(IMAGE, 0.5, True), (IMAGE, 0.5, False)],
+    "lp_pool1d": [(SIGNAL, 2.0, 2)],
+    "lp_pool2d": [(IMAGE, 2.0, 2)],
     "affine_grid": [(torch.rand(2, 2, 3), (2, 1, 4, 4))],
     "grid_sample": [(IMAGE, torch.rand(2, 4, 4, 2))],
     "bilinear": [(SQUARE, SQUARE, torch.rand(2, 3, 3))],
@@ -174,6 +180,87 @@ def test_what_the_table_says_of_a_function_holds_in_every_call(
         if traits.view is True:
             assert memory(tensors(result)) <= memory(tensors(given)[:1])
     assert count, "no arguments were found that it takes"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "function", "traits"), CASES, ids=[case[0] for case in CASES])
+def test_what_the_table_says_of_values_holds_in_every_call(name: str, function: Callable[..., Any], traits: OpTraits) -> None:
+    torch.manual_seed(0)
+    for before, _, result in called(name, function):
+        (first, *_), results = tensors(before) or [None], tensors(result)
+        if traits.keeps_rank and isinstance(first, Tensor) and isinstance(result, Tensor):
+            assert result.ndim == first.ndim
+        if not traits.random:
+            torch.manual_seed(1)  # what draws nothing does not see it
+            again = tensors(function(*[x.clone() if isinstance(x, Tensor) else x for x in before]))
+            for old, new in zip(results, again, strict=True):
+                torch.testing.assert_close(new, old, rtol=0, atol=0, equal_nan=True)
+        if not traits.reads_data:
+            negated = [-x if isinstance(x, Tensor) and not torch.equal(x, x.bool()) else x for x in before]
+            assert function(*negated) == result
+        if traits.joins:
+            parts = sorted(torch.cat([x.flatten() for x in tensors(before)]).tolist())
+            assert sorted(result.flatten().tolist()) == parts
+        if traits.transposes and isinstance(first, Tensor) and len(before) > 1:
+            assert torch.equal(result, first.transpose(*before[1:]))
+
+
+@pytest.mark.parametrize(
+    "function", [t for t, traits in TRAITS.items() if traits.identity_in_eval and not isinstance(t, (type, str))]
+)
+def test_a_function_that_drops_returns_its_input_in_evaluation(function: Callable[..., Any]) -> None:
+    for x in (SIGNAL, IMAGE, VOLUME):
+        if function in (F.dropout1d, F.dropout2d, F.dropout3d) and x.ndim != int(function.__name__[-2]) + 2:
+            continue
+        assert torch.equal(function(x, 0.5, False), x)
+
+
+@pytest.mark.parametrize("name", [name for name in ATTRIBUTES if hasattr(SQUARE, name)])  # newer torch has no names
+def test_what_the_table_says_of_an_attribute(name: str) -> None:
+    x = torch.rand(3, 4)
+    found, traits = getattr(x, name), ATTRIBUTES[name]
+    if not traits.reads_data:
+        assert getattr(-x, name) == found
+    if traits.transposes:
+        assert torch.equal(found, x.transpose(0, 1))
+        assert memory([found]) == memory([x])
+
+
+def test_an_operation_has_one_entry() -> None:
+    with pytest.raises(AssertionError, match="relu"):
+        op_traits._state(UNKNOWN, "relu")
+    assert traits_of_target("relu") != UNKNOWN
+
+
+@pytest.mark.parametrize(
+    ("in_place", "known"),
+    [
+        (torch.relu_, F.relu),
+        ("relu_", "relu"),
+        (operator.iadd, operator.add),
+        ("clamp_", "clamp"),
+        ("mul_", "mul"),
+        ("t_", "t"),
+    ],
+)
+def test_an_operation_in_place_has_the_values_of_the_other_and_a_memory_of_which_nothing_is_known(
+    in_place: Any, known: Any
+) -> None:
+    traits, other = traits_of_target(in_place), traits_of_target(known)
+    assert (traits.keeps_sign, traits.non_negative, traits.keeps_rank) == (
+        other.keeps_sign,
+        other.non_negative,
+        other.keeps_rank,
+    )
+    assert (traits.view, traits.writes) == (None, True)
+
+
+def test_what_only_looks_like_an_operation_in_place_is_unknown() -> None:
+    def add_(x: Tensor) -> Tensor:
+        return x
+
+    assert traits_of_target(add_) == traits_of_target("fill_") == traits_of_target("__add__") == UNKNOWN
+    assert traits_of_target([]) == UNKNOWN
 
 
 def test_no_entry_says_that_an_operation_writes() -> None:

@@ -1,5 +1,7 @@
 """The table of operators: one entry serves every pass, and a user's operation needs nothing else."""
 
+import ast
+import dataclasses
 import operator
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,8 @@ import pege_fx
 from pege_fx import ModelError
 from pege_fx.numerics.spec import Channels
 from pege_fx.passes import operators
-from pege_fx.passes.operators import FUNCTIONS, METHODS, OUT_OF_PLACE, RECOMPUTING, Operator, register
+from pege_fx.passes.op_traits import TRAITS, OpTraits, traits_of_target
+from pege_fx.passes.operators import FUNCTIONS, METHODS, MODULES, OUT_OF_PLACE, RECOMPUTING, Operator, register
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,7 +41,7 @@ GATED = Operator(
 @pytest.fixture
 def gated() -> Iterator[Operator]:
     """The operator, known for the length of a test."""
-    tables: list[dict[Any, Any]] = [FUNCTIONS, METHODS, RECOMPUTING, OUT_OF_PLACE]
+    tables: list[dict[Any, Any]] = [FUNCTIONS, METHODS, RECOMPUTING, OUT_OF_PLACE, MODULES, TRAITS]
     before = [dict(table) for table in tables]
     register(GATED)
     yield GATED
@@ -76,6 +79,33 @@ def test_an_operator_of_a_user_is_planned_priced_trained_converted_and_stored(ga
     assert torch.equal(pege_fx.load_deployed(tmp_path / "deployed")(X), deployed(X))
 
 
+@torch.fx.wrap
+def squared_linear(input: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(input, weight).square()
+
+
+class SquaredLinear(nn.Linear):
+    """A layer of a user, which ``Operator.module`` names."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        result: Tensor = squared_linear(input, self.weight)
+        return result
+
+
+def test_an_entry_says_the_layer_and_the_traits_of_an_operation_too(gated: Operator) -> None:
+    linear = FUNCTIONS[F.linear]
+    traits = OpTraits(view=False, writes=False, random=False, non_negative=True)
+    named = {"name": "squared_linear", "functions": (squared_linear,), "module": SquaredLinear}
+    register(dataclasses.replace(linear, **named, parameters=("input", "weight"), traits=traits, recomputes=False))
+    gm = pege_fx.prepare(nn.Sequential(SquaredLinear(6, 4, bias=False), nn.Linear(4, 2)), "W4A4", (X,))
+    plan = pege_fx.plan_of(gm)
+    assert [op.function for op in plan.operations] == ["squared_linear", "linear"]
+    (edge,) = [edge for edge in plan.operations[1].edges if edge.operand == "input"]
+    assert edge.spec is not None
+    assert not edge.spec.signed, "the table says that it is never negative"
+    assert traits_of_target(squared_linear) == traits
+
+
 def test_a_file_does_not_reach_a_function_that_nobody_registered(gated: Operator, tmp_path: Path) -> None:
     deployed = pege_fx.convert(pege_fx.prepare(Gated(), "W4A4", (X,)))
     pege_fx.save_deployed(deployed, tmp_path / "deployed")
@@ -109,3 +139,25 @@ def test_no_pass_knows_an_operator_by_name(name: str) -> None:
     files += (ROOT / "pege_fx" / "engines").rglob("*.py")
     unique = name.startswith("conv") or name in ("baddbmm", "embedding_bag")  # others are words of other things too
     assert not unique or [path.name for path in files if f'"{name}"' in path.read_text()] == []
+
+
+def _files_that_know(entry: Operator) -> set[str]:
+    """The files with a table entry or a comparison for an operation: its functions, named and not called there."""
+    functions = {function.__name__ for function in entry.functions} | {entry.module.__name__ if entry.module else ""}
+    found = set()
+    for path in [*(ROOT / "passes").rglob("*.py"), *(ROOT / "pege_fx").rglob("*.py")]:
+        name = path.relative_to(ROOT).as_posix()
+        tree = ast.parse(path.read_text())
+        called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+        named = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr in functions]
+        if any(id(node) not in called and ast.unparse(node.value) in ("F", "torch", "nn", "nn.functional") for node in named):
+            found.add(name.removeprefix("pege_fx/passes/"))
+    return found
+
+
+@pytest.mark.parametrize("entry", [e for e in operators.operators() if not e.on_request], ids=lambda entry: entry.name)
+def test_one_more_operator_is_two_places(entry: Operator) -> None:
+    """One fact, one place: the table, and what writes a file. Networks for tests and layers written out use operations."""
+    folders = ("pege_fx/export/", "pege_fx/testing/", "pege_fx/decompositions/")
+    known = {name for name in _files_that_know(entry) if not name.startswith(folders)}
+    assert known <= {"passes/operators.py"}

@@ -173,6 +173,24 @@ def test_arguments_that_only_go_by_keyword_are_examples_too() -> None:
     assert rank_of(product) == 1
 
 
+@pytest.mark.parametrize(("shape", "rank"), [((3, 4), 4), ((4,), None)])
+def test_a_linear_layer_keeps_the_rank_if_its_weight_is_a_matrix(shape: tuple[int, ...], rank: int | None) -> None:
+    """``F.linear`` takes a vector for a weight too, and its result has one dimension less."""
+
+    class Linear(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.weight = nn.BatchNorm2d(2), nn.Parameter(torch.ones(shape))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(self.norm(x), self.weight)
+
+    gm = symbolic_trace(Linear())
+    infer_ranks(gm)
+    (node,) = gm.graph.find_nodes(op="call_function", target=F.linear)
+    assert rank_of(node) == rank
+
+
 def test_what_is_no_node_has_no_rank() -> None:
     assert rank_of(3) is None
 

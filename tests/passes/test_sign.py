@@ -12,7 +12,8 @@ from hypothesis import given
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Interpreter, Node, Tracer, symbolic_trace
 
-from pege_fx.passes import analyse_signs, name_writes, sign
+from pege_fx.passes import analyse_signs, name_writes
+from pege_fx.passes.op_traits import TRAITS, OpTraits
 from pege_fx.testing import Network, networks
 
 
@@ -169,9 +170,9 @@ Y = object()
 ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "dropout": (0.5, True), "expand": (4, 4, 4, 4), "narrow": (0, 0, 1), "permute": ((1, 0, 2, 3),), "repeat": (2, 1, 1, 1),
     "reshape": ((-1,),), "select": (0, 0), "to": (torch.float64,), "unflatten": (1, (2, 2)), "Unflatten": (1, (2, 2)),
-    "view": (-1,), "flip": ((1,),), "Softmax2d": (),
+    "feature_dropout": (0.5, True), "topk": (2,), "view": (-1,), "flip": ((1,),), "Softmax2d": (),
     **dict.fromkeys(["softmax", "roll", "ZeroPad", "ReplicationPad", "ReflectionPad", "Softmax", "Softmin"], (1,)),
-    **dict.fromkeys(["transpose", "movedim"], (0, 1)),
+    **dict.fromkeys(["transpose", "swapdims", "movedim"], (0, 1)),
     **dict.fromkeys(["unsqueeze", "getitem"], (0,)),
     **dict.fromkeys(["max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool"], (2,)),
     **dict.fromkeys(["pixel_shuffle", "channel_shuffle", "chunk", "split"], (2,)),
@@ -184,11 +185,20 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "lp_pool1d": (2.0, 2), "lp_pool2d": (2.0, 2), "LPPool": (2, 2), "CircularPad": (1,),
     "broadcast_to": ((4, 4, 4, 4),), "cumsum": (1,), "softmin": (1,), "split_with_sizes": ((2, 2),), "swapaxes": (0, 1),
     "index_select": (0, torch.arange(2)), "take_along_dim": (torch.zeros(4, 4, 4, 4, dtype=torch.long), 0),
-    "masked_select": (torch.ones(4, dtype=torch.bool),), "tile": ((1, 2),), "topk": (2,),
+    "masked_select": (torch.ones(4, dtype=torch.bool),), "tile": ((1, 2),),
 }  # fmt: skip
 SHAPES = {"1d": (2, 4, 4), "3d": (2, 4, 4, 4, 4), "bmm": (4, 4, 4), "mm": (4, 4), "t": (4, 4)}
-ALWAYS = [*sign._NON_NEGATIVE_FUNCTIONS, *sign._NON_NEGATIVE_METHODS, *sign._NON_NEGATIVE_MODULES]
-PRESERVING = [*sign._PRESERVING_FUNCTIONS, *sign._PRESERVING_METHODS, *sign._PRESERVING_MODULES]
+
+
+def _entries(which: Callable[[OpTraits], bool]) -> list[Any]:
+    """The functions, methods and modules of torch and Python's operators in the table with a trait, except on sizes."""
+    found = [target for target, traits in TRAITS.items() if traits.reads_data and which(traits)]
+    of_torch = [t for t in found if callable(t) and (t.__module__ or "torch").split(".")[0] in ("torch", "_operator")]
+    return [*of_torch, *(t for t in found if isinstance(t, str) and hasattr(Tensor, t))]
+
+
+ALWAYS = _entries(lambda traits: traits.non_negative is True)
+PRESERVING = _entries(lambda traits: traits.keeps_sign)
 
 
 def _read(gm: GraphModule, value: Any) -> Any:
@@ -266,6 +276,23 @@ def test_a_marked_value_is_never_negative(case: tuple[Network, tuple[Tensor, ...
 )
 def test_modules(module: nn.Module, proved: bool) -> None:
     assert is_proved(nn.Sequential(module, nn.Flatten(), nn.Dropout())) is proved
+
+
+def test_what_is_written_in_place_has_the_sign_of_the_same_operation_out_of_place() -> None:
+    assert is_proved(lambda x: x.clamp_(min=0).sqrt_().floor_())
+    assert not is_proved(lambda x: x.relu().sub_(1))
+
+
+def test_a_layer_with_a_hook_is_not_proved() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.ReLU())
+    model[1].register_forward_hook(lambda module, args, y: y - 1)
+    graph = Graph()
+    node = graph.call_module("1", (graph.placeholder("x"),))
+    graph.output(node)
+    gm = GraphModule(model, graph)
+    (node,) = gm.graph.find_nodes(op="call_module", target="1")
+    analyse_signs(gm)
+    assert not node.meta.get("non_negative")
 
 
 class Inner(nn.Module):
