@@ -1,6 +1,7 @@
 """Lowering: fake-quants become integers with their scales, folded BatchNorms become part of weight and bias."""
 
 import contextlib
+import functools
 import itertools
 from typing import Any
 
@@ -15,6 +16,7 @@ from pege_fx.modules.mode import PythonForward
 from pege_fx.numerics.functional import dequantize, quantize
 from pege_fx.numerics.packing import integer_bias, pack, unpack
 from pege_fx.passes.capture.bytecode import names_in_forward
+from pege_fx.passes.capture.grafts import read_from_outside
 from pege_fx.passes.graph import (
     arguments,
     attribute_of,
@@ -227,8 +229,18 @@ class _Used:
             self._add_module(child)
 
     def may_be_read(self, module: nn.Module, name: str) -> bool:
-        """Whether Python code may ask a graph below it for a parameter, as in ``self.layer.weight.dtype``."""
-        return module in self.below_python and name in self.python
+        """Whether Python code may ask a graph below it for a tensor, as in ``self.layer.weight.dtype``, or for all of them."""
+        if module in self.below_python and (name in self.python or name in read_from_outside(module)):
+            return True
+        return name in module._parameters and module in self._listed
+
+    @functools.cached_property
+    def _listed(self) -> set[nn.Module]:
+        """The modules whose parameters Python code may go through: ``next(self.layer.parameters()).dtype``."""
+        if self.python.isdisjoint(("parameters", "named_parameters")):
+            return set()
+        below = {module for graph in self.below_python for module in graph.modules()}
+        return below - {part for module in below if isinstance(module, FakeQuant) for part in module.modules()}
 
 
 def _delete(gm: GraphModule, path: str) -> None:

@@ -5,12 +5,13 @@ quantized all the same. The result is a GraphModule in every case, and every par
 """
 
 import contextlib
+import functools
 import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,16 +23,18 @@ from pege_fx.decompositions.decompose import make_explicit
 from pege_fx.decompositions.recurrent import CELLS, LAYERS
 from pege_fx.errors import InputError, ModelError, PegeWarning, PolicyError, closest
 from pege_fx.modules.batch_norm import only_normalizes
-from pege_fx.modules.calls import beside_forward, global_hooks, has_hooks, takes_hooks, takes_other_arguments
+from pege_fx.modules.calls import beside_forward, global_hooks, has_hooks, takes_other_arguments
 from pege_fx.modules.fake_quant import FakeQuant
 from pege_fx.modules.mode import PYTHON_FORWARD, TRAINING_MODE, PythonForward, TrainingMode, evaluating, trial
 from pege_fx.modules.stages import check_stage, unwrapped
 from pege_fx.passes.capture.branches import MergeError, merge_branches
 from pege_fx.passes.capture.bytecode import NO_NAMES, Names, names_in_forward
 from pege_fx.passes.capture.examples import fresh
+from pege_fx.passes.capture.grafts import Grafted, may_be_opened, stand_for
 from pege_fx.passes.capture.guards import Known
 from pege_fx.passes.capture.load_hooks import keep_load_hooks
 from pege_fx.passes.capture.model_copy import copied
+from pege_fx.passes.capture.observation import NOTHING, Call, Observation, observe
 from pege_fx.passes.capture.patching import reserve_self, uncompiled
 from pege_fx.passes.capture.proxies import ContextError
 from pege_fx.passes.capture.source_location import place_of
@@ -103,9 +106,6 @@ def bind(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
         ) from error
 
 
-Call: TypeAlias = tuple[tuple[Any, ...], Mapping[str, Any]]
-
-
 def capture(
     model: nn.Module,
     example: Call | None = None,
@@ -161,8 +161,12 @@ def warn_of(notes: list[Capture], has_examples: bool) -> None:
 class _Ladder:
     def __init__(self, root: nn.Module, example: Call | None, blocks: set[str], refused: set[str]) -> None:
         self.root, self.example, self.blocks, self.refused = root, example, blocks, refused
-        self._calls: dict[nn.Module, list[Known]] | None = None
         self._led_by_data: list[str] = []  # modules that stay Python because what tensors hold decides what they do
+
+    @functools.cached_property
+    def _observed(self) -> Observation:
+        """What a run on the example showed, if there is one; the first module that stays Python asks for it."""
+        return NOTHING if self.example is None else observe(self.root, self.example, bind)
 
     def _known(self, module: nn.Module, prefix: str) -> Known:
         """What is known of a module's arguments: those of its call in the example, or its defaults."""
@@ -172,9 +176,7 @@ class _Ladder:
             return bind(module, *self.example)
         if prefix in self.refused:
             raise NotTraceableError("", place_of(module), "it is called in more ways than one graph holds")
-        if self._calls is None:
-            self._calls = _record_calls(self.root, self.example)
-        calls = self._calls.get(module)
+        calls = self._observed.calls.get(module)
         if not calls:
             return Known.defaults(module.forward)
         for name in () if isinstance(module, (*LAYERS, *CELLS)) else calls[0].values:
@@ -317,14 +319,14 @@ class _Ladder:
             path = join(prefix, name)
             if isinstance(child, (GraphModule, torch.jit.ScriptModule)) or not any(p.ndim > 1 for p in child.parameters()):
                 continue
-            is_container = type(child).forward is nn.Module.forward or _is_iterated(names, name, child)
-            if is_container or _is_asked_for_more(names, name, child):
+            is_container = type(child).forward is nn.Module.forward
+            if not is_container and PegeTracer().is_leaf_module(child, path) and any(True for _ in child.children()):
+                continue  # torch's own composite module (attention, a transformer layer): its parts are not called
+            if is_container or child in self._observed.opened or may_be_opened(names, name, child):
                 self._capture_children(captured, child, path, names)
                 continue
-            if PegeTracer().is_leaf_module(child, path) and any(True for _ in child.children()):
-                continue  # torch's own composite module (attention, a transformer layer): its parts are not called
             inner = self.climb(child, path)
-            _keep_attributes(child, inner.root)
+            stand_for(child, inner.root, self._observed.read.get(child, ()))
             for alias in [alias for alias, part in module._modules.items() if part is child]:
                 setattr(module, alias, inner.root)
             captured.graphs += inner.graphs
@@ -380,52 +382,6 @@ def _repeats(root: nn.Module, known: Known) -> bool:
             except Exception:
                 return True  # the shapes are recorded later, and that says where and why it fails
     return all(torch.equal(first.nan_to_num(), second.nan_to_num()) for first, second in zip(*results, strict=True))
-
-
-def _is_asked_for_more(names: Names, name: str, child: nn.Module) -> bool:
-    """Tell whether code may call another method of a child than its forward: a graph has none."""
-    classes = [cls for cls in type(child).__mro__ if not cls.__module__.startswith("torch.")]
-    own = {method for cls in classes for method, value in vars(cls).items() if callable(value) or hasattr(value, "__func__")}
-    return any(names.may_call(name, method) for method in own - set(dir(nn.Module)) - set(child._modules))
-
-
-def _record_calls(root: nn.Module, example: Call) -> dict[nn.Module, list[Known]]:
-    """Run the model once, and return with what every module below it was called."""
-    calls: dict[nn.Module, list[Known]] = {}
-
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        with contextlib.suppress(InputError):  # its forward will say so
-            calls.setdefault(module, []).append(bind(module, *fresh((args, kwargs), tensors=False)))
-
-    args, kwargs = fresh(example)
-    with trial(root.modules()), evaluating(root), contextlib.ExitStack() as hooks:
-        for module in filter(takes_hooks, root.modules()):
-            hooks.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
-        with contextlib.suppress(Exception):  # the shapes are recorded later, and that says where and why it fails
-            root(*args, **kwargs)
-    return calls
-
-
-def _is_iterated(names: Names, name: str, child: nn.Module) -> bool:
-    """Tell whether code may walk through a Sequential instead of calling it."""
-    return isinstance(child, nn.Sequential) and name in names.values
-
-
-class Grafted(GraphModule):
-    """A graph inside a module that stays Python, with the plain attributes that its parent's code may read."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> GraphModule:
-        copied = super().__deepcopy__(memo)
-        _keep_attributes(self, copied)
-        return copied
-
-
-def _keep_attributes(source: nn.Module, target: GraphModule) -> None:
-    for name in [name for name, value in [*source._parameters.items(), *source._buffers.items()] if value is None]:
-        setattr(target, name, None)  # a layer without a bias
-    for name, value in vars(source).items():
-        if not name.startswith("_") and not hasattr(target, name) and not isinstance(value, (Tensor, nn.Module)):
-            setattr(target, name, value)
 
 
 def _graph_module(root: nn.Module, graph: Graph, tracer: PegeTracer, prefix: str) -> GraphModule:
