@@ -414,7 +414,7 @@ class OnAValue(nn.Module):
     ],
 )
 def test_what_tensors_hold_never_steers_a_graph_and_constants_and_sizes_do(ask: str, rung: str) -> None:
-    gm = pege_fx.prepare(OnAValue(ask), "W4A4", (torch.ones(2, 4),), check=False)  # `is` says nothing of a dtype yet
+    gm = pege_fx.prepare(OnAValue(ask), "W4A4", (torch.ones(2, 4),))
     assert captures(gm)[0].rung == rung
 
 
