@@ -43,6 +43,7 @@ TARGETS: dict[str, list[str]] = {
     "training.scheduler": ["tests/training/test_scheduler.py"],
     "modules.methods": ["tests/modules/test_methods.py", "tests/test_numbers.py"],
     "_utils.files": ["tests/utils/test_files.py", "tests/test_hostile.py"],
+    "serialization.codec": ["tests/serialization/test_codec.py", "tests/serialization/test_tensor_tree.py"],
     "serialization.tensor_tree": ["tests/serialization/test_tensor_tree.py", "tests/serialization/test_checkpoint.py"],
     "serialization.checkpoint": ["tests/serialization/test_checkpoint.py"],
     "policy.rules": ["tests/policy/test_rules.py"],

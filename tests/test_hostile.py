@@ -177,7 +177,7 @@ def test_the_graph_of_a_converted_file_is_altered_and_signed_again(tmp_path: Pat
     header = altered(data, json.loads(raw(path)["pege_fx"]))
     other = tmp_path / "altered"
     text, tensors = json.dumps(header), load_file(path)
-    save_file(tensors, other, {"pege_fx": text, "sha256": deployed.checksum(text, tensors)})
+    save_file(tensors, other, {"pege_fx": text, "sha256": deployed.FILE.checksum(text, tensors)})
     try:
         pege_fx.load_deployed(other)
     except PegeError:
@@ -193,7 +193,7 @@ def test_the_tree_of_a_checkpoint_is_altered_and_signed_again(tmp_path: Path, da
     found, tensors = raw(path), load_file(path)
     text = json.dumps(altered(data, json.loads(found["tree"])))
     try:
-        digest = tensor_tree._digest(text, tensors)
+        digest = tensor_tree.FILE.checksum(text, tensors)
     except UnicodeEncodeError:
         return
     save_file(tensors, tmp_path / "altered", found | {"tree": text, "sha256": digest})
@@ -221,7 +221,7 @@ def test_a_file_nested_without_end_is_refused(nested: str, tmp_path: Path) -> No
     (tmp_path / "policy.toml").write_text(f"rules = {nested}")
     with pytest.raises(PegeError):
         QuantPolicy.from_toml(tmp_path / "policy.toml")
-    save_file({"w": X}, tmp_path / "deployed", {"pege_fx": nested, "sha256": deployed.checksum(nested, {"w": X})})
+    save_file({"w": X}, tmp_path / "deployed", {"pege_fx": nested, "sha256": deployed.FILE.checksum(nested, {"w": X})})
     with pytest.raises(PegeError):
         pege_fx.load_deployed(tmp_path / "deployed")
 
@@ -343,7 +343,7 @@ def test_codes_of_other_bits_or_shapes_than_are_stored_are_refused(claimed: list
     pege_fx.save_deployed(pege_fx.convert(prepared().eval()), tmp_path / "whole")
     header, tensors = json.loads(raw(tmp_path / "whole")["pege_fx"]), load_file(tmp_path / "whole")
     text = json.dumps(header | {"packed": dict.fromkeys(header["packed"], claimed)})
-    save_file(tensors, tmp_path / "altered", {"pege_fx": text, "sha256": deployed.checksum(text, tensors)})
+    save_file(tensors, tmp_path / "altered", {"pege_fx": text, "sha256": deployed.FILE.checksum(text, tensors)})
     with pytest.raises(PegeError, match="is broken"):
         pege_fx.load_deployed(tmp_path / "altered")
 
@@ -352,7 +352,7 @@ def test_codes_of_other_bits_or_shapes_than_are_stored_are_refused(claimed: list
 def test_names_of_tensors_that_a_module_can_not_have_are_refused(name: str, tmp_path: Path) -> None:
     pege_fx.save_deployed(pege_fx.convert(prepared().eval()), tmp_path / "whole")
     text, tensors = raw(tmp_path / "whole")["pege_fx"], load_file(tmp_path / "whole") | {name: X}
-    save_file(tensors, tmp_path / "altered", {"pege_fx": text, "sha256": deployed.checksum(text, tensors)})
+    save_file(tensors, tmp_path / "altered", {"pege_fx": text, "sha256": deployed.FILE.checksum(text, tensors)})
     with pytest.raises(PegeError, match="is broken"):
         pege_fx.load_deployed(tmp_path / "altered")
 
@@ -365,7 +365,7 @@ def test_a_checkpoint_with_another_kind_of_number_is_refused(dtype: torch.dtype,
         altered = tensors | {name: tensors[name].to(dtype)}
         if tensors[name].dtype is dtype:
             continue
-        digest = tensor_tree._digest(found["tree"], altered)
+        digest = tensor_tree.FILE.checksum(found["tree"], altered)
         save_file(altered, tmp_path / "altered", found | {"sha256": digest})
         with pytest.raises(PegeError, match=name.removeprefix("model.")):
             read_checkpoint(tmp_path / "altered")

@@ -8,7 +8,6 @@ A SHA-256 over that text and the tensors says whether what is read is what was w
 bits. A value of an argument that JSON does not have is an object with one key, its kind.
 """
 
-import hashlib
 import json
 import keyword
 import math
@@ -18,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
@@ -30,10 +27,12 @@ from pege_fx.modules.stages import graph_of
 from pege_fx.numerics.packing import pack, unpack
 from pege_fx.passes.graph import arguments, register_buffer, set_parameter, where
 from pege_fx.serialization.allowlist import READABLE, function_of, methods, name_of, read_attribute
+from pege_fx.serialization.codec import Codec, UnreadableError, stored
 from pege_fx.serialization.memory_order import laid_out, order_of
 from pege_fx.serialization.records import as_call, is_named_result
 
-FORMAT, VERSION, CHECKSUM = "pege_fx", 2, "sha256"
+FORMAT, VERSION = "pege_fx", 2
+FILE = Codec(FORMAT, lambda name, value: f"{name} {value.dtype} {list(value.shape)}")
 
 
 def save_deployed(deployed: GraphModule, path: str | os.PathLike[str]) -> int:
@@ -71,7 +70,7 @@ def save_deployed(deployed: GraphModule, path: str | os.PathLike[str]) -> int:
     }
     with atomic_write(path) as temporary:
         text = json.dumps(header, separators=(",", ":"), allow_nan=False)
-        save_file(tensors, temporary, {FORMAT: text, CHECKSUM: checksum(text, tensors)})
+        FILE.write(temporary, text, tensors)
         return temporary.stat().st_size
 
 
@@ -118,12 +117,10 @@ def load_deployed(path: str | os.PathLike[str]) -> GraphModule:
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
-        with safe_open(path, framework="pt") as file:
-            found = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+        found, tensors = FILE.read(path)
     except FileNotFoundError as error:
         raise CheckpointError(f"there is no file {path}.") from error
-    except (SafetensorError, OSError, TypeError, ValueError, RuntimeError) as error:
+    except UnreadableError as error:
         raise CheckpointError(f"{path} is broken or no safetensors file: {error}") from error
     text = found.get(FORMAT)
     if text is None:
@@ -137,7 +134,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         newer = isinstance(version, int) and version > VERSION
         advice = "update pege_fx" if newer else "store the model again with pege_fx.save_deployed"
         raise CheckpointError(f"{path} has format version {version}, this pege_fx reads {VERSION}: {advice}.")
-    if found.get(CHECKSUM) != checksum(text, tensors):
+    if not FILE.is_whole(found, tensors):
         raise CheckpointError(f"{path} is broken: its content is not what was written.")
     return header, tensors
 
@@ -148,11 +145,11 @@ def _packed_state(deployed: GraphModule) -> tuple[dict[str, Tensor], dict[str, t
     tensors: dict[str, Tensor] = {}
     packed = {}
     for name, value in [*deployed.named_parameters(), *deployed.named_buffers()]:
-        tensors[name] = value.detach().cpu().contiguous()
-        stored = codes.get(name)
-        if stored is not None and stored.bits < 8 and not stored.packed:
-            packed[name] = (stored.bits, value.dtype is torch.int8, list(value.shape))
-            tensors[name] = pack(tensors[name], stored.bits)
+        tensors[name] = stored(value)
+        found = codes.get(name)
+        if found is not None and found.bits < 8 and not found.packed:
+            packed[name] = (found.bits, value.dtype is torch.int8, list(value.shape))
+            tensors[name] = pack(tensors[name], found.bits)
     return tensors, packed
 
 
@@ -160,16 +157,6 @@ def _orders(deployed: GraphModule) -> dict[str, list[int]]:
     """In which order of dimensions tensors lie in memory that do not lie row by row: convolutions compute in it."""
     named = [*deployed.named_parameters(), *deployed.named_buffers()]
     return {name: order for name, value in named if (order := order_of(value)) is not None}
-
-
-def checksum(text: str, tensors: dict[str, Tensor]) -> str:
-    """Return the SHA-256 of a file's header and tensors."""
-    sha = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        value = tensors[name]
-        sha.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-        sha.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()
 
 
 # --- the graph as JSON ---------------------------------------------------------------------------------------

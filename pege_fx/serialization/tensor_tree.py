@@ -5,7 +5,6 @@ tensor in it is a reference by name. A SHA-256 over both says whether what is re
 """
 
 import contextlib
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -13,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
 from pege_fx._utils.files import behind_links, path_of, path_to_read, replacement, scratch, while_replaced
 from pege_fx.errors import CheckpointError
+from pege_fx.serialization.codec import Codec, UnreadableError, stored
 from pege_fx.serialization.memory_order import laid_out, order_of
 
 PREVIOUS = ".previous"
+FILE = Codec("tree", lambda name, value: f"\n{name} {value.dtype} {tuple(value.shape)}\n")
 
 
 def previous_of(path: Path) -> Path:
@@ -45,7 +45,7 @@ def write(tree: Any, path: str | os.PathLike[str], kind: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacement(path, _keep) as temporary:
-            save_file(tensors, temporary, {"kind": kind, "tree": text, "sha256": _digest(text, tensors)})
+            FILE.write(temporary, text, tensors, kind=kind)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"can not write {path}: {error}.\n  what was there before is untouched.") from error
 
@@ -62,17 +62,15 @@ def read(path: str | os.PathLike[str], kind: str) -> Any:
 
 def _read(path: Path, kind: str) -> Any:
     try:
-        with safe_open(path, framework="pt") as file:
-            found = file.metadata() or {}
-            if found.get("kind") != kind:
-                raise CheckpointError(f"{path} is a safetensors file, but not a {kind}.{_hint(path)}")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if found["sha256"] != _digest(found["tree"], tensors):
+        found, tensors = FILE.read(path)
+        if found.get("kind") != kind:
+            raise CheckpointError(f"{path} is a safetensors file, but not a {kind}.{_hint(path)}")
+        if not FILE.is_whole(found, tensors):
             raise CheckpointError(f"{path} is corrupt: its content is not what was written.{_hint(path)}")
         return _decode(json.loads(found["tree"]), tensors)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist.{_hint(path)}") from error
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError, RuntimeError) as error:
+    except (UnreadableError, KeyError, TypeError, ValueError, RecursionError, RuntimeError) as error:
         raise CheckpointError(f"{path} is truncated, or not a {kind}: {error}.{_hint(path)}") from error
 
 
@@ -87,14 +85,6 @@ def _keep(path: Path) -> None:
         link = folder / path.name
         os.link(path, link)
         link.replace(previous_of(path))
-
-
-def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name, value in sorted(tensors.items()):
-        digest.update(f"\n{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 # --- trees -------------------------------------------------------------------------------------------------------
@@ -129,18 +119,15 @@ def _encode_tensor(value: Tensor, name: str, tensors: dict[str, Tensor], known: 
     value = value.detach().resolve_conj().resolve_neg()  # flags that no file has
     if value.is_complex():
         return {"complex": _encode_tensor(torch.view_as_real(value), name, tensors, known)}
-    stored, order = _name_of(value, name, tensors, known), order_of(value)
-    return {"tensor": stored} if order is None else {"ordered": [stored, order]}
+    held, order = _name_of(value, name, tensors, known), order_of(value)
+    return {"tensor": held} if order is None else {"ordered": [held, order]}
 
 
 def _name_of(value: Tensor, name: str, tensors: dict[str, Tensor], known: dict[Any, str]) -> str:
     """Add a tensor to the file; one that is there already, as a tied weight is, keeps its first name."""
     where = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride()) if value.numel() else name
     if where not in known:
-        plain = value.detach().to("cpu").contiguous()
-        # safetensors refuses tensors that share memory, and a view would bring all of its base along.
-        whole = plain.untyped_storage().nbytes() == plain.numel() * plain.element_size()
-        tensors[name] = plain if whole else plain.clone()
+        tensors[name] = stored(value)
         known[where] = name
     return known[where]
 
@@ -154,8 +141,8 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if what == "tensor":
         return tensors[content].clone()  # what is read maps the file, and may be shared
     if what == "ordered":
-        stored, order = content
-        return laid_out(tensors[stored], order)
+        held, order = content
+        return laid_out(tensors[held], order)
     if what == "complex":
         return torch.view_as_complex(_decode(content, tensors))
     if what == "tuple":

@@ -26,7 +26,7 @@ from pege_fx.numerics.packing import unpack
 from pege_fx.passes import inline_modules, pack_weights, run, unpack_weights
 from pege_fx.serialization import deployed as storage
 from pege_fx.serialization.allowlist import functions
-from pege_fx.serialization.deployed import _encode, checksum
+from pege_fx.serialization.deployed import FILE, _encode
 
 X = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -373,7 +373,7 @@ def with_header(path: Path, change: Any) -> None:
         header = json.loads(file.metadata()["pege_fx"])
     change(header)
     text, tensors = json.dumps(header), load_file(path)
-    save_file(tensors, path, {"pege_fx": text, "sha256": checksum(text, tensors)})
+    save_file(tensors, path, {"pege_fx": text, "sha256": FILE.checksum(text, tensors)})
 
 
 @pytest.mark.parametrize(
@@ -431,7 +431,7 @@ def test_a_tensor_can_not_bring_code_in_its_name(tmp_path: Path) -> None:
     header["nodes"].insert(1, ["bad", "get_attr", name, {"tuple": []}, {"dict": []}])
     header["nodes"].insert(2, ["used", "call_method", "relu", {"tuple": [{"node": "bad"}]}, {"dict": []}])
     text = json.dumps(header)
-    save_file(tensors, tmp_path / "model", {"pege_fx": text, "sha256": checksum(text, tensors)})
+    save_file(tensors, tmp_path / "model", {"pege_fx": text, "sha256": FILE.checksum(text, tensors)})
     with pytest.raises(CheckpointError, match="no name of a tensor"):
         pege_fx.load_deployed(tmp_path / "model")(x)
     assert not trace.exists()
