@@ -55,6 +55,7 @@ from pege_fx.training.curves import (
     Constant,
     Cosine,
     Curve,
+    Delayed,
     Exponential,
     Linear,
     Logarithmic,
@@ -62,8 +63,11 @@ from pege_fx.training.curves import (
     RampReplacement,
     Step,
 )
+from pege_fx.training.dampening import DecoupledLambda, dampening_loss
 from pege_fx.training.ewgs import update_ewgs
+from pege_fx.training.freezing import WeightFreezing
 from pege_fx.training.guard import Finding, Guard
+from pege_fx.training.reestimation import reestimate_batch_norm
 from pege_fx.training.scheduler import GroupCurves, PEGEScheduler, plan_of
 from pege_fx.training.sharding import shard
 from pege_fx.training.telemetry import CSVWriter, Telemetry, TensorBoardWriter, read_history
@@ -81,6 +85,8 @@ __all__ = [
     "Cosine",
     "Coverage",
     "Curve",
+    "DecoupledLambda",
+    "Delayed",
     "Diff",
     "Estimator",
     "Explanation",
@@ -124,11 +130,13 @@ __all__ = [
     "TensorBoardWriter",
     "TraceError",
     "VerifyError",
+    "WeightFreezing",
     "calibrate",
     "checkpoint_info",
     "convert",
     "convert_passes",
     "curves",
+    "dampening_loss",
     "dataflow",
     "diff",
     "discretization_loss",
@@ -148,6 +156,7 @@ __all__ = [
     "prepare",
     "prepare_passes",
     "read_history",
+    "reestimate_batch_norm",
     "report",
     "save",
     "save_deployed",

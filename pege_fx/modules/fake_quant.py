@@ -428,11 +428,13 @@ class FakeQuant(nn.Module):
         return width
 
     def deployed(self, x: Tensor) -> Tensor:
-        """Return what a converted model computes for ``x``: the value of its code."""
+        """Return what a converted model computes for ``x``: the value of its code, without a BatchNorm that is live."""
         scale, zero_point = self.decoding()
         codes = self.codes(x).to(functional.compute_dtype(x))
-        value = codes if zero_point is None else codes - zero_point
-        return (value * scale.to(value.dtype)).to(x.dtype)
+        value = (codes if zero_point is None else codes - zero_point) * scale.to(codes.dtype)
+        if self.fold is not None and self.fold.live:  # a BatchNorm that normalises while its layer is in evaluation
+            value = self.leave(x, value)
+        return value.to(x.dtype)
 
     def _deployed_once(self, x: Tensor) -> Tensor:
         """``deployed(x)``, computed anew when something that it depends on has changed since."""

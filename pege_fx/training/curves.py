@@ -234,6 +234,32 @@ class Exponential(_Transition):
 
 
 @dataclass(frozen=True)
+class Delayed(Curve):
+    """0 until t = ``start``, then another curve from its beginning: for λ that rises late.
+
+    >>> curve = Delayed(Linear(0.0, 1.0, steps=10), start=90)
+    >>> curve(89), curve(95), curve(100)
+    (0.0, 0.5, 1.0)
+    """
+
+    curve: Curve
+    start: float
+
+    def __post_init__(self) -> None:
+        self._check_finite()
+        if self.start < 0:
+            raise ScheduleError(f"start={self.start!r} can not be negative: it is where the curve begins.")
+
+    @property
+    def length(self) -> float:
+        """Where the delayed curve reaches its end."""
+        return self.start + self.curve.length
+
+    def __call__(self, t: float) -> float:
+        return 0.0 if t < self.start else self.curve(t - self.start)
+
+
+@dataclass(frozen=True)
 class Step(_Transition):
     """A staircase of ``count`` equal steps from ``start`` to ``end`` in ``steps``.
 
