@@ -94,6 +94,7 @@ TARGETS: dict[str, list[str]] = {
         "tests/passes/capture/test_tiers.py",
     ],
     "passes.capture.model_copy": ["tests/passes/capture/test_model_copy.py"],
+    "passes.capture.patched": ["tests/passes/capture/test_patched.py", "tests/passes/capture/test_contexts.py"],
     "passes.capture.rng_guard": ["tests/passes/capture/test_rng_guard.py"],
     "passes.capture.source_location": [
         "tests/passes/capture/test_source_location.py",

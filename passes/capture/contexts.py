@@ -6,7 +6,6 @@ other answer, and takes the graph if it is the same one.
 """
 
 import functools
-import importlib
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,46 +13,14 @@ from typing import Any, TypeAlias
 from unittest import mock
 
 import torch
-from torch.autograd import graph as autograd_graph
 
+from pege_fx.passes.capture.patched import functions_of, names_of, patched
 from pege_fx.passes.capture.patching import replaced
 
 Refuse: TypeAlias = Callable[[str], None]
 Region: TypeAlias = Callable[[str], Callable[[], Any]]
 Answer: TypeAlias = Callable[[str, Any], Any]
 
-# Classes, with the method that does it: a decorator goes the same way as a ``with`` block.
-_BLOCKS: tuple[tuple[Any, str], ...] = (
-    (torch.no_grad, "__enter__"),
-    (torch.enable_grad, "__enter__"),
-    (torch.inference_mode, "__enter__"),
-    (torch.set_grad_enabled, "__init__"),  # it may be called without a block
-    (torch.autograd.detect_anomaly, "__enter__"),
-    (torch.autograd.set_detect_anomaly, "__init__"),
-    (autograd_graph.saved_tensors_hooks, "__enter__"),
-)
-_QUESTIONS = (
-    "is_grad_enabled", "is_inference_mode_enabled", "is_anomaly_enabled", "is_autocast_enabled", "is_autocast_cpu_enabled",
-    "is_autocast_cache_enabled", "get_autocast_dtype", "get_autocast_cpu_dtype", "get_autocast_gpu_dtype",
-    "are_deterministic_algorithms_enabled", "is_deterministic_algorithms_warn_only_enabled", "get_deterministic_debug_mode",
-    "get_float32_matmul_precision", "get_default_dtype",
-)  # fmt: skip
-_SETTERS = (
-    "set_autocast_enabled", "set_autocast_cpu_enabled", "set_autocast_dtype", "set_autocast_cpu_dtype",
-    "set_autocast_gpu_dtype", "set_autocast_cache_enabled", "clear_autocast_cache", "use_deterministic_algorithms",
-    "set_deterministic_debug_mode",
-    "set_float32_matmul_precision", "set_default_dtype", "set_default_device", "manual_seed", "seed", "set_rng_state",
-)  # fmt: skip
-_ELSEWHERE: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("torch.random", ("fork_rng", "manual_seed", "seed", "set_rng_state")),
-    ("torch.autograd.graph", ("allow_mutation_on_saved_tensors",)),
-    ("torch.nn.attention", ("sdpa_kernel",)),
-    ("torch.backends.cuda", ("sdp_kernel", "flash_sdp_enabled", "mem_efficient_sdp_enabled", "math_sdp_enabled",
-                             "cudnn_sdp_enabled", "enable_flash_sdp", "enable_mem_efficient_sdp", "enable_math_sdp",
-                             "enable_cudnn_sdp")),
-    ("torch.backends.cudnn", ("flags", "set_flags")),
-    ("torch.backends.mkldnn", ("flags", "set_flags")),
-)  # fmt: skip
 _PASSING_ON = ("torch.utils._contextlib", "torch.amp.", "torch.cuda.amp.", "torch.cpu.amp.")  # what a decorator runs through
 
 _ATTENTION_KERNELS: tuple[Callable[[], bool], ...] = (
@@ -75,13 +42,6 @@ def surroundings() -> tuple[Any, ...]:
     )
 
 
-def _functions() -> Iterator[tuple[dict[str, Any], str]]:
-    """The functions that set a mode or ask for one: the namespace, the name."""
-    places: list[tuple[dict[str, Any], tuple[str, ...]]] = [(vars(torch), (*_QUESTIONS, *_SETTERS))]
-    places += [(vars(importlib.import_module(module)), names) for module, names in _ELSEWHERE]
-    return ((namespace, name) for namespace, names in places for name in names if name in namespace)
-
-
 def stand_ins(refuse: Refuse, answer: Answer) -> dict[Any, Callable[..., Any]]:
     """Return what stands in for the functions that set a mode or ask for one, by the function.
 
@@ -90,10 +50,8 @@ def stand_ins(refuse: Refuse, answer: Answer) -> dict[Any, Callable[..., Any]]:
         answer: called with the question and its answer; returns what that code is to be told.
     """
 
-    def stand_in(name: str, original: Any) -> Callable[..., Any]:
-        return _asked(original, name, answer) if name in _QUESTIONS else _refused(original, f"{name}()", refuse)
-
-    return {namespace[name]: stand_in(name, namespace[name]) for namespace, name in _functions()}
+    setters = {function: _refused(function, f"{name}()", refuse) for function, name in functions_of("set").items()}
+    return setters | {function: _asked(function, name, answer) for function, name in functions_of("ask").items()}
 
 
 @contextmanager
@@ -107,11 +65,12 @@ def no_contexts(functions: dict[Any, Callable[..., Any]], refuse: Refuse, region
             end, or raises.
     """
     with ExitStack() as stack:
-        for namespace, name in _functions():
+        for namespace, name in names_of("ask", "set"):
             stack.enter_context(replaced(namespace, {name: functions.get(namespace[name], namespace[name])}))
-        for cls, method in _BLOCKS:
-            refused = _refused(vars(cls)[method], f"torch.{cls.__name__}", refuse, _PASSING_ON)
-            stack.enter_context(mock.patch.object(cls, method, refused))
+        for entry in patched("block"):
+            for method in entry.names:
+                refused = _refused(entry.namespace[method], f"torch.{entry.holder.__name__}", refuse, _PASSING_ON)
+                stack.enter_context(mock.patch.object(entry.holder, method, refused))
         for method, stand_in in _autocast(refuse, region).items():
             stack.enter_context(mock.patch.object(torch.autocast, method, stand_in))
         yield

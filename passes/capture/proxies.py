@@ -10,8 +10,8 @@ import numpy
 from torch.fx import Node, Proxy
 from torch.fx.proxy import Attribute
 
+from pege_fx.passes.capture.patched import RAND
 from pege_fx.passes.capture.patching import LocalTracer
-from pege_fx.passes.capture.rng_guard import RAND
 
 
 class DataDependenceError(Exception):

@@ -18,7 +18,6 @@ from pege_fx.passes.capture.guards import UNKNOWN, GuardingTracer
 from pege_fx.passes.capture.proxies import DataDependenceError
 from pege_fx.passes.graph import size_class
 
-IS_TENSOR = torch.is_tensor  # while tracing, torch has another
 _SOME_TENSOR = torch.empty(0)
 _LIBRARY = ("torch", "pege_fx", "numpy", "builtins")
 _MISSING = object()

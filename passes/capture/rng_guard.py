@@ -1,23 +1,17 @@
 """Random numbers while a module is traced: in the graph they are drawn anew in each call, outside they would be constants."""
 
-import random
 from collections.abc import Callable
 from typing import Any
 
-import numpy
-import torch
 from torch.fx import Proxy
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-RAND = torch.rand  # while tracing, torch has another
-DRAWING = {torch.rand, torch.randn, torch.randint, torch.randperm, torch.normal}
+from pege_fx.passes.capture.patched import functions_of
+
 _IN_PLACE = {"uniform_", "normal_", "random_", "bernoulli_", "exponential_", "geometric_", "cauchy_", "log_normal_"}
 _IN_PLACE |= {"rand_like", "randn_like", "randint_like", "bernoulli", "multinomial", "poisson"}  # of constants
-_PYTHON = ("random", "uniform", "randint", "randrange", "choice", "choices", "sample", "shuffle", "gauss")
-_NUMPY = ("rand", "randn", "random", "uniform", "randint", "choice", "permutation", "shuffle", "normal")
-GENERATORS = (vars(random), vars(numpy.random))
-_ELSEWHERE = [names[name] for names, known in zip(GENERATORS, (_PYTHON, _NUMPY), strict=True) for name in known]
+_DRAWS = functions_of("draw")  # taken now: while a module is traced, the names mean something else
 
 
 class DrawsOfConstants(TorchFunctionMode):
@@ -37,7 +31,7 @@ class DrawsOfConstants(TorchFunctionMode):
 
 def guards(refuse: Callable[[], None]) -> dict[Any, Callable[..., Any]]:
     """Return what stands in for the functions of Python's and NumPy's generators while a module is traced."""
-    return {function: _guard(function, refuse) for function in _ELSEWHERE}
+    return {function: _guard(function, refuse) for function in _DRAWS}
 
 
 def _guard(original: Callable[..., Any], refuse: Callable[[], None]) -> Callable[..., Any]:

@@ -32,10 +32,11 @@ from pege_fx.passes.capture.contexts import no_contexts, other_answer, stand_ins
 from pege_fx.passes.capture.dictionaries import GuardedDict
 from pege_fx.passes.capture.guards import UNKNOWN, GuardingTracer, Known
 from pege_fx.passes.capture.module_state import ModuleState, write_buffer
+from pege_fx.passes.capture.patched import DRAWING, FACTORIES, IS_TENSOR, functions_of, patched
 from pege_fx.passes.capture.patching import replaced, reserve_self
 from pege_fx.passes.capture.proxies import ContextError, DataDependenceError, ExampleProxy, InPlaceProxy
-from pege_fx.passes.capture.questions import IS_TENSOR, class_of, globals_of, is_tensor, questions
-from pege_fx.passes.capture.rng_guard import DRAWING, GENERATORS, DrawsOfConstants, guards
+from pege_fx.passes.capture.questions import class_of, globals_of, is_tensor, questions
+from pege_fx.passes.capture.rng_guard import DrawsOfConstants, guards
 from pege_fx.passes.capture.source_location import called_by_checkpoint, line, where_raised
 from pege_fx.passes.graph import (
     arguments,
@@ -169,14 +170,15 @@ class PegeTracer(GuardingTracer):
 
     def _stand_ins(self, root: Any, more: dict[Any, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
         """What stands in for functions while tracing: (namespace, by name)."""
-        yield vars(torch), {name: self._factory(getattr(torch, name)) for name in _FACTORIES} | {"is_tensor": is_tensor(self)}
+        yield vars(torch), {name: self._factory(make) for make, name in FACTORIES.items()} | {"is_tensor": is_tensor(self)}
         silent = (function for entry in operators() if not entry.takes_proxies for function in entry.functions)
         yield vars(F), {function.__name__: self._factory(function) for function in silent}
-        others = more | guards(self.refuse_to_draw) | {check: _assume(check) for check in _checks()}
+        others = more | guards(self.refuse_to_draw) | {check: _assume(check) for check in functions_of("assume")}
         others[IS_TENSOR] = is_tensor(self)
         own = questions(self)
         kinds = set(map(type, others))
-        for namespace, answers in (*((names, {}) for names in GENERATORS), *((names, own) for names in globals_of(root))):
+        generators = [entry.namespace for entry in patched("draw")]
+        for namespace, answers in (*((names, {}) for names in generators), *((names, own) for names in globals_of(root))):
             yield namespace, {n: others[v] for n, v in namespace.items() if type(v) in kinds and v in others} | answers
 
     def class_of(self, proxy: Proxy) -> type:
@@ -520,19 +522,6 @@ _SIZELESS: set[Any] = {
     "dim", "ndimension", "is_floating_point", "is_complex", "element_size", "itemsize", "get_device",
     torch.is_floating_point, torch.is_complex,
 }  # fmt: skip
-_FACTORIES = (
-    "arange",
-    "zeros",
-    "ones",
-    "full",
-    "empty",
-    "eye",
-    "linspace",
-    "tensor",
-    "finfo",
-    "iinfo",
-    *(f.__name__ for f in DRAWING),
-)
 
 
 def _depends_on_data(node: Node, sources: list[Any]) -> bool:
@@ -560,12 +549,6 @@ def _is_sized_anyway(node: Node) -> bool:
 def _einops() -> tuple[Any, ...]:
     """einops, if the model uses it: its functions take tensors and nothing else, and stay whole in the graph."""
     return (sys.modules["einops"],) if "einops" in sys.modules else ()
-
-
-def _checks() -> tuple[Any, ...]:
-    """The function with which transformers checks what tensors hold or how large they are, if the model uses it."""
-    module = sys.modules.get("transformers.utils.import_utils")
-    return tuple(filter(None, [getattr(module, "torch_compilable_check", None)]))
 
 
 def _assume(check: Callable[..., Any]) -> Callable[..., Any]:

@@ -98,6 +98,7 @@ BODIES: dict[str, Body] = {
     "autocast off": autocast_off,
     "autocast of another device": block(lambda: torch.autocast("cuda", enabled=False)),
     "attention kernel": block(lambda: sdpa_kernel(SDPBackend.MATH)),
+    "cudnn": block(lambda: torch.backends.cudnn.flags(enabled=False)),
     "saved tensors": block(torch.autograd.graph.save_on_cpu),
     "decorated": decorated,
     "by a stack": by_stack,
