@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 # What stands in.
-#   "node": what writes a node, if a proxy is among the arguments; "random node": in any case.
+#   "node": what writes a node, if a proxy is among the arguments or a call writes to what it makes; "random node": in any case.
 #   "class": what answers for the value that a proxy stands for.
 #   "draw", "set", "block": what refuses.
 #   "ask": what answers, and notes the question: the trace is held against one with the other answer.
@@ -70,6 +70,14 @@ TABLE: tuple[Patched, ...] = (
         names=_words("arange zeros ones full empty eye linspace tensor finfo iinfo"),
         role="node",
         reason="They take sizes and no tensor, so torch does not look for a proxy among their arguments.",
+    ),
+    Patched(
+        where="torch",
+        names=_words(
+            "as_tensor complex empty_like full_like logspace ones_like scalar_tensor tril_indices triu_indices zeros_like"
+        ),
+        role="node",
+        reason="They make tensors: constants of the graph, or where a call writes to those, nodes.",
     ),
     Patched(
         where="torch",

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import os
+import re
 import sys
 
 import torch.utils.checkpoint
@@ -47,6 +48,11 @@ def line() -> str | None:
             return f'File "{code.co_filename}", line {frame.f_lineno}, in {code.co_name}'
         frame = frame.f_back
     return None
+
+
+def place_of_line(stack_trace: str) -> str:
+    """Return "file:line in function" of what ``line`` has returned."""
+    return re.sub(r'File "(.*)", line (\d+), in (.*)', r"\1:\2 in \3", stack_trace)
 
 
 def called_by_checkpoint() -> bool:

@@ -230,10 +230,14 @@ class _Ladder:
         The last of the results is there if the graph has both branches on the mode: who asked for it.
         """
         branches: NotTraceableError | None = None
+        constants = True
         while True:
             try:
-                return *self._trace(root, opaque, self._known(root, prefix), branches), branches
+                return *self._trace(root, opaque, self._known(root, prefix), branches, constants), branches
             except NotTraceableError as error:
+                if error.writes_constant and constants:
+                    constants = False
+                    continue
                 if error.keeps_meaning and error.path and not has_parameters(root.get_submodule(error.path)):
                     opaque[error.path] = error
                     continue
@@ -274,12 +278,13 @@ class _Ladder:
         opaque: Mapping[str, NotTraceableError],
         known: Known,
         branches: NotTraceableError | None,
+        constants: bool,
     ) -> tuple[PegeTracer, Graph]:
         """Rung 1, then rung 2 if any argument is known; with ``branches`` in both modes, as one graph."""
 
         def trace(evaluate: bool) -> tuple[PegeTracer, Graph]:
             def new(mode: bool | None = None) -> PegeTracer:
-                return PegeTracer(live_training=True, opaque=opaque, known=known, evaluate=evaluate, mode=mode)
+                return PegeTracer(True, opaque, known, evaluate, mode, constants)
 
             if branches is None:
                 return _follow(new, root, known)
@@ -293,7 +298,7 @@ class _Ladder:
         try:
             symbolic = trace(evaluate=False)
         except NotTraceableError as error:
-            if error.asks_mode:
+            if error.asks_mode or error.writes_constant:
                 raise
             return trace(evaluate=True)
         if known.is_call and any(hides_weights(root, node) for node in symbolic[1].nodes):

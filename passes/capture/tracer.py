@@ -28,6 +28,7 @@ from pege_fx.kernels.inductor import TRACING
 from pege_fx.modules.autocast import SWITCHES, guard_regions, switch_autocast_back, switch_autocast_off
 from pege_fx.modules.batch_norm import NORM_THEN, BatchNorm
 from pege_fx.modules.mode import CHECKS, TRAINING_MODE
+from pege_fx.passes.capture.constants import BesideGraph, WrittenConstantError, clone_at_each_call, written_constants
 from pege_fx.passes.capture.contexts import no_contexts, other_answer, stand_ins, surroundings
 from pege_fx.passes.capture.dictionaries import GuardedDict
 from pege_fx.passes.capture.guards import UNKNOWN, GuardingTracer, Known
@@ -37,7 +38,7 @@ from pege_fx.passes.capture.patching import replaced, reserve_self
 from pege_fx.passes.capture.proxies import ContextError, DataDependenceError, ExampleProxy, InPlaceProxy
 from pege_fx.passes.capture.questions import class_of, globals_of, is_tensor, questions
 from pege_fx.passes.capture.rng_guard import DrawsOfConstants, guards
-from pege_fx.passes.capture.source_location import called_by_checkpoint, line, where_raised
+from pege_fx.passes.capture.source_location import called_by_checkpoint, line, place_of_line, where_raised
 from pege_fx.passes.graph import (
     arguments,
     attribute_name,
@@ -46,6 +47,7 @@ from pege_fx.passes.graph import (
     is_matrix,
     join,
     operator_of,
+    owner,
     plain,
     reads_size,
 )
@@ -65,6 +67,7 @@ class NotTraceableError(Exception):
         self.is_block = is_block
         self.asks_mode = isinstance(cause, ModeError)
         self.asks_data = type(cause) is DataDependenceError
+        self.writes_constant = isinstance(cause, WrittenConstantError)
         self.keeps_meaning = isinstance(cause, (ModeError, ContextError))  # by staying Python, and nothing could be decided
 
 
@@ -79,6 +82,8 @@ class PegeTracer(GuardingTracer):
         known: of the arguments of ``forward``. What is None stays None: ``is None`` is no question to a graph.
         evaluate: compute values beside the graph; then sizes may steer Python, and ``guards`` says where.
         mode: what ``if self.training`` takes; None: to ask is an error.
+        constants: tensors that ``forward`` makes of constants alone are constants of the graph, too; if a call writes to one,
+            that is a ``WrittenConstantError``. If not, they are made in each call.
 
     ``state`` says what ``forward`` left in the modules, once it was followed.
     """
@@ -90,11 +95,15 @@ class PegeTracer(GuardingTracer):
         known: Known | None = None,
         evaluate: bool = False,
         mode: bool | None = None,
+        constants: bool = True,
     ) -> None:
         super().__init__(autowrap_modules=(math, *_einops()))
         self.proxy_buffer_attributes = True  # what is done to a buffer is done by the graph, not while tracing
         self.live_training = live_training
         self.mode = mode
+        self.constants = constants
+        self._beside = BesideGraph(lambda: self.live_training and self.is_following, None if constants else self._proxy_of)
+        self._proxies: dict[Tensor, Proxy] = {}
         self._context = surroundings()
         self.asked: dict[str, str] = {}  # for which modes the code asked, and which module did first
         self.contradicts = False  # it is told another answer than the one that holds
@@ -122,12 +131,14 @@ class PegeTracer(GuardingTracer):
         try:
             graph = self.trace(root)
             self.settle()
+            self._settle_constants(root, graph)
             self._keep_buffers(graph)
             self.state.note()
             return graph
         except Exception as error:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
-            raise NotTraceableError(self.failed or "", where_raised(error), reason, error) from error
+            place = getattr(error, "place", "") or where_raised(error)
+            raise NotTraceableError(self.failed or "", place, reason, error) from error
         finally:
             self.state.put_back()
 
@@ -143,6 +154,20 @@ class PegeTracer(GuardingTracer):
                 write_buffer(graph, target, new)
             else:
                 self.state.kept.append((path, name))
+
+    def _settle_constants(self, root: nn.Module, graph: Graph) -> None:
+        """Let no call find what another one wrote to a constant of the graph."""
+        for node, constant, is_known in list(written_constants(root, graph)):
+            if is_known or self.constants:
+                self.failed = owner(node)
+                raise WrittenConstantError(place_of_line(node.meta.get("stack_trace", "")))
+            clone_at_each_call(graph, constant)
+
+    def _proxy_of(self, tensor: Tensor) -> Proxy:
+        """A tensor of which the graph knows nothing as a value of it."""
+        if tensor not in self._proxies:
+            self._proxies[tensor] = self.proxy(self.create_arg(tensor))
+        return self._proxies[tensor]
 
     def mode_is_read(self) -> bool:
         """Whether the graph needs the mode; if not, its node goes."""
@@ -161,6 +186,7 @@ class PegeTracer(GuardingTracer):
             stack.enter_context(no_contexts(of_contexts, self.refuse_context, self._region))
             stack.enter_context(self._kept_calls(root))
             stack.enter_context(DrawsOfConstants(self.refuse_to_draw))
+            stack.enter_context(self._beside)
             graph = super().trace(root, concrete_args)
         guard_regions(graph)
         for node in graph.nodes:
@@ -170,11 +196,13 @@ class PegeTracer(GuardingTracer):
 
     def _stand_ins(self, root: Any, more: dict[Any, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
         """What stands in for functions while tracing: (namespace, by name)."""
-        yield vars(torch), {name: self._factory(make) for make, name in FACTORIES.items()} | {"is_tensor": is_tensor(self)}
+        factories = {make: self._factory(make) for make in FACTORIES}
+        yield vars(torch), {FACTORIES[make]: stands for make, stands in factories.items()} | {"is_tensor": is_tensor(self)}
         silent = (function for entry in operators() if not entry.takes_proxies for function in entry.functions)
         yield vars(F), {function.__name__: self._factory(function) for function in silent}
         others = more | guards(self.refuse_to_draw) | {check: _assume(check) for check in functions_of("assume")}
         others[IS_TENSOR] = is_tensor(self)
+        others |= {} if self.constants else factories
         own = questions(self)
         kinds = set(map(type, others))
         generators = [entry.namespace for entry in patched("draw")]
@@ -248,7 +276,8 @@ class PegeTracer(GuardingTracer):
         @functools.wraps(original, updated=())
         def make(*args: Any, **kwargs: Any) -> Any:
             draws = original in DRAWING and self.live_training and self.is_following
-            symbolic = draws or any(isinstance(leaf, Proxy) for leaf in tree_leaves((args, kwargs)))
+            is_made = not self.constants and self.is_following and original.__name__ not in ("finfo", "iinfo")
+            symbolic = draws or is_made or any(isinstance(leaf, Proxy) for leaf in tree_leaves((args, kwargs)))
             return self.create_proxy("call_function", original, args, kwargs) if symbolic else original(*args, **kwargs)
 
         return make

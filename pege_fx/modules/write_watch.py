@@ -61,7 +61,7 @@ class WriteWatch(TorchFunctionMode):
         self.copies: list[Copied] = []
         self._watched: dict[int, list[Tensor]] = {}
         for tensor in tensors:
-            if (address := _memory(tensor)) is not None:
+            if (address := memory_of(tensor)) is not None:
                 self._watched.setdefault(address, []).append(tensor)
 
     @torch.no_grad()
@@ -77,22 +77,23 @@ class WriteWatch(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if self._watched and _may_write(func, args, kwargs):
+        if self._watched and may_write(func, args, kwargs):
             for value in tree_leaves((args, kwargs)):
-                if isinstance(value, Tensor) and (address := _memory(value)) is not None:
+                if isinstance(value, Tensor) and (address := memory_of(value)) is not None:
                     self.copies += map(copied, self._watched.pop(address, ()))
         return func(*args, **(kwargs or {}))
 
 
-def _memory(tensor: Tensor) -> int | None:
-    """Where a tensor's memory lies; None, where it has none that anybody may write."""
+def memory_of(tensor: Tensor) -> int | None:
+    """Return where a tensor's memory lies; None, where it has none that anybody may write."""
     try:
         return tensor.untyped_storage().data_ptr() or None
     except (NotImplementedError, RuntimeError):  # sparse, wrapped, or without memory
         return None
 
 
-def _may_write(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> bool:
+def may_write(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> bool:
+    """Tell whether a function, called so, may write to memory that it is given, or hand it on to what may."""
     if (verdict := _verdict(func)) is not None:
         return verdict
     told = kwargs or {}
