@@ -1,4 +1,4 @@
-"""Hypothesis for every test: the same examples in every run, and no deadline (a first call may compile). And processes."""
+"""How many examples of each law (Hypothesis), with no deadline: a first call may compile. And processes."""
 
 import multiprocessing
 import runpy
@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-settings.register_profile("pege_fx", deadline=None, derandomize=True, max_examples=40)
-settings.load_profile("pege_fx")
+# For each change a few examples, the same in every run; at night many, others every time (`make test-nightly`).
+settings.register_profile("pege_fx", deadline=None, derandomize=True, max_examples=15)
+settings.register_profile("nightly", deadline=None, print_blob=True, max_examples=200)
+settings.load_profile("pege_fx")  # --hypothesis-profile comes after this, and before the tests are imported
 
 WORKERS = Path(__file__).parent / "workers"
 # Processes are forked from one that has imported torch already, and itself runs no thread.

@@ -122,7 +122,7 @@ def test_the_model_is_left_alone() -> None:
     assert not {id(p) for p in model.parameters()} & {id(p) for p in gm.parameters()}
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(networks(), st.sampled_from(["train", "freeze", "keep"]))
 @pytest.mark.filterwarnings("ignore::pege_fx.PegeWarning")
 def test_shared_parameters_compute_what_copies_do(case: Case, batch_norm: Any) -> None:

@@ -34,6 +34,11 @@ def test_every_job_is_a_target_of_the_makefile(jobs: list[dict[str, str]]) -> No
     assert {"lint", "test", "test-oldest", "docs"} <= {job["target"] for job in jobs}
 
 
+def test_every_night_calls_a_target_of_the_makefile() -> None:
+    (job,) = read(".github/workflows/nightly.yml")["jobs"].values()
+    assert job["steps"][-1]["run"].removeprefix("make ") in TARGETS
+
+
 def test_tests_run_on_every_supported_python(jobs: list[dict[str, str]]) -> None:
     classified = re.findall(r"Python :: (3\.\d+)", "\n".join(PROJECT["project"]["classifiers"]))
     tested = [job["python"] for job in jobs if job["target"] == "test"]

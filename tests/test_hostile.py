@@ -20,7 +20,9 @@ import pege_fx
 from pege_fx import PegeError, PolicyError, QuantPolicy, Rule
 from pege_fx.serialization import deployed, tensor_tree
 
-QUICK = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(
+    max_examples=max(60, settings.default.max_examples), suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 X = torch.randn(2, 4)
 POLICY = QuantPolicy((Rule(weight="4", input="4", schedule="slow"), Rule(match="re:0", weight="8", recompute=True)))
 

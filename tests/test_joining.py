@@ -82,7 +82,7 @@ def two() -> tuple[Tensor, Tensor]:
 
 
 @given(networks(), specs(granularity="tensor", narrow=False), st.booleans())
-@settings(max_examples=8)
+@settings(max_examples=settings.default.max_examples // 2)
 def test_networks_keep_their_function_train_and_deploy(case: Case, spec: QuantSpec, shared: bool) -> None:
     network, inputs = case
     names = functions_of(case)
@@ -99,7 +99,7 @@ def test_networks_keep_their_function_train_and_deploy(case: Case, spec: QuantSp
 
 
 @given(networks(), st.booleans())
-@settings(max_examples=10)
+@settings(max_examples=settings.default.max_examples // 2)
 def test_at_p_0_the_function_is_kept(case: Case, shared: bool) -> None:
     network, inputs = case
     names = functions_of(case)
@@ -111,7 +111,7 @@ def test_at_p_0_the_function_is_kept(case: Case, shared: bool) -> None:
 
 
 @given(networks(), specs(granularity="tensor", narrow=False))
-@settings(max_examples=10)
+@settings(max_examples=settings.default.max_examples // 2)
 def test_inputs_on_one_scale_have_one_grid_that_holds_them_all(case: Case, spec: QuantSpec) -> None:
     network, inputs = case
     names = functions_of(case)
@@ -135,7 +135,7 @@ def test_inputs_on_one_scale_have_one_grid_that_holds_them_all(case: Case, spec:
 
 
 @given(networks())
-@settings(max_examples=10)
+@settings(max_examples=settings.default.max_examples // 2)
 def test_nothing_of_that_kind_is_quantized_without_a_rule_that_names_it(case: Case) -> None:
     network, inputs = case
     gm = pege_fx.prepare(network, QuantPolicy((Rule(weight="4", input="4", output="8"),)), inputs)

@@ -61,7 +61,7 @@ SPECS = st.builds(
 
 
 @given(st.data(), SPECS, st.sampled_from(DTYPES), st.sampled_from([1.0, 0.5, 0.0]))
-@settings(max_examples=150)
+@settings(max_examples=max(150, settings.default.max_examples))
 def test_finite_values_have_finite_results_and_gradients_whatever_is_beside_them(
     data: st.DataObject, spec: QuantSpec, dtype: torch.dtype, rate: float
 ) -> None:
@@ -82,7 +82,7 @@ def test_finite_values_have_finite_results_and_gradients_whatever_is_beside_them
 
 
 @given(st.data(), SPECS, st.sampled_from(DTYPES))
-@settings(max_examples=100)
+@settings(max_examples=max(100, settings.default.max_examples))
 def test_finite_weights_have_finite_results_and_gradients(data: st.DataObject, spec: QuantSpec, dtype: torch.dtype) -> None:
     largest = torch.finfo(dtype).max / 2
     weight = data.draw(tensors((3, 5), dtype, hostile=True).filter(lambda x: bool((x.abs() <= largest).all())))
@@ -196,7 +196,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", ["activation", "weight"])
 @given(data=st.data())
-@settings(max_examples=6)
+@settings(max_examples=settings.default.max_examples // 2)
 def test_the_layout_of_memory_changes_nothing(layout: str, method: str, kind: Any, data: st.DataObject) -> None:
     x = data.draw(tensors((3, 4, 2, 5)))
     other = LAYOUTS[layout](x)

@@ -37,7 +37,7 @@ scales = st.floats(2.0**-12, 4.0, width=32)
     st.integers(-4, 4),
     st.sampled_from([(0.0, float("inf")), (0.0, 6.0), (-1.0, 1.0)]),
 )
-@settings(max_examples=100)
+@settings(max_examples=max(100, settings.default.max_examples))
 def test_a_threshold_is_where_exact_rounding_changes(a: float, b: float, s: float, m: int, clip: tuple[float, float]) -> None:
     """round(clip(a n + b) / s) >= m from the threshold on, and not before: in rational arithmetic."""
     unit, bias, step = Fraction(a), Fraction(b), Fraction(s)
@@ -81,7 +81,6 @@ def test_the_engine_gives_the_model_s_answers(method: str, bits: int, options: d
 
 @pytest.mark.filterwarnings("ignore:nothing is quantized")
 @given(testing.networks(), testing.policies(method="lsq"))
-@settings(max_examples=25)
 def test_any_network_has_an_engine(case: testing.Case, policy: QuantPolicy) -> None:
     model = pege_fx.convert(pege_fx.prepare(case.network, policy, tuple(case.inputs)).eval())
     engine = integer_engine(model)

@@ -53,7 +53,7 @@ def test_methods_and_widths_say_the_same(method: str, bits: int, style: str, tmp
 
 @pytest.mark.filterwarnings("ignore:nothing is quantized")
 @given(testing.networks(), testing.policies(), st.sampled_from(["qdq", "qcdq", "qonnx"]))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=8)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=settings.default.max_examples // 2)
 def test_any_network_is_exported(tmp_path: Path, case: testing.Case, policy: QuantPolicy, style: Any) -> None:
     model = pege_fx.convert(pege_fx.prepare(case.network, policy, tuple(case.inputs)).eval())
     pege_fx.export_onnx(model, tmp_path / "any.onnx", tuple(case.inputs), style=style)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -126,7 +126,6 @@ def test_other_opsets(opset: int, tmp_path: Path) -> None:
 
 
 @given(testing.tensors(shape=(2, 5)), st.integers(2, 8), st.booleans(), st.booleans(), st.sampled_from([0.0, -3.0, 7.0, 0.5]))
-@settings(max_examples=40)
 def test_the_definition_is_what_quantize_and_dequantize_compute(
     x: Tensor, bits: int, signed: bool, narrow: bool, zero: float
 ) -> None:

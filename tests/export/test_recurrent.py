@@ -54,7 +54,7 @@ OPTIONS = st.fixed_dictionaries(
 
 
 @given(st.sampled_from([*KINDS]), OPTIONS, st.sampled_from([("qdq", None), ("qdq", 25), ("qcdq", 17), ("qonnx", None)]))
-@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=settings.default.max_examples // 2, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_recurrent_layers_are_exported(tmp_path: Path, kind: str, options: dict[str, Any], form: tuple[Any, Any]) -> None:
     x = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(1))
     model = deployed(Recurrent(kind, **options), (x,), "2")

@@ -39,7 +39,7 @@ def named(gm: GraphModule, name: str) -> torch.fx.Node:
     return next(node for node in gm.graph.nodes if node.name == name)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(networks())
 @pytest.mark.filterwarnings("ignore::pege_fx.PegeWarning")
 def test_laws(case: Case) -> None:

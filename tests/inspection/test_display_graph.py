@@ -83,7 +83,7 @@ def test_a_long_module_comes_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(collapse(small, 0)) == 1
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(networks(), st.integers(0, 3), st.integers(1, 40))
 def test_nothing_is_lost_and_nothing_is_there_twice(case: Case, depth: int, most: int) -> None:
     graph = pege_fx.to_networkx(pege_fx.prepare(case.network, "W4A4", case.inputs))

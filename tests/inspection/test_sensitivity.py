@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -158,7 +158,6 @@ RESULT = found()
 LOWEST, HIGHEST = (costs(QuantPolicy.parse(f"W{b}A{b}", first=b, last=b)) for b in (2, 8))
 
 
-@settings(max_examples=30, deadline=None)
 @given(st.floats(0.0, 1.2), st.floats(0.0, 1.2), st.sampled_from(["size", "products", "both"]))
 def test_a_suggested_policy_keeps_its_budget_and_round_trips(first: float, second: float, kind: str) -> None:
     size, products = (low + share * (high - low) for low, high, share in zip(LOWEST, HIGHEST, (first, second), strict=True))

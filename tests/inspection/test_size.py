@@ -11,7 +11,7 @@ from pege_fx.kernels.inductor import eager_kernels
 from pege_fx.testing import Case, networks, policies
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(networks(), policies())
 @pytest.mark.filterwarnings("ignore::pege_fx.PegeWarning")
 def test_a_prepared_model_knows_the_size_of_the_converted_one(case: Case, policy: QuantPolicy) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -22,7 +22,6 @@ from pege_fx.modules.batch_norm import BatchNorm, Folded, FunctionalBatchNorm
 from pege_fx.testing import as_trained
 from pege_fx.training.scheduler import plan_of
 
-LAW = settings(max_examples=25)
 FLOAT = QuantPolicy((Rule(weight=None, input=None),))
 DIMENSIONS = (1, 2, 3)
 
@@ -150,7 +149,6 @@ def close(a: Tensor, b: Tensor) -> None:
 # --- laws ------------------------------------------------------------------------------------------------------------
 
 
-@LAW
 @given(pairs())
 def test_a_live_fold_is_the_same_function_in_both_modes_and_keeps_the_same_statistics(
     case: tuple[nn.Sequential, Tensor],
@@ -171,7 +169,6 @@ def test_a_live_fold_is_the_same_function_in_both_modes_and_keeps_the_same_stati
     assert not [module for module in deployed.modules() if isinstance(module, (BatchNorm, Folded))]
 
 
-@LAW
 @given(pairs())
 def test_gradients_of_a_live_fold_are_those_of_the_original_in_either_mode(case: tuple[nn.Sequential, Tensor]) -> None:
     model, x = case
@@ -187,7 +184,6 @@ def test_gradients_of_a_live_fold_are_those_of_the_original_in_either_mode(case:
             torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-8, atol=1e-9 * scale)
 
 
-@LAW
 @given(pairs())
 def test_a_norm_frozen_in_the_middle_of_training_uses_running_statistics_while_dropouts_go_on(
     case: tuple[nn.Sequential, Tensor],
@@ -203,7 +199,6 @@ def test_a_norm_frozen_in_the_middle_of_training_uses_running_statistics_while_d
     close(run(gm, x), run(model, x))
 
 
-@LAW
 @given(pairs())
 def test_a_merge_is_exact_in_evaluation_or_refused_where_dropout_lies_between(case: tuple[nn.Sequential, Tensor]) -> None:
     model, x = case
@@ -226,7 +221,6 @@ def test_the_dropout_that_is_named_is_the_one_beside_the_norm() -> None:
     assert found == "3 stays: _2 lies between, and drops in training"
 
 
-@LAW
 @given(pairs())
 def test_keep_changes_nothing(case: tuple[nn.Sequential, Tensor]) -> None:
     model, x = case
@@ -236,7 +230,6 @@ def test_keep_changes_nothing(case: tuple[nn.Sequential, Tensor]) -> None:
     assert torch.equal(gm.eval()(x), model.eval()(x))
 
 
-@LAW
 @given(pairs(leads=False), st.sampled_from(["channel", "tensor"]), st.sampled_from(["train", "freeze", "keep"]))
 def test_a_quantized_layer_deploys_what_evaluation_computes(
     case: tuple[nn.Sequential, Tensor], granularity: Any, mode: Any
@@ -646,7 +639,6 @@ UNREAD: dict[str, Any] = FORMS | {"by instance": lambda norm: nn.InstanceNorm2d(
 PLACES = st.fixed_dictionaries({"in_training": st.booleans(), "alone": st.booleans()})
 
 
-@LAW
 @given(st.sampled_from(sorted(UNREAD)), PLACES, st.booleans(), st.sampled_from(["train", "freeze", "keep"]))
 def test_statistics_of_a_norm_that_nobody_reads_go_on(form: str, place: dict[str, bool], block: bool, mode: Any) -> None:
     """They did not: the call was dead code to the graph, though training moves its statistics."""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -89,7 +89,6 @@ def kept_bytes(model: nn.Module, x: Tensor) -> int:
 # --- the same gradients --------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=25)
 @given(policies(), st.sampled_from([0.0, 0.3, 1.0, None]))
 def test_gradients_are_the_same_to_the_last_bit(policy: QuantPolicy, rate: float | None) -> None:
     plain, again = prepared(False, policy, rate), prepared(True, policy, rate)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.fx
 import torchvision
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -77,7 +77,6 @@ class Program(nn.Module):
 PROGRAMS = st.lists(st.tuples(st.sampled_from(sorted(STEPS)), st.integers(0, 5)), max_size=7)
 
 
-@settings(max_examples=30)
 @given(PROGRAMS)
 def test_what_is_read_after_a_write_is_what_was_written(steps: list[tuple[str, int]]) -> None:
     model, x = Program(steps).eval(), torch.randn(2, 4)
@@ -95,7 +94,6 @@ def test_what_is_read_after_a_write_is_what_was_written(steps: list[tuple[str, i
 JOINS = {"add_": "add", "iadd": "add", "write a view": "sub", "write a transposed": "mul"}
 
 
-@settings(max_examples=30)
 @given(PROGRAMS, st.booleans())
 def test_sums_in_place_may_be_quantized_too(steps: list[tuple[str, int]], shared: bool) -> None:
     functions = {"cat", *(JOINS[name] for name, _ in steps if name in JOINS)}
@@ -112,7 +110,6 @@ def test_sums_in_place_may_be_quantized_too(steps: list[tuple[str, int]], shared
             torch.testing.assert_close(pege_fx.convert(gm.eval())(x), gm(x), rtol=0, atol=0)
 
 
-@settings(max_examples=30)
 @given(PROGRAMS)
 def test_codes_are_signed_where_a_write_may_have_been_negative(steps: list[tuple[str, int]]) -> None:
     model, x = Program(steps).eval(), torch.randn(8, 4)

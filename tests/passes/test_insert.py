@@ -87,7 +87,6 @@ def _bits(setting: object) -> str | None:
 
 
 @given(networks(), policies())
-@settings(max_examples=25)
 @pytest.mark.filterwarnings("ignore:nothing is quantized")
 def test_evaluation_deploys_copies_and_pickles_bit_for_bit(
     case: tuple[Network, tuple[Tensor, ...]], policy: QuantPolicy
@@ -107,7 +106,7 @@ def test_evaluation_deploys_copies_and_pickles_bit_for_bit(
 
 
 @given(networks(max_layers=4, dims=[2], inputs=[1]))
-@settings(max_examples=25, suppress_health_check=[HealthCheck.filter_too_much])
+@settings(suppress_health_check=[HealthCheck.filter_too_much])
 def test_at_p_1_it_is_plain_torch_on_values_of_the_grid(case: tuple[Network, tuple[Tensor, ...]]) -> None:
     """An independent reference: the original's own modules, with weights and inputs rounded by hooks."""
     network, inputs = case

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from torch import Tensor, nn
 
 import pege_fx
@@ -362,7 +362,6 @@ def test_a_module_known_by_two_names_answers_to_both() -> None:
 
 
 @given(networks())
-@settings(max_examples=15)
 def test_whatever_has_weights_has_a_first_and_a_last(case: Case) -> None:
     explained = pege_fx.explain(case.network, EVERYTHING, case.inputs)
     first, last = roles(case.network, *case.inputs) if any(op.weights for op in explained.operations) else ({""}, {""})

@@ -115,7 +115,7 @@ def test_instance_norms_on_a_batch_are_stored(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:nothing is quantized")
 @given(testing.networks(), testing.policies())
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_converted_network_is_stored(tmp_path: Path, case: testing.Case, policy: QuantPolicy) -> None:
     gm = pege_fx.prepare(case.network, policy, tuple(case.inputs)).eval()
     model = pege_fx.convert(gm)
@@ -342,7 +342,7 @@ def test_a_file_cut_short_is_broken(written: Path, keep: int) -> None:
 
 
 @given(st.data())
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=max(60, settings.default.max_examples))
 def test_a_flipped_bit_is_noticed(written: Path, data: st.DataObject) -> None:
     """Wherever it is, in a tensor or in the graph: a setting of an operation that changes is no other model."""
     whole = written.read_bytes()

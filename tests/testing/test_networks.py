@@ -306,7 +306,7 @@ def test_keyword_arguments_are_passed_on() -> None:
 
 
 @given(networks())
-@settings(max_examples=10)
+@settings(max_examples=settings.default.max_examples // 2)
 def test_nothing_is_changed(case: Case) -> None:
     network, (x, *_) = case
     state, before = copy.deepcopy(network.state_dict()), x.clone()
@@ -316,7 +316,7 @@ def test_nothing_is_changed(case: Case) -> None:
 
 
 @given(networks())
-@settings(max_examples=10)
+@settings(max_examples=settings.default.max_examples // 2)
 def test_gradients_are_those_of_autograd(case: Case) -> None:
     network, inputs = case
     found = Gradients(copy.deepcopy(network).eval())(*inputs)

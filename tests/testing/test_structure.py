@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from torch import nn
 from torch.fx import GraphModule, symbolic_trace
 
@@ -68,7 +68,6 @@ def test_a_removed_node_is_looked_past_in_either_graph() -> None:
 
 @pytest.mark.filterwarnings("ignore:nothing is quantized")
 @given(networks())
-@settings(max_examples=15)
 def test_prepare_puts_in_fake_quants_and_nothing_else(case: Case) -> None:
     """The law that the library was built around."""
     network, inputs = case
