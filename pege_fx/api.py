@@ -18,9 +18,11 @@ from pege_fx.errors import ModelError, PegeWarning, PolicyError
 from pege_fx.inspection.diff import PassTrace
 from pege_fx.inspection.summary import Explanation, bystanders
 from pege_fx.modules.fake_quant import fake_quants
+from pege_fx.modules.fixed_attributes import fix
 from pege_fx.modules.mode import ordinary_modes, trial
 from pege_fx.modules.stages import graph_of, refuse_shards
 from pege_fx.passes.capture.examples import fresh
+from pege_fx.passes.capture.fixed import fixed_attributes
 from pege_fx.passes.capture.tiers import Captured, capture, check_model, stays_python, warn_of
 from pege_fx.passes.capture.validate import validate, validate_conversion
 from pege_fx.passes.pipeline import Pass, Pipeline, run
@@ -222,6 +224,7 @@ def prepare(
             _EXAMPLES[gm] = example
         with trial(modules):
             observe(gm, [fresh(example)])
+    fix(gm, fixed_attributes(model, gm))
     return gm
 
 
@@ -290,6 +293,7 @@ def convert(
         run(reversed(inner), convert_passes(integer_bias=integer_bias, packed=packed))
         if deployed not in inner:  # it stays Python, and has what its graphs leave behind
             run([deployed], [graph_passes.drop_unused])
+    fix(deployed)
     deployed.meta["replacement"] = rates.get(behind, 1.0)
     given = example_inputs is not None or example_kwargs is not None
     example = _call(example_inputs, example_kwargs) if given else _EXAMPLES.get(gm)

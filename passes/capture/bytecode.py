@@ -25,6 +25,7 @@ class Names:
         written: attributes that are assigned.
         methods: what is read, with the attribute that it is read of, None for what may be anything; nothing of ``self``.
         variables: variables of the module around the code.
+        texts: constants that may be the name of an attribute, for ``getattr``.
         unheard: what no proxy hears of: patterns that are matched, global variables that are written.
     """
 
@@ -33,6 +34,7 @@ class Names:
     written: frozenset[str] = frozenset()
     methods: frozenset[tuple[str | None, str]] = frozenset()
     variables: frozenset[str] = frozenset()
+    texts: frozenset[str] = frozenset()
     unheard: frozenset[str] = frozenset()
 
     def __or__(self, other: "Names") -> "Names":
@@ -114,6 +116,8 @@ def names_of(code: types.CodeType, *, is_method: bool) -> Names:
                     found["values"].add(step.argval)
                 if itself is None or on != itself:
                     found["methods"].add((on[0] if isinstance(on, tuple) else None, step.argval))
+            elif step.opname == "LOAD_CONST" and isinstance(step.argval, str) and step.argval.isidentifier():
+                found["texts"].add(step.argval)
             elif step.opname == "STORE_ATTR":
                 found["written"].add(step.argval)
             elif step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):

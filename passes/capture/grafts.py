@@ -6,10 +6,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from pege_fx.modules.fixed_attributes import CapturedGraph
 from pege_fx.passes.capture.bytecode import Names
 
 
-class Grafted(GraphModule):
+class Grafted(CapturedGraph):
     """A graph inside a module that stays Python, with the plain attributes and the class that its parent's code may ask for.
 
     To ``isinstance`` it is both a GraphModule and what it stands for.
@@ -17,6 +18,7 @@ class Grafted(GraphModule):
 
     _stands_for: type[nn.Module] | None = None  # a block that was asked for is a graph and nothing else
     _read: frozenset[str] = frozenset()
+    _carried = (*CapturedGraph._carried, "_stands_for", "_read")
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -27,18 +29,6 @@ class Grafted(GraphModule):
         copied = super().__deepcopy__(memo)
         stand_for(self, copied, self._read)
         return copied
-
-    def __reduce__(self) -> Any:
-        function, args = super().__reduce__()
-        return _unpickled, (function, args, self._stands_for, self._read)
-
-
-def _unpickled(function: Any, args: Any, cls: type[nn.Module], read: frozenset[str]) -> GraphModule:
-    """Make a graph again from its pickle, as fx does, and let it stand for its module again."""
-    gm: GraphModule = function(*args)
-    type(gm).__bases__ = (Grafted,)  # the class that fx has made for this one graph
-    vars(gm).update(_stands_for=cls, _read=read)
-    return gm
 
 
 def read_from_outside(module: nn.Module) -> frozenset[str]:

@@ -25,6 +25,7 @@ from pege_fx.errors import InputError, ModelError, PegeWarning, PolicyError, clo
 from pege_fx.modules.batch_norm import only_normalizes
 from pege_fx.modules.calls import beside_forward, global_hooks, has_hooks, takes_other_arguments
 from pege_fx.modules.fake_quant import FakeQuant
+from pege_fx.modules.fixed_attributes import CapturedGraph
 from pege_fx.modules.mode import PYTHON_FORWARD, TRAINING_MODE, PythonForward, TrainingMode, evaluating, trial
 from pege_fx.modules.stages import check_stage, unwrapped
 from pege_fx.passes.capture.branches import MergeError, merge_branches
@@ -397,7 +398,7 @@ def _graph_module(root: nn.Module, graph: Graph, tracer: PegeTracer, prefix: str
         gm: GraphModule = Grafted(root, graph, class_name=type(root).__name__)
     else:  # the passes do not run it, and the runner compiles what they made of it
         with uncompiled():
-            gm = GraphModule(root, graph, class_name=type(root).__name__)
+            gm = CapturedGraph(root, graph, class_name=type(root).__name__)
     gm.meta["prefix"] = prefix
     for node in gm.graph.find_nodes(op="call_module"):
         only_normalizes(attribute_of(gm, node))
@@ -473,7 +474,7 @@ def _python_root(root: nn.Module, prefix: str) -> GraphModule:
             holder.register_buffer(name, part, persistent=name in persistent)
     assigned = root._buffers.keys() & parts & names_in_forward(root).written
     holder.add_module(PYTHON_FORWARD, PythonForward(root, assigned).train(root.training))
-    gm = (Grafted if prefix else GraphModule)(holder, graph, class_name=type(root).__name__)
+    gm = (Grafted if prefix else CapturedGraph)(holder, graph, class_name=type(root).__name__)
     gm.meta["prefix"] = prefix
     keep_load_hooks(root, gm)
     return gm
