@@ -15,7 +15,9 @@ checkpoints and results.json. A run that was stopped, or killed, goes on when th
 
 import argparse
 import contextlib
+import copy
 import csv
+import dataclasses
 import hashlib
 import io
 import json
@@ -50,6 +52,7 @@ except ImportError:
 import pege_fx
 from pege_fx import Constant, LogReplacement, PEGEScheduler, QuantPolicy
 
+ESTIMATORS = ("pege", "ste", "ewgs", "pege-relative", "pege-share")
 SIDE, PAD = 32, 4
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
@@ -65,6 +68,9 @@ INCIDENTAL |= {
     "together",
     "checkpoint_every",
     "evaluate_every",
+    "reestimate",
+    "oscillations",
+    "test_subset",
 }
 FLOAT_SETTINGS = ("seed", "model", "float_epochs", "float_lr", "batch_size", "subset", "amp")
 
@@ -126,7 +132,62 @@ class VGG16(nn.Sequential):
         super().__init__(*layers, nn.Flatten(), nn.Linear(before, classes))
 
 
-NETWORKS: dict[str, Callable[[int], nn.Module]] = {"resnet20": ResNet20, "vgg16": VGG16}
+class InvertedResidual(nn.Module):
+    """MobileNetV2's block: 1x1 to ``expansion`` times the channels, depthwise, 1x1 without activation."""
+
+    def __init__(self, before: int, after: int, stride: int, expansion: int, kernel: int) -> None:
+        super().__init__()
+        wide = expansion * before
+        layers: list[nn.Module] = []
+        if expansion > 1:
+            layers += [nn.Conv2d(before, wide, 1, bias=False), nn.BatchNorm2d(wide), nn.ReLU6()]
+        layers += [
+            nn.Conv2d(wide, wide, kernel, stride, kernel // 2, groups=wide, bias=False),
+            nn.BatchNorm2d(wide),
+            nn.ReLU6(),
+        ]
+        layers += [nn.Conv2d(wide, after, 1, bias=False), nn.BatchNorm2d(after)]
+        self.layers, self.adds = nn.Sequential(*layers), stride == 1 and before == after
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layers(x)
+        return x + y if self.adds else y
+
+
+class DepthwiseNet(nn.Sequential):
+    """A network of inverted residuals: after a convolution with stride 2 that takes 32x32 images to 16x16.
+
+    Args:
+        classes: of the last linear layer.
+        blocks: (expansion, channels, stride, kernel) of each.
+        stem, head: channels of the first convolution, and of the last.
+    """
+
+    def __init__(self, classes: int, blocks: list[tuple[int, int, int, int]], stem: int, head: int) -> None:
+        layers: list[nn.Module] = [nn.Conv2d(3, stem, 3, 2, 1, bias=False), nn.BatchNorm2d(stem), nn.ReLU6()]
+        before = stem
+        for expansion, channels, stride, kernel in blocks:
+            layers.append(InvertedResidual(before, channels, stride, expansion, kernel))
+            before = channels
+        layers += [nn.Conv2d(before, head, 1, bias=False), nn.BatchNorm2d(head), nn.ReLU6()]
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(head, classes))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out")
+
+
+# MobileNetV2's and EfficientNet-lite's shapes, for 32x32 images: (expansion, channels, stride, kernel).
+MOBILENET = [(1, 16, 1, 3), (4, 24, 2, 3), (4, 24, 1, 3), (4, 32, 2, 3), (4, 32, 1, 3), (4, 64, 1, 3), (4, 64, 1, 3)]
+MOBILENET_TINY = [(1, 8, 1, 3), (3, 16, 2, 3), (3, 16, 1, 3), (3, 24, 2, 3), (3, 24, 1, 3)]
+EFFICIENTNET_LITE = [(1, 16, 1, 3), (6, 24, 2, 3), (6, 24, 1, 3), (6, 40, 2, 5), (6, 40, 1, 5), (6, 80, 1, 3)]
+
+NETWORKS: dict[str, Callable[[int], nn.Module]] = {
+    "resnet20": ResNet20,
+    "vgg16": VGG16,
+    "mobilenetv2": lambda classes: DepthwiseNet(classes, MOBILENET, stem=16, head=256),
+    "mobilenetv2-tiny": lambda classes: DepthwiseNet(classes, MOBILENET_TINY, stem=8, head=64),
+    "efficientnet-lite": lambda classes: DepthwiseNet(classes, EFFICIENTNET_LITE, stem=16, head=320),
+}
 
 
 # --- the data ------------------------------------------------------------------------------------------------
@@ -226,7 +287,8 @@ def load_data(args: argparse.Namespace) -> dict[str, Any]:
     if args.subset is not None:
         for split in ("train", "test"):
             count = len(data[f"{split}_labels"])
-            chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0))[: args.subset]
+            size = args.subset if split == "train" or args.test_subset is None else args.test_subset
+            chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:size]
             data |= {f"{split}_{what}": data[f"{split}_{what}"][chosen] for what in ("images", "labels")}
     if (count := len(data["train_labels"])) < args.batch_size:
         raise UserError(f"{count} training images are less than a batch of {args.batch_size}: lower --batch-size.")
@@ -321,14 +383,79 @@ def schedule(args: argparse.Namespace, total: int) -> dict[str, Any]:
     return {
         "total_steps": total,
         "replacement": replacement(args, total),
-        "weight_lambda": strength(*args.weight_lambda),
+        "weight_lambda": late(args, total, *args.weight_lambda) if args.lambda_start else strength(*args.weight_lambda),
         "activation_lambda": strength(*args.activation_lambda),
         "refresh": args.refresh,
     }
 
 
+def late(args: argparse.Namespace, total: int, first: float, last: float) -> pege_fx.Curve:
+    """From ``first`` to ``last`` by --lambda-curve, but 0 before --lambda-start."""
+    start = (args.lambda_start or 0.0) * total
+    curve = Constant(first) if first == last else SHAPES[args.lambda_curve](first, last, max(total - start, 1))
+    return pege_fx.Delayed(curve, start)
+
+
 def policy_of(args: argparse.Namespace) -> QuantPolicy:
-    return QuantPolicy.parse(args.bits, first=None, last=None, method=args.method, estimator=args.estimator)
+    policy = QuantPolicy.parse(args.bits, first=None, last=None, method=args.method, estimator=args.estimator)
+    if args.weight_estimator is None:
+        return policy
+    rules = [
+        rule if rule.weight is None else dataclasses.replace(rule, weight=with_estimator(rule.weight, args.weight_estimator))
+        for rule in policy.rules
+    ]
+    return QuantPolicy(tuple(rules))
+
+
+def with_estimator(spec: Any, estimator: str) -> Any:
+    return dataclasses.replace(spec, estimator=estimator) if isinstance(spec, pege_fx.QuantSpec) else spec
+
+
+class Companions:
+    """What acts on the weights beside the estimator, as far as it was asked for: dampening, freezing, pull."""
+
+    def __init__(self, gm: Any, args: argparse.Namespace, total: int, device: torch.device) -> None:
+        self.gm, self.t = gm, 0
+        self.dampening = pege_fx.Cosine(*args.dampen, total) if args.dampen else None
+        self.factor = torch.zeros((), device=device)  # a tensor, so that a CUDA graph reads it
+        self.freezing = pege_fx.WeightFreezing(gm, pege_fx.Cosine(*args.freeze, total)) if args.freeze else None
+        self.pull = pege_fx.DecoupledLambda(gm, late(args, total, *args.pull)) if args.pull else None
+
+    def loss(self) -> Tensor | float:
+        return 0.0 if self.dampening is None else self.factor * pege_fx.dampening_loss(self.gm)
+
+    def before_step(self) -> None:
+        if self.dampening is not None:
+            self.factor.fill_(self.dampening(self.t))
+
+    def after_step(self) -> None:
+        self.t += 1
+        for part in (self.freezing, self.pull):
+            if part is not None:
+                part.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        parts = {"freezing": self.freezing, "pull": self.pull}
+        return {"t": self.t} | {name: part.state_dict() for name, part in parts.items() if part is not None}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.t = state["t"]
+        for name in ("freezing", "pull"):
+            if name in state:
+                getattr(self, name).load_state_dict(state[name])
+
+
+def oscillation(gm: Any, telemetry: pege_fx.Telemetry) -> dict[str, float]:
+    """Share of weights that came back to their code in the last epoch: of all, and of depthwise convolutions."""
+    last = max(row["step"] for row in telemetry.history)
+    shares = {row["site"]: row["oscillating"] for row in telemetry.history if row["step"] == last}
+    sizes = {name: gm.get_parameter(name.removesuffix("_fq")).shape for name, share in shares.items() if share is not None}
+    found = {}
+    for name, sites in (("oscillating", list(sizes)), ("depthwise_oscillating", [n for n in sizes if sizes[n][1:2] == (1,)])):
+        count = sum(sizes[site].numel() for site in sites)
+        if count:
+            found[name] = sum(shares[site] * sizes[site].numel() for site in sites) / count
+    return found
 
 
 def progress_bar() -> Progress:
@@ -460,8 +587,9 @@ class Run:
         groups = pege_fx.parameter_groups(gm, args.lr, args.quantizer_lr, weight_decay=1e-4)
         adam = torch.optim.Adam(groups, fused=True, capturable=args.cuda_graphs)
         scheduler = PEGEScheduler(gm, **schedule(args, args.epochs * self.steps))
+        companions = Companions(gm, args, args.epochs * self.steps, self.device)
         teacher = model.eval() if args.distill else None
-        return gm, self.fit("qat", gm, adam, args.epochs, scheduler, teacher)
+        return gm, self.fit("qat", gm, adam, args.epochs, scheduler, companions, teacher)
 
     def fit(
         self,
@@ -470,6 +598,7 @@ class Run:
         optimizer: Any,
         epochs: int,
         scheduler: PEGEScheduler | None = None,
+        companions: Companions | None = None,
         teacher: nn.Module | None = None,
     ) -> dict[str, Any]:
         """Train, from the checkpoint of this phase if there is one; return the last checkpoint."""
@@ -482,6 +611,8 @@ class Run:
         state: dict[str, Any] = {"epoch": 0, "history": [], "seconds": 0.0}
         if path.exists():
             state = self.resume(path, model, optimizer, generator, scheduler)
+            if companions is not None and "companions" in state:
+                companions.load_state_dict(state["companions"])
         compiled, load_batch, totals = self.compiled(model), self.compiled(self.train), torch.zeros(2, device=self.device)
 
         def loss_of(network: nn.Module, draw: Tensor) -> tuple[Tensor, Tensor]:
@@ -495,6 +626,8 @@ class Run:
                 student, wanted = (F.log_softmax(values.float() / 4, 1) for values in (logits, taught))
                 soft = 16 * F.kl_div(student, wanted, reduction="batchmean", log_target=True)
                 loss = (1 - args.distill) * loss + args.distill * soft
+            if companions is not None:
+                loss = loss + companions.loss()
             return loss, (logits.argmax(1) == labels).sum()
 
         def train_step(draw: Tensor) -> None:
@@ -529,11 +662,24 @@ class Run:
                 with PREPARING:
                     found = pege_fx.update_ewgs(model, lambda batch: loss_of(model, batch)[0], batches, draws=args.ewgs_draws)
                 row["mean_delta"] = mean(found.values())
+            watched = companions is not None and args.oscillations and epoch == epochs
+            telemetry = pege_fx.Telemetry(model, max(self.steps - 1, 1), oscillations=True) if watched else None
             for number in range(self.steps):
+                if companions is not None:
+                    companions.before_step()
                 step(draw[number * size : (number + 1) * size])
+                if companions is not None:
+                    companions.after_step()
+                if telemetry is not None:
+                    telemetry.step()
                 if scheduler is not None:
                     scheduler.step()
                 display.step()
+            if telemetry is not None:
+                telemetry.close()
+                row |= oscillation(model, telemetry)
+            if companions is not None and companions.freezing is not None:
+                row["frozen"] = companions.freezing.frozen
             row["loss"], right = (totals / self.steps).tolist()
             if not math.isfinite(row["loss"]) and scheduler is not None:
                 pege_fx.Guard(model).check(totals[0], self.train(draw[-size:])[0])
@@ -543,6 +689,8 @@ class Run:
             self.stopped = time.perf_counter() > args.deadline
             if epoch % args.evaluate_every == 0 or epoch == epochs or self.stopped:
                 row["test_accuracy"] = self.evaluate(model, predict)
+            if epoch == epochs and args.reestimate and scheduler is not None:
+                row["reestimated"] = self.reestimated(model, draw)
             row["seconds"] = time.perf_counter() - started
             row["rate"] = self.steps * size / row["seconds"]
             state = {
@@ -554,6 +702,7 @@ class Run:
             }
             if epoch % args.checkpoint_every == 0 or epoch == epochs or self.stopped:
                 state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "generator": generator.get_state()}
+                state["companions"] = None if companions is None else companions.state_dict()
                 save(state | {"scheduler": None if scheduler is None else scheduler.state_dict()}, path)
                 self.write_history(phase, state["history"])
             if args.tensorboard:
@@ -609,6 +758,13 @@ class Run:
             right += (predict(draw[start : start + size]).argmax(1)[: len(wanted)] == wanted).sum()
         return 100 * right.item() / len(labels)
 
+    def reestimated(self, gm: Any, draw: Tensor) -> float:
+        """The test accuracy of a copy whose BatchNorm statistics are those of --reestimate batches."""
+        copied, size = copy.deepcopy(gm), self.args.batch_size
+        rows = draw[: self.args.reestimate * size].split(size)
+        pege_fx.reestimate_batch_norm(copied, [self.train(row)[0] for row in rows if len(row) == size])
+        return self.evaluate(copied, lambda draw: copied(self.test(draw)[0]))
+
     def match(self, gm: Any) -> dict[str, Any]:
         """Show what was quantized, and hold the converted model against the trained one, both in float32."""
         deployed = pege_fx.convert(gm)
@@ -638,8 +794,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--output", default="runs/cifar10", help="folder of results and checkpoints")
     add("--subset", type=int, help="use this many training images, and at most as many test images")
+    add("--test-subset", type=int, help="test images, with --subset; default: as many as --subset")
     add("--model", default="resnet20", choices=tuple(NETWORKS))
-    add("--estimator", default="pege", choices=("pege", "ste", "ewgs", "pege-relative"))
+    add("--estimator", default="pege", choices=ESTIMATORS)
+    add("--weight-estimator", choices=ESTIMATORS, help="of weights; default: --estimator")
     add("--method", default="lsq", choices=("lsq", "pact", "dorefa", "interval", "minmax"))
     add("--bits", default="W2A2")
     add("--epochs", type=int, default=400, help="of quantization-aware training; 0: the float model alone")
@@ -657,6 +815,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--weight-lambda", type=float, nargs=2, default=[1e-8, 1e-6], metavar=("A", "B"), help="λ grows from A to B")
     add("--activation-lambda", type=float, nargs=2, default=[1e-9, 1e-8], metavar=("A", "B"))
     add("--lambda-curve", default="exponential", choices=tuple(SHAPES))
+    add("--lambda-start", type=float, metavar="PART", help="of the training, before which λ of weights is 0")
+    add("--pull", type=float, nargs=2, metavar=("A", "B"), help="λ of weights as a share of the update, from A to B")
+    add("--dampen", type=float, nargs=2, metavar=("A", "B"), help="oscillation dampening, from A to B along a cosine")
+    add("--freeze", type=float, nargs=2, metavar=("A", "B"), help="threshold of freezing, from A to B along a cosine")
+    add("--reestimate", type=int, default=0, metavar="BATCHES", help="also measure with BatchNorm re-estimated on so many")
+    add("--oscillations", action="store_true", help="count weights that oscillate in the last epoch")
     add("--distill", type=float, default=0.0, metavar="SHARE", help="of the loss: to be like the float model, 0 to 1")
     add("--ewgs-every", type=int, default=10, help="epochs from one estimate of EWGS' δ to the next")
     add("--ewgs-draws", type=int, default=10, help="Hutchinson's random vectors for each of its 3 batches")

@@ -27,6 +27,13 @@ from typing import Any
 
 OWN = ("name", "group", "title")
 SHARED = ("model", "float_epochs", "float_lr", "batch_size", "subset")  # what a float model depends on
+MEASURED = ("reestimated", "oscillating", "depthwise_oscillating", "frozen")  # at the end, where it was asked for
+HEADINGS = {
+    "reestimated": "BatchNorm re-estimated, %",
+    "oscillating": "oscillating weights, %",
+    "depthwise_oscillating": "depthwise, %",
+    "frozen": "frozen, %",
+}
 FULL_EPOCHS = 400
 spec = importlib.util.spec_from_file_location("cifar10_example", Path(__file__).with_name("cifar10.py"))
 assert spec is not None
@@ -131,7 +138,7 @@ def float_folder(run: dict[str, Any], args: argparse.Namespace) -> Path:
 
 def float_models(run: dict[str, Any], some: list[int], args: argparse.Namespace) -> list[dict[str, Any]]:
     """Train the float models of some seeds, as far as they are not there yet; return their results."""
-    shared = {name: value for name, value in options(run).items() if name in SHARED}
+    shared = {name: value for name, value in options(run).items() if name in (*SHARED, "test_subset", "evaluate_every")}
     return train(args, some, float_folder(run, args), [*words(shared), "--epochs", "0"])
 
 
@@ -172,6 +179,7 @@ def execute(run: dict[str, Any], some: list[int], args: argparse.Namespace) -> N
         rows = [row for row in result["qat"]["history"] if "test_accuracy" in row]
         kept |= {"versions": result["versions"], "curve": [row["test_accuracy"] for row in rows]}
         kept |= {"epochs": [row["epoch"] for row in rows]}
+        kept |= {name: rows[-1][name] for name in MEASURED if name in rows[-1]}
         cifar10.save(kept, target(seed))
 
 
@@ -227,6 +235,40 @@ def significance(one: dict[int, float], other: dict[int, float]) -> str:
     return f"{mean(differences):+.2f} [{interval.low:+.2f}, {interval.high:+.2f}], p = {test.pvalue:.3f}: {verdict}"
 
 
+def smallest_difference(deviation: float, count: int) -> float:
+    """The difference that a paired t-test at the 5 % level finds in four of five cases.
+
+    Args:
+        deviation: of the paired differences.
+        count: of seeds, at least 2.
+    """
+    from scipy import stats
+
+    return float((stats.t.ppf(0.975, count - 1) + stats.t.ppf(0.8, count - 1)) * deviation / math.sqrt(count))
+
+
+def seeds_for(deviation: float, difference: float) -> int:
+    """The number of seeds with which a difference is found in four of five cases; at least 2."""
+    return next(count for count in range(2, 10_000) if smallest_difference(deviation, count) <= difference or count == 9_999)
+
+
+def power(accuracies: list[dict[int, float]]) -> str:
+    """What the design can see, from the spread of the paired differences to the first run, pooled over the others."""
+    base, *others = accuracies
+    paired = [[one[seed] - base[seed] for seed in set(one) & set(base)] for one in others]
+    paired = [differences for differences in paired if len(differences) > 1]
+    if not paired or not any(map(stdev, paired)):
+        return ""
+    deviation = math.sqrt(mean(stdev(differences) ** 2 for differences in paired))
+    count = round(mean(map(len, paired)))
+    least = smallest_difference(deviation, count)
+    return (
+        f"Paired differences have a standard deviation of {deviation:.2f} points. With {count} seeds a difference of "
+        f"{least:.1f} points is found in four of five cases (two-sided, 5 %); one point takes "
+        f"{seeds_for(deviation, 1.0)} seeds, half a point {seeds_for(deviation, 0.5)}."
+    )
+
+
 def spread(values: list[float]) -> str:
     return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
 
@@ -252,6 +294,16 @@ def plot(path: Path, found: dict[str, list[dict[str, Any]]]) -> None:
     pyplot.close(figure)
 
 
+def measured(kept: list[dict[str, Any]], first: list[dict[str, Any]], names: list[str]) -> Iterator[str]:
+    """The cells of what was measured at the end, beside the accuracy: shares in percent."""
+    for name in names:
+        values = [one[name] if name == "reestimated" else 100 * one[name] for one in kept if name in one]
+        yield spread(values) if values else ""
+    if "reestimated" in names:
+        one, other = ({run["seed"]: run["reestimated"] for run in runs if "reestimated" in run} for runs in (kept, first))
+        yield "" if kept is first else significance(one, other)
+
+
 def group_section(group: str, runs: list[dict[str, Any]], args: argparse.Namespace) -> Iterator[str]:
     found = {run["name"]: [kept for seed in seeds(run) if (kept := stored(args.results, run, seed))] for run in runs}
     done = [run for run in runs if found[run["name"]]]
@@ -261,16 +313,22 @@ def group_section(group: str, runs: list[dict[str, Any]], args: argparse.Namespa
         return
     first, *_ = done
     base = {kept["seed"]: kept["accuracy"] for kept in found[first["name"]]}
-    yield f"| run | accuracy after the last epoch, % | seeds | best epoch, % | less {first.get('title', first['name'])} |"
-    yield "|---|---|---|---|---|"
+    title = first.get("title", first["name"])
+    more = [name for name in MEASURED if any(name in kept for run in done for kept in found[run["name"]])]
+    head = [HEADINGS[name] for name in more] + ([f"re-estimated, less {title}"] if "reestimated" in more else [])
+    yield f"| {' | '.join(['run', 'accuracy after the last epoch, %', 'seeds', 'best epoch, %', f'less {title}', *head])} |"
+    yield f"|{'---|' * (5 + len(head))}"
     floats = {kept["seed"]: kept["float"] for run in done for kept in found[run["name"]]}
-    yield f"| float | {spread(list(floats.values()))} | {len(floats)} | | |"
+    yield f"| float | {spread(list(floats.values()))} | {len(floats)} | | |{' |' * len(head)}"
     for run in done:
         kept = found[run["name"]]
         accuracy = {one["seed"]: one["accuracy"] for one in kept}
         against = "" if run is first else significance(accuracy, base)
         best = spread([one["best"] for one in kept])
-        yield f"| {run.get('title', run['name'])} | {spread(list(accuracy.values()))} | {len(kept)} | {best} | {against} |"
+        cells = [run.get("title", run["name"]), spread(list(accuracy.values())), str(len(kept)), best, against]
+        yield f"| {' | '.join([*cells, *measured(kept, found[first['name']], more)])} |"
+    if text := power([{one["seed"]: one["accuracy"] for one in found[run["name"]]} for run in done]):
+        yield f"\n{text}"
     epochs = {run.get("epochs", FULL_EPOCHS) for run in done}
     subset = {run.get("subset") for run in done} - {None}
     some = found[first["name"]][0]

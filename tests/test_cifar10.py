@@ -133,6 +133,39 @@ def test_seeds_train_together_as_they_do_alone_and_are_evaluated_and_kept_when_a
         assert other["qat"]["last"] == one["qat"]["last"]
 
 
+@pytest.mark.parametrize(("name", "depthwise"), [("mobilenetv2", 7), ("mobilenetv2-tiny", 5), ("efficientnet-lite", 6)])
+def test_networks_with_depthwise_convolutions_are_quantized_but_for_their_ends(name: str, depthwise: int) -> None:
+    network = cifar10.NETWORKS[name](10)
+    gm = pege_fx.prepare(network, cifar10.policy_of(cifar10.parse(["--model", name])), (torch.randn(2, 3, 32, 32),))
+    weights = {path for path, site in pege_fx.fake_quants(gm).items() if site.site.kind == "weight"}
+    convs = [path for path, module in network.named_modules() if isinstance(module, torch.nn.Conv2d)]
+    assert weights == {f"{path}.weight_fq" for path in convs[1:]}
+    grouped = [path for path in convs if network.get_submodule(path).groups > 1]
+    assert len(grouped) == depthwise
+    assert network(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+
+
+COMPANIONS = "--model mobilenetv2-tiny --bits W3A3 --weight-estimator pege-share --weight-lambda 0 0.1 --lambda-curve cosine"
+COMPANIONS += " --lambda-start 0.5 --dampen 0 0.1 --freeze 0.01 0.001 --pull 0 0.3 --reestimate 2 --oscillations --epochs 3"
+
+
+def test_companions_act_are_measured_and_go_on_where_they_were(
+    go: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (whole,) = go(*COMPANIONS.split(), output="whole")
+    rows = whole["qat"]["history"]
+    assert [row["weight_lambda"] for row in rows[:2]] == [0.0, pytest.approx(0.0125, abs=0.0126)]
+    assert 0 <= rows[-1]["oscillating"] <= 1
+    assert {"reestimated", "depthwise_oscillating", "frozen"} <= rows[-1].keys()
+    (plain,) = go(*COMPANIONS.replace("--dampen 0 0.1", "").split(), output="plain")
+    assert plain["qat"]["history"][-1]["loss"] != rows[-1]["loss"]
+    go(*COMPANIONS.split(), "--time-limit", "0", output="again")  # stops after the float epoch
+    go(*COMPANIONS.split(), "--time-limit", "0", output="again")  # after the first quantized one
+    assert json.loads((tmp_path / "again/seed0/results.json").read_text())["finished"] is False
+    go(*COMPANIONS.split(), output="again")
+    assert_same_run(tmp_path / "whole", tmp_path / "again")
+
+
 def test_vgg_has_twelve_quantized_convolutions() -> None:
     vgg = cifar10.VGG16(10)
     assert sum(p.numel() for p in vgg.parameters()) == 14_724_042

@@ -202,3 +202,38 @@ def test_every_option_of_the_committed_table_is_one_of_the_example() -> None:
         args = experiments.cifar10.parse(list(experiments.words(experiments.options(run))))
         experiments.cifar10.policy_of(args)
         experiments.cifar10.schedule(args, 100)
+
+
+def test_the_smallest_difference_is_found_in_four_of_five_cases() -> None:
+    """Simulated: paired t-tests on normal differences with that mean."""
+    from scipy import stats
+
+    deviation, count = 0.8, 6
+    least = experiments.smallest_difference(deviation, count)
+    drawn = stats.norm.rvs(least, deviation, size=(4000, count), random_state=0)
+    found = (stats.ttest_1samp(drawn, 0, axis=1).pvalue < 0.05).mean()
+    assert 0.77 < found < 0.83
+    needed = experiments.seeds_for(deviation, least)
+    assert needed == count
+    assert experiments.smallest_difference(deviation, needed - 1) > least
+
+
+def test_a_page_says_what_its_design_can_see_and_what_was_measured_at_the_end(words: list[str], tmp_path: Path) -> None:
+    more = 'reestimate = 1\noscillations = true\nmodel = "mobilenetv2-tiny"\nbits = "W3A3"\n'
+    (tmp_path / "table.toml").write_text(TABLE.replace("batch_size", f"{more}batch_size"))
+    experiments.main(words)
+    page = (tmp_path / "docs/results.md").read_text()
+    kept = {
+        name: [json.loads((tmp_path / f"results/{name}-seed{seed}.json").read_text()) for seed in (0, 1)]
+        for name in ("ste", "pege")
+    }
+    heads = "| BatchNorm re-estimated, % | oscillating weights, % | depthwise, % | re-estimated, less STE |"
+    assert f"less STE {heads}" in page
+    assert all({"reestimated", "oscillating"} <= one.keys() for runs in kept.values() for one in runs)
+    differences = [one["accuracy"] - two["accuracy"] for one, two in zip(kept["pege"], kept["ste"], strict=True)]
+    text = experiments.power([{0: 0.0, 1: 0.0}, dict(enumerate(differences))])
+    assert text == "" or text in page
+    assert experiments.power([{0: 50.0, 1: 51.0}, {0: 50.4, 1: 51.8}]).startswith(
+        "Paired differences have a standard deviation of 0.28 points. With 2 seeds a difference of "
+    )
+    assert experiments.power([{0: 50.0}, {0: 50.4}]) == ""
