@@ -4,6 +4,7 @@ r"""Run a table of experiments with examples/cifar10.py, and write what they fou
     python examples/experiments.py examples/experiments.toml --report-only          # the page again, from the stored runs
     python examples/experiments.py examples/experiments.toml --profile cpu --data-dir cifar10-jpeg.tar.xz    # small
     python examples/experiments.py examples/experiments.toml --data-dir cifar10-jpeg.tar.xz --jobs 1         # on a GPU
+    python examples/experiments.py examples/experiments.toml --queue all          # what to run next, and what is left
 
 The table is TOML: ``[defaults]`` and each ``[[run]]`` hold options of cifar10.py by their names; a run also has a ``name``, and
 a ``group``: the runs of a group make one table, and each is compared with the group's first. Every finished run is stored as
@@ -216,6 +217,32 @@ def execute_in_turn(runs: list[dict[str, Any]], todo: dict[str, list[int]], args
                 yield
 
 
+# --- the queue -----------------------------------------------------------------------------------------------
+
+
+def queue(path: Path, results: Path) -> Iterator[dict[str, Any]]:
+    """Yield the table's ``[[queue]]`` in its order: profile, question, runs in all and left, seconds left if they are known."""
+    for entry in tomllib.loads(path.read_text()).get("queue", []):
+        runs, folder = read_table(path, entry["profile"]), results / entry["profile"]
+        known = [[stored(folder, run, seed) for seed in seeds(run)] for run in runs]
+        made = [one for some in known for one in some if one is not None]
+        left = sum(one is None for some in known for one in some)
+        seconds = left * mean(one["seconds"] for one in made) if made else None
+        yield entry | {"runs": left + len(made), "left": left, "seconds": seconds}
+
+
+def print_queue(path: Path, results: Path, names_alone: bool) -> None:
+    """Print what is left, what matters most first; or the names of its profiles alone, for scripts."""
+    for number, entry in enumerate(queue(path, results), 1):
+        if names_alone:
+            if entry["left"]:
+                print(entry["profile"])
+            continue
+        time_left = "" if entry["seconds"] is None else f", about {entry['seconds'] / 60:.0f} minutes"
+        state = f"{entry['left']} of {entry['runs']} runs left{time_left}" if entry["left"] else "done"
+        print(f"{number}. {entry['profile']}: {state}. {entry['question']}")
+
+
 # --- the page ------------------------------------------------------------------------------------------------
 
 
@@ -382,6 +409,11 @@ def main(argv: list[str] | None = None) -> None:
     add("--time-limit", type=float, default=math.inf, metavar="SECONDS", help="stop then; the same command goes on")
     add("--report", type=Path, help="the page; default: docs/results.md, of a profile docs/results-NAME.md")
     add("--report-only", action="store_true")
+    add(
+        "--queue",
+        choices=("all", "names"),
+        help="print the table's queue of profiles and what is left of it; names: for scripts",
+    )
     args, args.rest = parser.parse_known_args(argv)
     if args.jobs is not None and args.jobs < 1:
         parser.error("--jobs must be at least 1")
@@ -390,6 +422,8 @@ def main(argv: list[str] | None = None) -> None:
         args.work, args.results = args.work / args.profile, args.results / args.profile
     args.deadline = time.time() + args.time_limit
     try:
+        if args.queue:
+            return print_queue(args.table, args.results, args.queue == "names")
         runs = read_table(args.table, args.profile)
         todo = {run["name"]: [seed for seed in seeds(run) if stored(args.results, run, seed) is None] for run in runs}
         left = [run for run in runs if todo[run["name"]] and not args.report_only]

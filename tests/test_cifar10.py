@@ -166,6 +166,26 @@ def test_companions_act_are_measured_and_go_on_where_they_were(
     assert_same_run(tmp_path / "whole", tmp_path / "again")
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_all_seeds_are_compiled_once_and_compute_what_they_do_alone() -> None:
+    compiled: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    x = torch.randn(4, 3, 8, 8)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Conv2d(4, 4, 3))
+        gm = cifar10.compiled_once(pege_fx.prepare(network, "W3A3", (x,), seed=seed))
+        pege_fx.PEGEScheduler(gm, 10, pege_fx.Constant(0.5))
+        call = torch.compile(gm, fullgraph=True, dynamic=False, backend=backend)
+        with pege_fx.kernels.eager_kernels():
+            torch.testing.assert_close(call(x), gm(x))
+    assert len(compiled) == 1
+
+
 def test_vgg_has_twelve_quantized_convolutions() -> None:
     vgg = cifar10.VGG16(10)
     assert sum(p.numel() for p in vgg.parameters()) == 14_724_042

@@ -237,3 +237,48 @@ def test_a_page_says_what_its_design_can_see_and_what_was_measured_at_the_end(wo
         "Paired differences have a standard deviation of 0.28 points. With 2 seeds a difference of "
     )
     assert experiments.power([{0: 50.0}, {0: 50.4}]) == ""
+
+
+QUEUE = """
+[[queue]]
+profile = "tiny"
+question = "Which?"
+
+[[queue]]
+profile = "none"
+question = "And then?"
+
+[profiles.none]
+only = ["ste"]
+"""
+
+
+def test_the_queue_says_what_is_left(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "table.toml").write_text(TABLE + QUEUE + AGAIN)
+    asked = [words[0], "--results", str(tmp_path / "results"), "--queue"]
+    experiments.main([*asked, "all"])
+    assert capsys.readouterr().out == "1. tiny: 2 of 2 runs left. Which?\n2. none: 2 of 2 runs left. And then?\n"
+    folder = tmp_path / "results" / "tiny"
+    folder.mkdir(parents=True)
+    for run in experiments.read_table(tmp_path / "table.toml", "tiny"):
+        kept = {"options": experiments.options(run), "seed": 0, "seconds": 90.0}
+        (folder / f"{run['name']}-seed0.json").write_text(json.dumps(kept))
+        experiments.main([*asked, "all"])
+    assert capsys.readouterr().out.splitlines() == [
+        "1. tiny: 1 of 2 runs left, about 2 minutes. Which?",
+        "2. none: 2 of 2 runs left. And then?",
+        "1. tiny: done. Which?",
+        "2. none: 2 of 2 runs left. And then?",
+    ]
+    experiments.main([*asked, "names"])
+    assert capsys.readouterr().out == "none\n"
+
+
+def test_the_queue_of_this_repository_is_one_of_its_profiles() -> None:
+    table = FILE.with_name("experiments.toml")
+    entries = list(experiments.queue(table, Path("nowhere")))
+    assert [entry["profile"] for entry in entries][:2] == ["resnet20-400", "mobilenetv2-w3a3"]
+    assert all(entry["left"] == entry["runs"] > 0 for entry in entries)
+    for entry in entries:  # every run's options are some that cifar10.py takes
+        for run in experiments.read_table(table, entry["profile"]):
+            experiments.cifar10.parse([*experiments.words(experiments.options(run))])
