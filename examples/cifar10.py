@@ -416,13 +416,13 @@ class Companions:
 
     def __init__(self, gm: Any, args: argparse.Namespace, total: int, device: torch.device) -> None:
         self.gm, self.t = gm, 0
-        self.dampening = pege_fx.Cosine(*args.dampen, total) if args.dampen else None
+        self.dampening = pege_fx.Delayed(pege_fx.Cosine(*args.dampen, 0.75 * total), 0.25 * total) if args.dampen else None
         self.factor = torch.zeros((), device=device)  # a tensor, so that a CUDA graph reads it
         self.freezing = pege_fx.WeightFreezing(gm, pege_fx.Cosine(*args.freeze, total)) if args.freeze else None
         self.pull = pege_fx.DecoupledLambda(gm, late(args, total, *args.pull)) if args.pull else None
 
     def loss(self) -> Tensor | float:
-        return 0.0 if self.dampening is None else self.factor * pege_fx.dampening_loss(self.gm)
+        return 0.0 if self.dampening is None else self.factor * pege_fx.dampening_loss(self.gm, "kernel_mean")
 
     def before_step(self) -> None:
         if self.dampening is not None:
@@ -827,7 +827,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--lambda-curve", default="exponential", choices=tuple(SHAPES))
     add("--lambda-start", type=float, metavar="PART", help="of the training, before which λ of weights is 0")
     add("--pull", type=float, nargs=2, metavar=("A", "B"), help="λ of weights as a share of the update, from A to B")
-    add("--dampen", type=float, nargs=2, metavar=("A", "B"), help="oscillation dampening, from A to B along a cosine")
+    add("--dampen", type=float, nargs=2, metavar=("A", "B"), help="oscillation dampening, along a cosine after a quarter")
     add("--freeze", type=float, nargs=2, metavar=("A", "B"), help="threshold of freezing, from A to B along a cosine")
     add("--reestimate", type=int, default=0, metavar="BATCHES", help="also measure with BatchNorm re-estimated on so many")
     add("--oscillations", action="store_true", help="count weights that oscillate in the last epoch")

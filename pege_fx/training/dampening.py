@@ -1,7 +1,7 @@
 """Pulling weights to the middle of their code: by a term of the loss (dampening), or beside the optimizer (decoupled λ)."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,25 +12,31 @@ from pege_fx.modules.stages import check_stage, refuse_shards
 from pege_fx.training.quantized_weights import QuantizedWeight, quantized_weights
 
 
-def dampening_loss(gm: nn.Module) -> Tensor:
+def dampening_loss(gm: nn.Module, reduction: Literal["sum", "kernel_mean"] = "sum") -> Tensor:
     """Return the oscillation dampening loss of all quantized weights, 0-d, differentiable in the weights.
 
     Nagel et al., "Overcoming Oscillations in Quantization-Aware Training" (ICML 2022), eq. 7: the sum over weights of
 
         || w_q - clip(w, lowest value of the grid, highest) ||^2,    w_q held constant
 
-    Add it to the loss with a factor that grows: the authors' goes from 0 to 0.1 along a cosine,
-    ``loss + Cosine(0, 0.1, steps)(step) * dampening_loss(gm)``. Where no weight is clipped, half of its gradient is PEGE's
-    term with λ = 1 at p = 1. It has no gradient for clipped weights and for scales.
+    Add it to the loss with a factor that grows along a cosine, ``loss + Cosine(0, end, steps)(step) * dampening_loss(gm)``.
+    The authors' code takes the mean over what one output channel reads instead (``"kernel_mean"``), a factor from 0 to 0.1,
+    and begins after a quarter of the training.
+
+    Where no weight is clipped, half of its gradient is PEGE's term with λ = 1 at p = 1. It has no gradient for clipped
+    weights and for scales.
 
     w is what the discretizer sees, in float32 at least: with one scale per channel the weight itself, with one per tensor the
     weight times its BatchNorm's factor. A forward method's own transform (DoReFa's tanh) is ordinary autograd.
 
     Args:
         gm: a prepared model.
+        reduction: "sum" over all elements, as in the paper; or "kernel_mean": the sum over the first dimension of a weight,
+            the mean over the others.
 
     Raises:
         ModelError: if the model has no quantized weight that is a parameter.
+        ScheduleError: for another reduction.
 
     >>> import pege_fx
     >>> gm = pege_fx.prepare(nn.Sequential(nn.Linear(4, 4)), "W4A4", torch.randn(2, 4))
@@ -38,12 +44,15 @@ def dampening_loss(gm: nn.Module) -> Tensor:
     True
     """
     check_stage(gm, "prepared")
+    if reduction not in ("sum", "kernel_mean"):
+        raise ScheduleError(f'reduction={reduction!r}: give "sum" or "kernel_mean".')
     terms = []
     for weight in _calibrated(gm):
         low, high = weight.ends()
         x = weight.continuous().to(low.dtype)
         clipped = torch.minimum(torch.maximum(x, low), high)
-        terms.append((weight.discretized() - torch.where(x == clipped, x, clipped.detach())).square().sum())
+        squares = (weight.discretized() - torch.where(x == clipped, x, clipped.detach())).square()
+        terms.append(squares.sum() if reduction == "sum" else squares.sum(0).mean())
     return torch.stack(terms).sum()
 
 

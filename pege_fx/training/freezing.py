@@ -28,7 +28,7 @@ class WeightFreezing:
         gm: a prepared and calibrated model.
         threshold: of f, above 0: a number, or a curve over the steps. The paper lets it fall along a cosine:
             ``Cosine(0.1, 0.01, steps)`` for 4 bits, to 0.011 for 3.
-        momentum: m.
+        momentum: m; below the threshold, or the first oscillation freezes. The authors' command for ImageNet has 0.001.
         max_bits: weights of more bits are left alone; the authors' 4.
 
     Raises:

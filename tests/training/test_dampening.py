@@ -61,6 +61,11 @@ def test_the_loss_is_the_papers(granularity: Any) -> None:
     weights = [gm.get_parameter(f"{name}.weight") for name in ("0", "3")]
     loss = dampening_loss(gm)
     torch.testing.assert_close(loss, wanted)
+    by_kernel = torch.zeros((), dtype=torch.float64)
+    for name in ("0", "3"):
+        w, w_q, (low, high) = grid(gm, name)
+        by_kernel = by_kernel + (w_q - torch.minimum(torch.maximum(w, low), high)).square().sum() / w[0].numel()
+    torch.testing.assert_close(dampening_loss(gm, "kernel_mean"), by_kernel)
     for one, two in zip(torch.autograd.grad(loss, weights), torch.autograd.grad(wanted, weights), strict=True):
         torch.testing.assert_close(one, two)
 
@@ -160,6 +165,8 @@ def test_what_can_not_be_done_is_said() -> None:
         DecoupledLambda(prepared(), -1.0)
     with pytest.raises(ModelError, match="no weight can be pulled"):
         DecoupledLambda(prepared(QuantSpec(bits=3, method="dorefa")), 0.1)
+    with pytest.raises(ScheduleError, match=r'reduction=.mean.: give "sum" or "kernel_mean"'):
+        dampening_loss(prepared(), "mean")  # type: ignore[arg-type]
     only_inputs = pege_fx.prepare(nn.Sequential(nn.Linear(4, 4)), QuantPolicy((Rule(input="4"),)), torch.randn(2, 4))
     with pytest.raises(ModelError, match="no parameter of this model is a quantized weight"):
         dampening_loss(only_inputs)
