@@ -21,7 +21,7 @@ def recurrent(
         raise UnmappedError("a hidden state with a projection")
     if any(part.ndim > 3 for part in w.result):  # torch 2.11: what reads the states is traced with the wrong shapes
         raise UnmappedError("this torch says that its last states have four dimensions; export with a newer torch")
-    settings = {
+    settings: dict[str, Any] = {
         "activations": [_ACTIVATIONS[name]] * directions if kind == "RNN" else None,
         "direction": "bidirectional" if bidirectional else "forward",
         "hidden_size": parameters[1].size(1),

@@ -34,7 +34,7 @@ class FixedAttributes(nn.Module):
 
     def __reduce_ex__(self, protocol: Any, /) -> Any:
         """Copy and pickle as the module's own class: whoever copies the graph fixes its attributes again."""
-        reduced = super().__reduce_ex__(protocol)
+        reduced: Any = super().__reduce_ex__(protocol)
         if isinstance(self, GraphModule):
             return reduced
         function, args, *rest = reduced
