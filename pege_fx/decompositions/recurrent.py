@@ -1,6 +1,7 @@
 """Recurrent layers whose weights are arguments, so that a graph can put fake-quants on them."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 import torch.fx
@@ -8,12 +9,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+Layers: TypeAlias = Callable[..., tuple[Tensor, ...]]
 
-def recurrent(
+
+def recurrent(input: Tensor | PackedSequence, hx: Any = None, *, kind: str, **settings: Any) -> tuple[Any, Any]:
+    """What ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN`` compute: ``run_recurrent`` with torch's own function of this kind.
+
+    Args:
+        kind: "lstm", "gru", "rnn_tanh" or "rnn_relu".
+    """
+    return run_recurrent(getattr(torch, kind), input, hx, is_lstm=kind == "lstm", **settings)
+
+
+def run_recurrent(
+    layers: Layers,
     input: Tensor | PackedSequence,
     hx: Any = None,
     *,
-    kind: str,
+    is_lstm: bool,
     hidden_size: int,
     num_layers: int,
     bidirectional: bool,
@@ -23,9 +36,10 @@ def recurrent(
     training: bool,
     **parameters: Tensor,
 ) -> tuple[Any, Any]:
-    """What ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN`` compute, with the parameters given by name, in the module's order.
+    """Run recurrent layers with the parameters given by name, in the module's order.
 
     Args:
+        layers: ``torch.lstm``, ``torch.gru``, ``torch.rnn_tanh``, ``torch.rnn_relu`` or what takes the same arguments.
         input: (L, N, features), (N, L, features) with ``batch_first``, (L, features), or a ``PackedSequence``.
         hx: the first hidden state, for an LSTM (h, c), each (layers * directions, N, size); None: zeros.
 
@@ -33,7 +47,7 @@ def recurrent(
         The output, and the last hidden state, as the module would.
     """
     flat = list(parameters.values())
-    is_lstm, directions = kind == "lstm", 1 + bidirectional
+    settings = (bias, num_layers, dropout, training, bidirectional)
     packed = input if isinstance(input, PackedSequence) else None
     x = input.data if isinstance(input, PackedSequence) else input
     unbatched = packed is None and x.dim() == 2
@@ -45,16 +59,16 @@ def recurrent(
         sizes = [hidden_size] * (1 + is_lstm)
         if projected := [p for name, p in parameters.items() if name.startswith("weight_hr")]:
             sizes[0] = projected[0].shape[0]
-        zeros = [x.new_zeros(num_layers * directions, batch, size) for size in sizes]
+        zeros = [x.new_zeros(num_layers * (1 + bidirectional), batch, size) for size in sizes]
         hx = tuple(zeros) if is_lstm else zeros[0]
     elif packed is not None and (order := packed.sorted_indices) is not None:
         hx = _each(hx, lambda h: h.index_select(1, order))
-    function, state = getattr(torch, kind), list(hx) if is_lstm else hx
-    settings = (bias, num_layers, dropout, training, bidirectional)
+    state = list(hx) if is_lstm else hx
+    y: Any
     if packed is None:
-        y, *last = function(x, state, flat, *settings, batch_first)
+        y, *last = layers(x, state, flat, *settings, batch_first)
     else:
-        y, *last = function(x, packed.batch_sizes, state, flat, *settings)
+        y, *last = layers(x, packed.batch_sizes, state, flat, *settings)
         y = PackedSequence(y, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
         if (order := packed.unsorted_indices) is not None:
             last = [h.index_select(1, order) for h in last]

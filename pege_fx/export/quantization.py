@@ -14,6 +14,7 @@ from pege_fx.numerics.spec import bounds_of
 
 INT4_OPSET, INT2_OPSET = 21, 25
 _TYPED_OPSET = 21  # QuantizeLinear has an output type of its own
+_HALF_OPSET = 19  # DequantizeLinear takes scales in half precision
 _OFFSET = 128  # of signed codes that are written as uint8
 
 
@@ -49,6 +50,7 @@ def quantize(
         x = w.op("Div", w.op("Sub", x, lower), width)
     step, zero = _fixed(scale), _fixed(zero_point)
     assert step is not None
+    step = step.to(x.dtype)  # half precision is quantized in float32, its scale as it is
     low, high = bounds_of(bits, signed=signed, narrow=narrow)
     dtype = torch.int8 if signed else torch.uint8
     if step.numel() != 1 or (zero is not None and (zero.numel() != 1 or float(zero) != round(float(zero)))):
@@ -77,6 +79,11 @@ def dequantize(
     step, zero = _fixed(scale), _fixed(zero_point)
     assert step is not None
     wanted = dtype or step.dtype
+    if w.opset < _HALF_OPSET or w.style == "qonnx":
+        step, zero = (
+            None if part is None else part.to(torch.promote_types(part.dtype, torch.float32)) for part in (step, zero)
+        )
+        assert step is not None
     if codes.constant is not None:
         made = Codes(codes.constant, step, zero, bits, wanted)
         value = dequantize_weight(w, made, codes.name)

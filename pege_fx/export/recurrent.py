@@ -9,25 +9,19 @@ _GATES = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN": (0,)}  # ONNX's, by the
 _ACTIVATIONS = {"rnn_tanh": "Tanh", "rnn_relu": "Relu"}
 
 
-@writes("lstm.input", "gru.input", "rnn_tanh.input", "rnn_relu.input")
+@writes("pege_fx.recurrent.default")
 def recurrent(
-    w: Writer, x: Value, state: Any, parameters: list[Value], has_biases: bool, num_layers: int, dropout: float, train: bool,
+    w: Writer, x: Value, states: list[Value], parameters: list[Value], *, kind: str, has_biases: bool, num_layers: int,
     bidirectional: bool, batch_first: bool,
 ) -> list[Value]:  # fmt: skip
     """Layer after layer, each on the output of the one before: (sequence, batch, features)."""
-    name = w.target.split(".")[1]
-    kind, directions = name.split("_")[0].upper(), 1 + bidirectional
-    if len(parameters) != num_layers * directions * (4 if has_biases else 2):
-        raise UnmappedError("a hidden state with a projection")
-    if any(part.ndim > 3 for part in w.result):  # torch 2.11: what reads the states is traced with the wrong shapes
-        raise UnmappedError("this torch says that its last states have four dimensions; export with a newer torch")
+    name, kind, directions = kind, kind.split("_")[0].upper(), 1 + bidirectional
     settings: dict[str, Any] = {
         "activations": [_ACTIVATIONS[name]] * directions if kind == "RNN" else None,
         "direction": "bidirectional" if bidirectional else "forward",
         "hidden_size": parameters[1].size(1),
         "linear_before_reset": 1 if kind == "GRU" else None,
     }
-    states = list(state) if kind == "LSTM" else [state]
     x = w.op("Transpose", x, perm=[1, 0, 2]) if batch_first else x
     last: list[list[Value]] = []
     for layer in range(num_layers):
@@ -39,6 +33,23 @@ def recurrent(
         x = w.op("Reshape", w.op("Transpose", y, perm=[0, 2, 1, 3]), w.constant([0, 0, -1]))
     x = w.op("Transpose", x, perm=[1, 0, 2]) if batch_first else x
     return [x, *(w.op("Concat", *parts, axis=0) for parts in zip(*last, strict=True))]
+
+
+@writes("lstm.input", "gru.input", "rnn_tanh.input", "rnn_relu.input")
+def recurrent_of_torch(
+    w: Writer, x: Value, state: Any, parameters: list[Value], has_biases: bool, num_layers: int, dropout: float, train: bool,
+    bidirectional: bool, batch_first: bool,
+) -> list[Value]:  # fmt: skip
+    """Layers that stayed in Python, of a fixed length."""
+    if len(parameters) != num_layers * (1 + bidirectional) * (4 if has_biases else 2):
+        raise UnmappedError("a hidden state with a projection")
+    if any(part.ndim > 3 for part in w.result):  # torch 2.11: what reads the states is traced with the wrong shapes
+        raise UnmappedError("this torch says that its last states have four dimensions; export with a newer torch")
+    states = list(state) if isinstance(state, (list, tuple)) else [state]
+    return recurrent(
+        w, x, states, parameters, kind=w.target.split(".")[1], has_biases=has_biases, num_layers=num_layers,
+        bidirectional=bidirectional, batch_first=batch_first,
+    )  # fmt: skip
 
 
 def _parameters(w: Writer, kind: str, parameters: list[Value], directions: int) -> list[Value | None]:

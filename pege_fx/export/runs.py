@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_map
 
 from pege_fx.errors import ExportError
+from pege_fx.export.bfloat16 import in_float32
 from pege_fx.export.calls import copied
 from pege_fx.export.outputs import flat_tensors
 from pege_fx.export.steps import Step, stepped, steps_of
@@ -26,6 +27,7 @@ from pege_fx.training.batches import Call
 
 FORCED = "__computed"  # what ONNX Runtime makes of codes that it was given
 Array = NDArray[Any]
+_HALVES = (torch.float16, torch.bfloat16)
 
 
 # --- the model, step by step -----------------------------------------------------------------------------------
@@ -35,7 +37,8 @@ Array = NDArray[Any]
 class Reference:
     """What the converted graph computes: its outputs, and of every quantized node its value, codes and exact position.
 
-    ``exact`` are the outputs in float64, from the same codes.
+    ``exact`` are the outputs in float64, from the same codes; ``rounding`` says how far, in codes, half precision put what a
+    node quantizes from its exact position.
     """
 
     outputs: list[Tensor]
@@ -43,6 +46,7 @@ class Reference:
     values: dict[str, Tensor]
     codes: dict[str, Tensor]
     positions: dict[str, Tensor]
+    rounding: dict[str, float]
 
 
 class _Model:
@@ -58,9 +62,12 @@ class _Model:
         codes: dict[str, Tensor] = {}
         values: dict[str, Tensor] = {}
         positions: dict[str, Tensor] = {}
+        halves: dict[str, Tensor] = {}
 
         def keep_codes(name: str, args: Any, kwargs: Any, result: Any) -> None:
             codes[name] = result
+            if args[0].dtype in _HALVES:
+                halves[name] = _position(*map(_as_double, args), **kwargs)
 
         def keep_values(name: str, args: Any, kwargs: Any, result: Any) -> None:
             if name in self._source:
@@ -76,8 +83,14 @@ class _Model:
                 outputs = flat_tensors(_run(self.plain, call))
             with _Hooks(self.exact, {quantize: keep_positions}):
                 exact = flat_tensors(self._exactly(call))
-        codes, positions = ({name: found[self._source[name]] for name in values} for found in (codes, positions))
-        return Reference(outputs, exact, values, codes, positions)
+        sources = {name: self._source[name] for name in values}
+        rounding = {
+            name: float((halves[source] - positions[source]).abs().nan_to_num(0.0).max())
+            for name, source in sources.items()
+            if source in halves and halves[source].numel()
+        }
+        codes, positions = ({name: found[source] for name, source in sources.items()} for found in (codes, positions))
+        return Reference(outputs, exact, values, codes, positions, rounding)
 
     def _exactly(self, call: Call) -> Any:
         """In float64; code that stays Python may make float32 tensors of its own, which allow no other."""
@@ -150,7 +163,10 @@ def _named(name: str, callback: Callable[[str, Any, Any, Any], Any]) -> Callable
 
 
 class Sessions:
-    """The exported file in ONNX Runtime: plain with its codes exposed, with its codes given, and optimized."""
+    """The exported file in ONNX Runtime: plain with its codes exposed, with its codes given, and optimized.
+
+    ``widened`` says that it was in bfloat16, and runs in float32.
+    """
 
     def __init__(self, path: Path, deployed: GraphModule) -> None:
         self.model = _Model(deployed)
@@ -158,6 +174,8 @@ class Sessions:
             proto = onnx.load(path)
         except Exception as error:
             raise ExportError(f"{path} can not be read as ONNX: {type(error).__name__}: {error}") from error
+        wide = in_float32(proto)
+        self.widened, proto = wide is not None, wide or proto
         produced = {name for node in proto.graph.node for name in node.output}
         sources = _sources(deployed)
         self.names = [name for name in sources if name in produced]
@@ -176,7 +194,13 @@ class Sessions:
         return _session(_exposed(self._proto, self.names), optimized=True)
 
     def feed(self, tensors: list[Tensor]) -> dict[str, Array]:
-        return {name: x.detach().numpy() for name, x in zip(self.inputs, tensors, strict=True)}
+        return {name: as_array(x) for name, x in zip(self.inputs, tensors, strict=True)}
+
+
+def as_array(x: Tensor) -> Array:
+    """Return a tensor as NumPy has it; of bfloat16, which it has not, the same values in float32."""
+    wide = x.detach().float() if x.dtype is torch.bfloat16 else x.detach()
+    return wide.numpy()
 
 
 def _session(proto: onnx.ModelProto, *, optimized: bool) -> onnxruntime.InferenceSession:
@@ -187,7 +211,7 @@ def _session(proto: onnx.ModelProto, *, optimized: bool) -> onnxruntime.Inferenc
     try:
         return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        no_kernel = "NOT_IMPLEMENTED" in str(error)  # the file is right, and this runtime has not all of ONNX: bfloat16
+        no_kernel = "NOT_IMPLEMENTED" in str(error)  # the file is right, and this runtime has not all of ONNX
         fix = (
             "\n  it has no kernel for that type on a CPU: verify the model in float32 (deployed.float())." if no_kernel else ""
         )

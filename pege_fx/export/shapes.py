@@ -183,13 +183,11 @@ def unbind(w: Writer, x: Value, dim: int = 0) -> list[Value]:
 
 @writes("slice_scatter")
 def slice_scatter(w: Writer, x: Value, source: Value, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Value:
-    """Before, the source, behind: what x[start:end] = source leaves."""
-    if step != 1 or not all(isinstance(place, int | None) for place in (start, end)):
-        raise UnmappedError("assignment to a slice with a step")
+    """Before, the source, behind: what x[start:end] = source leaves; with a step, or ends that are computed, row by row."""
     size = x.size(dim)
-    first, last = start or 0, _END if end is None else end
-    if size is None and (first < 0 or last < 0):
-        raise UnmappedError("assignment to a slice from the end of a dimension that is not fixed")
+    first, last = 0 if start is None else start, _END if end is None else end
+    if step != 1 or not all(isinstance(place, int) and (size is not None or place >= 0) for place in (first, last)):
+        return _rows_written(w, x, source, dim % x.rank, _places(w, x, dim % x.rank, first, last, step))
     if size is not None:
         first, last, _ = slice(first, last).indices(size)
     pieces = [] if first == 0 else [cut(w, x, dim, 0, first)]
@@ -198,13 +196,29 @@ def slice_scatter(w: Writer, x: Value, source: Value, dim: int = 0, start: Any =
     return source if len(pieces) == 1 else w.op("Concat", *pieces, axis=dim)
 
 
+def _places(w: Writer, x: Value, dim: int, first: Any, last: Any, step: int) -> Value:
+    """The places that a slice has along a dimension, as one row."""
+    size = x.size(dim)
+    if size is not None and isinstance(first, int) and isinstance(last, int):
+        return w.constant(torch.arange(size)[first:last:step])
+    count = w.op("Squeeze", w.op("Shape", x, dtype=torch.int64, start=dim, end=dim + 1), w.constant([0]))
+    return cut(w, w.op("Range", w.constant(0), count, w.constant(1), shape=(None,)), 0, first, last, step)
+
+
+def _rows_written(w: Writer, x: Value, source: Value, dim: int, places: Value) -> Value:
+    """Write the source's rows along a dimension at these places."""
+    order = [dim, *(axis for axis in range(x.rank) if axis != dim)]
+    rows, new = (w.op("Transpose", part, perm=order) if dim else part for part in (x, w.cast(source, x.dtype)))
+    written = w.op("ScatterND", rows, w.op("Unsqueeze", places, w.constant([1])), new)
+    return w.op("Transpose", written, perm=[order.index(axis) for axis in range(x.rank)]) if dim else written
+
+
 @writes("select_scatter")
-def select_scatter(w: Writer, x: Value, source: Value, dim: int, place: int) -> Value:
-    wide = w.op("Unsqueeze", source, w.constant([dim % x.rank]), shape=x.shape)
-    if place < 0 and x.size(dim) is None:
-        raise UnmappedError("assignment from the end of a dimension that is not fixed")
-    at = place % (x.size(dim) or _END)
-    return slice_scatter(w, x, wide, dim, at, at + 1)
+def select_scatter(w: Writer, x: Value, source: Value, dim: int, place: Any) -> Value:
+    wide = w.op("Unsqueeze", source, w.constant([dim % x.rank]), dtype=source.dtype, shape=x.shape)
+    if isinstance(place, Value):
+        return _rows_written(w, x, wide, dim % x.rank, place)
+    return slice_scatter(w, x, wide, dim, place, _END if place == -1 else place + 1)
 
 
 @writes("copy")

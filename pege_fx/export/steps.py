@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from pege_fx.decompositions.recurrent import recurrent
 from pege_fx.errors import ExportError
 from pege_fx.export.embedding import embedding_bag
 from pege_fx.export.outputs import flat_tensors
+from pege_fx.export.recurrent_operator import recurrent_as_operator
 from pege_fx.numerics import functional
 from pege_fx.numerics.spec import bounds_of
 from pege_fx.passes.graph import first_argument, is_assignment, where
@@ -77,7 +79,7 @@ def replacements(operators: Operators) -> dict[Any, Callable[..., Any]]:
     else:
         raise ExportError(f'operators={operators!r}: give "aten", "pege_fx" or "quantized_decomposed".')
     found = dict(zip((functional.quantize, functional.dequantize), made, strict=True))
-    return found | {F.embedding_bag: embedding_bag} if operators == "pege_fx" else found
+    return found | {F.embedding_bag: embedding_bag, recurrent: recurrent_as_operator} if operators == "pege_fx" else found
 
 
 def _pt2e_quantize(

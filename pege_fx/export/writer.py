@@ -203,5 +203,6 @@ def to_proto(name: str, tensor: Tensor, onnx_type: int | None = None) -> TensorP
     if onnx_type is not None and (bits := _BITS.get(onnx_type, 8)) < 8:
         raw = pack(tensor, bits).numpy().tobytes()
         return helper.make_tensor(name, onnx_type, list(tensor.shape), raw, raw=True)
-    raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+    row = tensor.reshape(-1).clone(memory_format=torch.contiguous_format)  # one element is contiguous with any stride
+    raw = row.view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
     return helper.make_tensor(name, TYPES[tensor.dtype] if onnx_type is None else onnx_type, list(tensor.shape), raw, raw=True)

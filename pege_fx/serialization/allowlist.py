@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx import Node
 
 from pege_fx.decompositions import attention
 from pege_fx.decompositions.recurrent import recurrent
@@ -28,6 +29,7 @@ from pege_fx.passes.operators import FUNCTIONS
 from pege_fx.serialization.records import named_tuple, record
 
 _NEW_TENSORS = ("arange", "empty", "eye", "full", "linspace", "ones", "tensor", "zeros")
+_LIMITS = (torch.finfo, torch.iinfo)  # of a number type: classes, whose values a graph reads
 _PLAIN_FUNCTIONAL = (
     "hardsigmoid",
     "hardswish",
@@ -66,13 +68,13 @@ _OWN: dict[str, tuple[Callable[..., Any], ...]] = {  # names in files outlive th
 _LEAVING_TORCH = {"numpy", "tolist", "share_memory_", "backward", "register_hook", "storage", "untyped_storage", "data_ptr"}
 READABLE = {"shape", "dtype", "device", "ndim", "T", "mT", "H", "mH", "real", "imag", "is_cuda", "layout", "data"}
 READABLE |= {"values", "indices"}  # of what max, sort and topk return
+_READABLE_LIMITS = {"bits", "eps", "max", "min", "resolution", "smallest_normal", "tiny"}
 
 
-def read_attribute(value: Any, name: str) -> Any:
-    """``getattr`` for the attributes that a graph reads of a tensor, or of an operation's named results."""
-    if name not in READABLE:
-        raise AttributeError(f"{name!r} is not an attribute that a stored graph may read")
-    return getattr(value, name)
+def is_readable(source: Any, name: Any) -> bool:
+    """Whether a stored graph may read this attribute of what a node gives: a tensor, named results, limits of a type."""
+    limits = isinstance(source, Node) and source.target in _LIMITS
+    return name in (_READABLE_LIMITS if limits else READABLE)
 
 
 @cache
@@ -81,7 +83,7 @@ def functions() -> dict[str, Callable[..., Any]]:
     overridable = {id(function) for found in torch.overrides.get_overridable_functions().values() for function in found}
     named: dict[str, Callable[..., Any]] = {}
     for prefix, namespace, also in (
-        ("torch", torch, (*_NEW_TENSORS, "_assert")),
+        ("torch", torch, (*_NEW_TENSORS, "_assert", *(limits.__name__ for limits in _LIMITS))),
         ("torch.nn.functional", F, _PLAIN_FUNCTIONAL),
         ("torch.linalg", torch.linalg, ()),
         ("torch.special", torch.special, ()),

@@ -26,7 +26,7 @@ from pege_fx.inspection.size import stored_codes
 from pege_fx.modules.stages import graph_of
 from pege_fx.numerics.packing import pack, unpack
 from pege_fx.passes.graph import arguments, register_buffer, set_parameter, where
-from pege_fx.serialization.allowlist import READABLE, function_of, methods, name_of, read_attribute
+from pege_fx.serialization.allowlist import function_of, is_readable, methods, name_of
 from pege_fx.serialization.codec import Codec, UnreadableError, stored
 from pege_fx.serialization.memory_order import laid_out, order_of
 from pege_fx.serialization.records import as_call, is_named_result
@@ -178,7 +178,7 @@ def _encode_node(node: Node) -> list[Any]:
             f"{node.name} calls {getattr(node.target, '__qualname__', node.target)}{where(node)}: only torch's own "
             "functions on tensors can be stored.\n  write it in torch's operations, so that torch.fx traces through it."
         )
-    if node.target is getattr and args[1] not in READABLE:
+    if node.target is getattr and not is_readable(*args[:2]):
         raise ExportError(f"{node.name} reads the attribute {args[1]!r}{where(node)}, which a stored graph may not.")
     return [node.name, node.op, target, _encode(args), _encode(kwargs)]
 
@@ -226,8 +226,8 @@ def _decode_graph(rows: list[list[Any]], tensors: set[str]) -> Graph:
         named = _decode(kwargs, nodes)
         if not (isinstance(decoded, tuple) and isinstance(named, dict)):
             raise TypeError(f"{name} has no arguments")
-        if found is getattr:
-            read_attribute(torch.empty(()), decoded[1])
+        if found is getattr and not is_readable(*decoded[:2]):
+            raise AttributeError(f"{decoded[1]!r} is not an attribute that a stored graph may read")
         _check_names(op, target, named)
         nodes[name] = graph.create_node(op, found, decoded, named, name=name)
     return graph

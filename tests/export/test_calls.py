@@ -175,18 +175,57 @@ def test_what_a_model_writes_is_refused_by_name(model: type[nn.Module], what: st
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_half_types_are_written_and_a_runtime_without_kernels_says_so(dtype: torch.dtype, tmp_path: Path) -> None:
-    x, path = X.to(dtype), tmp_path / "m.onnx"
-    deployed = deployed_of(Two().to(dtype), (x, x))
-    pege_fx.export_onnx(deployed, path, (x, x))
-    if dtype is torch.float16:
-        assert pege_fx.verify_export(deployed, path, [(x, x)]).ok
-        return
-    with pytest.raises(ExportError, match=r"no kernel for that type on a CPU: verify the model in float32"):
-        pege_fx.verify_export(deployed, path, [(x, x)])
+HALVES = [torch.float16, torch.bfloat16]
+
+
+class Summing(nn.Module):
+    """Layers whose sums half precision rounds by a good part of a step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.wide, self.deep, self.head = nn.Linear(4, 64), nn.Linear(64, 64), nn.Linear(64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(nn.functional.gelu(self.deep(self.wide(x).relu())))
+        return out
+
+
+@pytest.mark.parametrize("style", ["qdq", "qcdq", "qonnx"])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_half_types_are_written_and_verified(when: str, dtype: torch.dtype, style: Any, tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(1))
+    if when == "before":
+        deployed, x = deployed_of(Summing().to(dtype), (x.to(dtype),)), x.to(dtype)
+    else:
+        deployed, x = deployed_of(Summing(), (x,)).to(dtype), x.to(dtype)
+    pege_fx.export_onnx(deployed, path, (x,), style=style)
+    report = pege_fx.verify_export(deployed, path, [x])
+    assert report.ok, report
+    assert report.widened == (dtype is torch.bfloat16)
+    assert ("computed the file in float32" in str(report)) == report.widened
+    assert max(check.tolerance for check in report.checks.values()) < 4.0  # the model itself is half a step away at most
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_a_wrong_file_in_half_precision_is_found_out(dtype: torch.dtype, tmp_path: Path) -> None:
+    x = X.to(dtype)
+    deployed = deployed_of(Summing().to(dtype), (x,))
+    pege_fx.export_onnx(deployed, tmp_path / "m.onnx", (x,))
+    proto = onnx.load(tmp_path / "m.onnx")
+    (weights,) = (tensor for tensor in proto.graph.initializer if list(tensor.dims) == [64, 64])
+    weights.raw_data = bytes(byte ^ 0x77 for byte in weights.raw_data)
+    onnx.save(proto, tmp_path / "wrong.onnx")
+    report = pege_fx.verify_export(deployed, tmp_path / "wrong.onnx", [x])
+    assert report.verdict == "different"
+
+
+def test_bfloat16_needs_its_opset(tmp_path: Path) -> None:
+    x = X.to(torch.bfloat16)
     with pytest.raises(ExportError, match="from opset 22 on"):
-        pege_fx.export_onnx(deployed, path, (x, x), opset=21)
+        pege_fx.export_onnx(deployed_of(Two().to(torch.bfloat16), (x, x)), tmp_path / "m.onnx", (x, x), opset=21)
 
 
 class Filled(nn.Module):

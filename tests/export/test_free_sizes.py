@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.fx import GraphModule
@@ -198,3 +200,40 @@ def test_a_size_that_decides_is_not_free(kind: str, tmp_path: Path, recwarn: pyt
         with pytest.raises(ExportError, match=r"Not all values of n|the model chooses by it"):
             pege_fx.export_onnx(model, path, (x,), dynamic_shapes={"x": {0: "n"}})
     assert pege_fx.verify_export(model, path, [x]).ok
+
+
+class Assigning(nn.Module):
+    """Assignment to a slice of a dimension whose size may be free: one number, or what stood there, doubled."""
+
+    def __init__(self, where: slice, by: float | None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.where, self.by = nn.Linear(4, 4), where, by
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc(x)
+        y[:, self.where] = y[:, self.where] * 2 if self.by is None else self.by
+        y[:, -1, 0] = 3.0
+        return y
+
+
+ENDS = st.none() | st.integers(-8, 8)
+
+
+@given(where=st.builds(slice, ENDS, ENDS, st.integers(1, 4)), by=st.none() | st.just(0.5))
+@settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(where=slice(-1, None, 2), by=None)
+def test_assignment_to_any_slice(tmp_path: Path, where: slice, by: float | None) -> None:
+    x, path = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0)), tmp_path / "model.onnx"
+    model = pege_fx.convert(pege_fx.prepare(Assigning(where, by).eval(), "W4A4", (x,)))
+    pege_fx.export_onnx(model, path, (x,))
+    assert pege_fx.verify_export(model, path, [x, x[:1]]).ok
+
+
+@pytest.mark.parametrize("where", [slice(-5, -1, 2), slice(None, None, 2)], ids=str)
+def test_assignment_to_a_slice_of_a_free_size(where: slice, tmp_path: Path) -> None:
+    x, path = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0)), tmp_path / "model.onnx"
+    model = pege_fx.convert(pege_fx.prepare(Assigning(where, None).eval(), "W4A4", (x,)))
+    pege_fx.export_onnx(model, path, (x,), dynamic_shapes={"x": {1: "n"}})
+    assert sizes(path, "x") == ["batch", "n", 4]
+    assert pege_fx.verify_export(model, path, [x, torch.randn(3, 9, 4)]).ok

@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -453,6 +454,35 @@ def test_a_wrong_file_is_found_out(tmp_path: Path) -> None:
     assert not report.ok
     assert report.plain.first == "_6_dq"  # what reads the changed convolution
     assert "different: _6_dq is not what the model computes" in str(report)
+
+
+class Rows(nn.Module):
+    """A layer, and its outputs as rows of another length."""
+
+    def __init__(self, length: int, copies: int = 1) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.length, self.copies = nn.Linear(4, 6), length, copies
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [self.fc(x).reshape(-1, self.length)] * self.copies
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (Rows(6), r"different: output_0 of shape \(4, 6\), for the model's \(8, 3\), is not what the model computes"),
+        (Rows(1), r"output_0 of shape \(24, 1\)"),  # NumPy would spread one over three
+        (Rows(3, 2), r"2 outputs of the file, for the model's 1,"),
+    ],
+)
+def test_outputs_of_another_shape_are_different(other: nn.Module, message: str, tmp_path: Path) -> None:
+    x = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+    model, file = (pege_fx.convert(pege_fx.prepare(network.eval(), "W4A4", (x,))) for network in (Rows(3), other))
+    pege_fx.export_onnx(file, tmp_path / "other.onnx", (x,))
+    report = pege_fx.verify_export(model, tmp_path / "other.onnx", [x])
+    assert report.verdict == "different"
+    assert re.search(message, str(report)), report
 
 
 def test_files_that_are_no_export_of_the_model(tmp_path: Path) -> None:

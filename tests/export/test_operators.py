@@ -155,6 +155,9 @@ class Assigned(nn.Module):
         y[:, 0, -1] = 0.5
         y[:, [0, 1], :, [2, 0]] = x[0, 0, 0] + torch.ones(6)
         y[:, [3, 2], [1, 1]] += 1.0
+        y[:, 0::3] = x[:, ::3].sigmoid()  # how a pose head writes its coordinates
+        y[..., -4::2] -= x[..., 1:3]
+        y[1, :, 1:-1:2] = 7
         return y
 
 

@@ -26,7 +26,7 @@ from pege_fx.numerics.packing import unpack
 from pege_fx.passes import inline_modules, pack_weights, run, unpack_weights
 from pege_fx.serialization import deployed as storage
 from pege_fx.serialization.allowlist import functions
-from pege_fx.serialization.deployed import FILE, _encode
+from pege_fx.serialization.deployed import FILE, _encode, _encode_node
 
 X = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -102,6 +102,37 @@ def test_recurrent_layers_and_default_arguments_are_stored(tmp_path: Path) -> No
         assert torch.equal(loaded(x), model(x))
         with pytest.raises(PegeError, match="mask was None when the model was traced"):
             loaded(x, torch.ones(3, 5, 1))
+
+
+class Masked(nn.Module):
+    """Fills with the limits of a number type, asked of the values themselves and of a type by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(x)
+        limits = torch.finfo(y.dtype)
+        low = y.masked_fill(y > 0, limits.min).amax(1) + limits.eps + limits.tiny
+        return low + torch.where(low > 0, 1, torch.iinfo(x.argmax().dtype).max).clamp(max=torch.iinfo(torch.int8).max)
+
+
+def test_limits_of_number_types_are_stored(tmp_path: Path) -> None:
+    model = pege_fx.convert(pege_fx.prepare(Masked(), "W4A4", (X,)).eval())
+    pege_fx.save_deployed(model, tmp_path / "model")
+    with torch.no_grad():
+        assert torch.equal(pege_fx.load_deployed(tmp_path / "model")(X), model(X))
+
+
+@pytest.mark.parametrize("name", ["__class__", "dtype", "shape", "__init__"])
+def test_no_more_is_read_of_limits(name: str) -> None:
+    graph = torch.fx.Graph()
+    limits = graph.call_function(torch.finfo, (torch.float32,))
+    graph.output(graph.call_function(getattr, (limits, name)))
+    model = torch.fx.GraphModule(nn.Module(), graph)
+    with pytest.raises(ExportError, match=f"reads the attribute '{name}'"):
+        list(map(_encode_node, model.graph.nodes))
 
 
 def test_instance_norms_on_a_batch_are_stored(tmp_path: Path) -> None:
