@@ -79,6 +79,8 @@ TARGETS: dict[str, list[str]] = {
     "passes.op_traits": ["tests/passes/test_op_traits.py", "tests/passes/test_effects.py"],
     "passes.op_rules": ["tests/passes/test_sign.py", "tests/passes/test_ranks.py"],
     "passes.graph.traits": ["tests/passes/test_op_traits.py", "tests/passes/test_sign.py", "tests/passes/test_ranks.py"],
+    "passes.program": ["tests/passes/test_program.py"],
+    "passes.capture.shapes": ["tests/passes/test_ranks.py", "tests/passes/capture/test_tiers.py"],
     "passes.lower": ["tests/passes/test_lower.py", "tests/serialization/test_deployed.py"],
     "passes.ranks": ["tests/passes/test_ranks.py", "tests/passes/capture/test_tiers.py"],
     "passes.capture.tracer": [

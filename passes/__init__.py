@@ -1,6 +1,6 @@
 """Graph passes: capture, writes, normal form, BatchNorm folding, sign analysis, plan, insertion, verification, lowering."""
 
-from pege_fx.passes.capture import capture, drop_training_branches
+from pege_fx.passes.capture import CaptureModel, capture, check_capture, drop_training_branches
 from pege_fx.passes.effects import name_writes
 from pege_fx.passes.fold_bn import FoldBatchNorm, FoldLeadingNorms
 from pege_fx.passes.inline import inline_modules
@@ -18,13 +18,15 @@ from pege_fx.passes.lower import (
 )
 from pege_fx.passes.normalize import normalize
 from pege_fx.passes.operators import Operator, register
-from pege_fx.passes.pipeline import Pass, Pipeline, run
-from pege_fx.passes.plan import MakePlan
+from pege_fx.passes.pipeline import Pass, Pipeline, apply, run
+from pege_fx.passes.plan import MakePlan, complete_plan
+from pege_fx.passes.program import Program, of_program
 from pege_fx.passes.ranks import infer_ranks
 from pege_fx.passes.sign import analyse_signs
 from pege_fx.passes.verify import verify
 
 __all__ = [
+    "CaptureModel",
     "FoldBatchNorm",
     "FoldLeadingNorms",
     "InsertFakeQuants",
@@ -32,9 +34,13 @@ __all__ = [
     "Operator",
     "Pass",
     "Pipeline",
+    "Program",
     "analyse_signs",
+    "apply",
     "call_originals",
     "capture",
+    "check_capture",
+    "complete_plan",
     "drop_training_branches",
     "drop_unused",
     "follow_norms",
@@ -46,6 +52,7 @@ __all__ = [
     "lower_weights",
     "name_writes",
     "normalize",
+    "of_program",
     "pack_weights",
     "register",
     "run",

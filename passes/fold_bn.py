@@ -40,11 +40,12 @@ from pege_fx.passes.norms import (
     the_tensor,
     why_not,
 )
-from pege_fx.policy.plan import Plan
+from pege_fx.passes.program import Program, Verdict, of_program
 
 MODES = ("train", "freeze", "keep")
 
 
+@of_program
 @dataclass(frozen=True)
 class FoldBatchNorm:
     """Fold every BatchNorm into the layer that feeds it and nothing else: w' = k w, b' = k (b - mean) + beta.
@@ -53,7 +54,8 @@ class FoldBatchNorm:
     "freeze" merges the running statistics into weight and bias at once; "keep" leaves every BatchNorm alone. Identities and
     dropouts between the two do not count where they do nothing. What no layer feeds, "freeze" merges into the layer behind.
 
-    The verdict is in ``meta["batch_norm"]`` of the layer and of the BatchNorm: "folded bn1", or why not.
+    The verdict is in ``Program.verdicts``, and in words in ``meta["batch_norm"]`` of the layer and of the BatchNorm: "folded
+    bn1", or why not.
     """
 
     mode: Literal["train", "freeze", "keep"] = "train"
@@ -62,26 +64,27 @@ class FoldBatchNorm:
         if self.mode not in MODES:
             raise FoldError(f'batch_norm={self.mode!r}: give "train", "freeze" or "keep".')
 
-    def __call__(self, gm: GraphModule) -> None:
-        nodes = norms_of(gm)
-        used = uses(gm.meta.get("family", [gm])) if nodes else Counter()
-        for node in nodes:
+    def __call__(self, program: Program) -> None:
+        nodes = [(gm, node) for gm in program.graphs for node in norms_of(gm)]
+        used = uses(program.graphs) if nodes else Counter()
+        for gm, node in nodes:
             norm = norm_of(gm, node)
             found = before(gm, norm)
             reason = 'batch_norm="keep"' if self.mode == "keep" else why_not(gm, found, used, merges=self.mode == "freeze")
-            _note(found, reason)
+            _note(program, found, reason)
             if reason and self.mode == "freeze":
                 found, first = behind(gm, norm), reason
                 reason = why_not(gm, found, used, merges=True)
-                _note(found, _both(first, found, reason))
+                _note(program, found, _both(first, found, reason))
             if reason:
                 continue
             if self.mode == "freeze":
-                _merge(gm, found)
+                program.merged_norms.setdefault(gm, []).append(_merge(gm, found))
             else:
                 _fold_live(gm, found)
 
 
+@of_program
 @dataclass(frozen=True)
 class FoldLeadingNorms:
     """Fold a BatchNorm that no layer feeds into the float layer that reads it and nothing else, in evaluation.
@@ -92,37 +95,46 @@ class FoldLeadingNorms:
 
     mode: Literal["train", "freeze", "keep"] = "train"
 
-    def __call__(self, gm: GraphModule) -> None:
-        if self.mode != "train" or not (nodes := norms_of(gm)):
+    def __call__(self, program: Program) -> None:
+        nodes = [(gm, node) for gm in program.graphs for node in norms_of(gm)] if self.mode == "train" else []
+        if not nodes:
             return
-        plan: Plan = gm.meta["plan"]
-        used = uses(gm.meta.get("family", [gm]))
-        formats = {op.node: op.format for op in plan.operations if any(edge.spec for edge in (*op.weights, *op.inputs))}
-        for node in nodes:
+        used = uses(program.graphs)
+        for gm, node in nodes:
+            formats = {
+                op.node: op.format
+                for op in program.plans[gm].operations
+                if any(edge.spec for edge in (*op.weights, *op.inputs))
+            }
             norm = norm_of(gm, node)
             found = behind(gm, norm)
             reason = why_not(gm, found, used, merges=False)
             if not reason and found.layer.name in formats:
                 reason = f"{found.layer} is quantized, {formats[found.layer.name]}"
-            refused = str(norm.node.meta.get("batch_norm", "")).removeprefix(f"{norm.name} stays: ")
-            _note(found, _both(refused, found, reason))
+            refused = next((said.reason for said in program.verdicts.get(node, []) if said.norm == norm.name), "")
+            _note(program, found, _both(refused, found, reason))
             if not reason:
                 _fold_live(gm, found)
-        verdicts = {node.name: node.meta.get("batch_norm", "") for node in gm.graph.nodes}
-        decided = (dataclasses.replace(op, batch_norm=verdicts[op.node]) for op in plan.operations)
-        gm.meta["plan"] = dataclasses.replace(plan, operations=tuple(decided))
+        for gm, plan in program.plans.items():
+            said = {node.name: node.meta.get("batch_norm", "") for node in gm.graph.nodes}
+            decided = (dataclasses.replace(op, batch_norm=said[op.node]) for op in plan.operations)
+            program.plans[gm] = dataclasses.replace(plan, operations=tuple(decided))
 
 
-def _note(found: Pair, reason: str) -> None:
-    """Write the verdict on the BatchNorm, and on the layer: why one in front of it stays matters least there."""
-    norm, layer = found.norm, found.layer
-    verdict = f"{norm.name} stays: {reason}" if reason else f"folded {norm.name}"
-    norm.node.meta["batch_norm"] = verdict
+def _note(program: Program, found: Pair, reason: str) -> None:
+    """Note the verdict on the BatchNorm, and on the layer: why one in front of it stays matters least there."""
+    verdict, layer = Verdict(found.norm.name, reason), found.layer
+    _write(program, found.norm.node, [verdict])
     if not is_foldable(layer):
         return
-    said = layer.meta.get("batch_norm", "")
+    said = program.verdicts.get(layer, [])
     if not (said and reason and found.leads):
-        layer.meta["batch_norm"] = f"{said}; {verdict}" if said.startswith("folded") else verdict
+        _write(program, layer, [*said, verdict] if said and said[0].is_folded else [verdict])
+
+
+def _write(program: Program, node: Node, verdicts: list[Verdict]) -> None:
+    program.verdicts[node] = verdicts
+    node.meta["batch_norm"] = "; ".join(map(str, verdicts))
 
 
 def _both(reason: str, other: Pair, reason_behind: str) -> str:
@@ -167,7 +179,7 @@ def _erase(gm: GraphModule, nodes: list[Any]) -> None:
             gm.graph.erase_node(node)
 
 
-def _merge(gm: GraphModule, found: Pair) -> None:
+def _merge(gm: GraphModule, found: Pair) -> MergedNorm:
     layer, norm = found.layer, found.norm
     weight, bias = operand(layer, "weight"), operand(layer, "bias")
     value, before = the_tensor(gm, weight), None if bias is None else the_tensor(gm, bias)
@@ -191,16 +203,16 @@ def _merge(gm: GraphModule, found: Pair) -> None:
         eps=norm.bn.eps,
     )
     gm.register_load_state_dict_pre_hook(merged)  # type: ignore[no-untyped-call]
-    gm.meta.setdefault("merged_norms", []).append(merged)
     replace(gm, norm.node, norm.arguments["input"])
     if not norm.is_function:
         gm.delete_submodule(norm.name)
-        return
+        return merged
     sources = [source for tensor in TENSORS if (source := norm.arguments.get(tensor)) is not None]
     _erase(gm, [*sources, norm.arguments.get("training")])
     for source in sources:
         parent, name = parent_and_name(str(source.target))
         delattr(gm.get_submodule(parent), name)
+    return merged
 
 
 def _keys_of(norm: Norm) -> tuple[str | None, ...]:

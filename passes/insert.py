@@ -8,6 +8,7 @@ from torch.fx import GraphModule, Node
 
 from pege_fx.modules.batch_norm import Fold
 from pege_fx.modules.fake_quant import FakeQuant, ScheduleState, Site
+from pege_fx.modules.merged_norm import MergedNorm
 from pege_fx.numerics.spec import QuantSpec
 from pege_fx.passes.computed_weights import ComputedWeight, ComputedWeights
 from pege_fx.passes.graph import (
@@ -34,19 +35,25 @@ from pege_fx.passes.graph import (
     tensor_of,
     transposed_again,
 )
+from pege_fx.passes.program import Program, of_program
 from pege_fx.policy.plan import Edge, Operation, Plan
 
 
+@of_program
 @dataclass(frozen=True)
 class InsertFakeQuants:
     """Place the plan's fake-quants: parameter -> fake-quant -> operation, and producer -> fake-quant -> its readers."""
 
     seed: int = 0
 
-    def __call__(self, gm: GraphModule) -> None:
-        plan: Plan = gm.meta["plan"]
+    def __call__(self, program: Program) -> None:
+        for gm in program.graphs:
+            self._into(gm, program.plans[gm], program)
+
+    def _into(self, gm: GraphModule, plan: Plan, program: Program) -> None:
         computed = any(edge.parts is not None for operation in plan.operations for edge in operation.edges)
-        work = _Insertion(gm, self.seed, gm.meta.setdefault("groups", {}), ComputedWeights(gm).found if computed else {})
+        merged = program.merged_norms.get(gm, [])
+        work = _Insertion(gm, self.seed, program.schedules, merged, ComputedWeights(gm).found if computed else {})
         nodes = {node.name: node for node in gm.graph.nodes}
         for operation in plan.operations:
             if shared := [edge for edge in operation.edges if edge.shared_with]:
@@ -67,6 +74,7 @@ class _Insertion:
     gm: GraphModule
     seed: int
     groups: dict[str, ScheduleState]
+    merged: list[MergedNorm]
     computed: dict[tuple[Node, str], ComputedWeight]
     placed: dict[tuple[Node, QuantSpec, str], Node] = field(default_factory=dict)
     together: dict[tuple[frozenset[Node], QuantSpec, str], dict[Node, Node]] = field(default_factory=dict)
@@ -140,7 +148,7 @@ class _Insertion:
 
     def _add(self, path: str, module: FakeQuant) -> None:
         module.training = module.method.training = self.gm.training
-        module.merged = tuple(key for norm in self.gm.meta.get("merged_norms", ()) for key in norm.tensors[:2] if key)
+        module.merged = tuple(key for norm in self.merged for key in norm.tensors[:2] if key)
         self.gm.add_submodule(path, module)
 
     def _call(self, module: FakeQuant, path: str, source: Node, before: Node, more: tuple[Any, ...] = ()) -> Node:

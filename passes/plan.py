@@ -1,7 +1,6 @@
 """The plan: each operation of the graph under the policy. Changes nothing but ``meta``."""
 
 import dataclasses
-import warnings
 from collections import Counter
 from dataclasses import dataclass
 
@@ -9,8 +8,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.nn.utils.parametrize import ParametrizationList
 
-from pege_fx.errors import PegeWarning, PolicyError
+from pege_fx.errors import PolicyError
 from pege_fx.modules.batch_norm import BatchNorm
+from pege_fx.modules.fake_quant import fake_quants
 from pege_fx.numerics.spec import Kind, QuantSpec
 from pege_fx.passes.computed_weights import ComputedWeight, ComputedWeights
 from pege_fx.passes.costs import multiply_accumulates
@@ -36,28 +36,32 @@ from pege_fx.passes.graph import (
     unfolded,
 )
 from pege_fx.passes.operators import Operator, targets_of
+from pege_fx.passes.program import Program, of_program, warn
 from pege_fx.passes.values import is_seen_elsewhere, tensors_of
 from pege_fx.policy.plan import FLOAT_BY_POLICY, Edge, Operation, Plan
-from pege_fx.policy.rules import NO_RULE, Choice, Op, QuantPolicy, class_names
+from pege_fx.policy.rules import NO_RULE, Choice, Op, QuantPolicy
 
 
+@of_program
 @dataclass(frozen=True)
 class MakePlan:
-    """Decide every edge of every operation by the policy; the result is ``gm.meta["plan"]``.
+    """Decide every edge of every operation by the policy; the result is ``Program.plans``.
 
-    A rule has to decide somewhere in the model, which may be more than this graph: ``gm.meta["family"]`` lists its graphs.
+    A rule has to decide somewhere in the model, which may be in another of its graphs.
     """
 
     policy: QuantPolicy
 
-    def __call__(self, gm: GraphModule) -> None:
-        family = gm.meta.get("family", [gm])
-        if family[0] is gm:
-            described = describe(family)
-            if not all(op.on_request for op in described.values()):
-                self.policy.check_all_decide(described.values())
-            for node, op in described.items():
-                node.meta["op"] = op
+    def __call__(self, program: Program) -> None:
+        described = describe(program.graphs)
+        if not all(op.on_request for op in described.values()):
+            self.policy.check_all_decide(described.values())
+        for node, op in described.items():
+            node.meta["op"] = op
+        program.policy = self.policy
+        program.plans = {gm: self._of_graph(gm) for gm in program.graphs}
+
+    def _of_graph(self, gm: GraphModule) -> Plan:
         operations = []
         computed = ComputedWeights(gm)
         tensors = tensors_of(gm) if self._joins(gm) else set()
@@ -69,12 +73,27 @@ class MakePlan:
                 operations.append(_operation(gm, node, op, self.policy.choose(op), computed))
             elif (skipped := _not_an_operator(gm, node)) is not None:
                 operations.append(skipped)
-        gm.meta["plan"] = Plan(type(gm).__name__, self.policy, tuple(operations))
+        return Plan(type(gm).__name__, self.policy, tuple(operations))
 
     def _joins(self, gm: GraphModule) -> bool:
         """Whether a rule is about an addition, a concatenation or the like."""
         found = (node.meta.get("op") for node in gm.graph.nodes)
         return any(op is not None and op.on_request and self.policy.is_about(op) for op in found)
+
+
+@of_program
+def complete_plan(program: Program) -> None:
+    """Put the plans of all graphs together, on the whole and on each fake-quant; warn if nothing is quantized."""
+    operations = [operation for gm in program.graphs for operation in program.plans[gm].operations]
+    root, sites = program.root, fake_quants(program.root).values()
+    grids = sum(value.numel() for site in sites for value in site.method.parameters())
+    parameters = sum(value.numel() for value in root.parameters()) - grids
+    assert program.policy is not None, "MakePlan has not run"
+    program.plan = Plan(type(root).__name__, program.policy, tuple(operations), tuple(program.captures), parameters)
+    for site in sites:
+        site.plan = program.plan
+    root.meta["plan"] = program.plan
+    warn_if_nothing(program.plan)
 
 
 def warn_if_nothing(plan: Plan) -> None:
@@ -83,7 +102,7 @@ def warn_if_nothing(plan: Plan) -> None:
         return
     reasons = [f"  {op.path or op.node}: {op.reason or '; '.join(e.reason for e in op.edges)}" for op in plan.operations]
     listed = "\n".join(reasons) or "  the graph has no convolution, linear, embedding or matrix product."
-    warnings.warn(f"nothing is quantized:\n{listed}", PegeWarning, stacklevel=3)
+    warn(f"nothing is quantized:\n{listed}")
 
 
 def describe(family: list[GraphModule]) -> dict[Node, Op]:
@@ -326,19 +345,3 @@ def _not_an_operator(gm: GraphModule, node: Node) -> Operation | None:
     )
     count = sum(value.numel() for value in module.parameters(recurse=not opened))
     return Operation(node.name, join(gm.meta.get("prefix", ""), str(node.target)), function_name(node), (), "", count, reason)
-
-
-def record_classes(model: nn.Module, family: list[GraphModule]) -> None:
-    """Note on every node which classes ``Rule(module=...)`` may name for it: those of the modules around it."""
-    names = {path: class_names(module) for path, module in model.named_modules(remove_duplicate=False)}
-    around: dict[str, frozenset[str]] = {"": names[""]}
-
-    def classes(path: str) -> frozenset[str]:
-        if path not in around:
-            around[path] = classes(path.rpartition(".")[0]) | names.get(path, frozenset())
-        return around[path]
-
-    for gm in family:
-        for node in gm.graph.nodes:
-            inner = str(node.target) if node.op == "call_module" else owner(node)
-            node.meta["module_classes"] = classes(join(gm.meta.get("prefix", ""), inner))

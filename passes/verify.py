@@ -5,12 +5,18 @@ from torch.fx import GraphModule, Node
 from pege_fx.errors import VerifyError
 from pege_fx.modules.fake_quant import FakeQuant
 from pege_fx.passes.graph import behind_transposes, calls, module_of, operand, result_of
+from pege_fx.passes.program import Program, of_program
 from pege_fx.policy.plan import Edge, Operation, Plan
 
 
-def verify(gm: GraphModule) -> None:
+@of_program
+def verify(program: Program) -> None:
     """Check that every planned edge reads a fake-quant of its format, and that there is no other fake-quant."""
-    plan: Plan = gm.meta["plan"]
+    for gm in program.graphs:
+        _verify(gm, program.plans[gm])
+
+
+def _verify(gm: GraphModule, plan: Plan) -> None:
     nodes = {node.name: node for node in gm.graph.nodes}
     planned: set[Node] = set()
     for operation, edge, spec in plan.quantized:

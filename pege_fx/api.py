@@ -23,12 +23,10 @@ from pege_fx.modules.mode import ordinary_modes, trial
 from pege_fx.modules.stages import graph_of, refuse_shards
 from pege_fx.passes.capture.examples import fresh
 from pege_fx.passes.capture.fixed import fixed_attributes
-from pege_fx.passes.capture.tiers import Captured, capture, check_model, stays_python, warn_of
-from pege_fx.passes.capture.validate import validate, validate_conversion
-from pege_fx.passes.pipeline import Pass, Pipeline, run
-from pege_fx.passes.plan import record_classes, warn_if_nothing
-from pege_fx.passes.ranks import OtherGraphCallError, record_shapes
-from pege_fx.policy.plan import Plan
+from pege_fx.passes.capture.tiers import stays_python
+from pege_fx.passes.capture.validate import validate_conversion
+from pege_fx.passes.pipeline import Pass, Pipeline, apply, run
+from pege_fx.passes.program import ExampleCall, Program
 from pege_fx.policy.rules import QuantPolicy
 from pege_fx.training.calibration import observe
 
@@ -103,33 +101,6 @@ def _as_policy(policy: QuantPolicy | str) -> QuantPolicy:
     return policy
 
 
-def _capture(
-    model: nn.Module,
-    args: tuple[Any, ...] | None,
-    kwargs: Mapping[str, Any] | None,
-    blocks: Iterable[str] = (),
-    share_parameters: bool = False,
-) -> tuple[Captured, tuple[tuple[Any, ...], Mapping[str, Any]] | None]:
-    """Return the model as graphs, and the example call if there is one."""
-    check_model(model)
-    example = None if args is None and kwargs is None else _call(args, kwargs)
-    refused: list[str] = []
-    while True:
-        captured = capture(model, example, blocks, refused, share_parameters)
-        record_classes(model, captured.graphs)
-        groups: dict[str, Any] = {}
-        for gm in captured.graphs:
-            gm.meta |= {"family": captured.graphs, "groups": groups}
-        try:
-            if example is not None:
-                record_shapes(captured.root, *example, captured.graphs)
-            break
-        except OtherGraphCallError as error:
-            refused.append(str(error))
-    warn_of(captured.notes, example is not None)
-    return captured, example
-
-
 @contextmanager
 def _collector_paused() -> Iterator[None]:
     """Pause Python's garbage collector: a growing graph makes it look at all nodes again and again, a third of the time."""
@@ -142,25 +113,12 @@ def _collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def _call(args: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+def _example(args: Any, kwargs: Mapping[str, Any] | None) -> ExampleCall | None:
+    return None if args is None and kwargs is None else _call(args, kwargs)
+
+
+def _call(args: Any, kwargs: Mapping[str, Any] | None) -> ExampleCall:
     return (args,) if isinstance(args, Tensor) else tuple(args or ()), kwargs or {}
-
-
-def _whole_plan(captured: Captured, policy: QuantPolicy) -> Plan:
-    """The plans of all graphs as one, on each fake-quant too; the graphs forget what only the passes needed."""
-    operations = [operation for gm in captured.graphs for operation in gm.meta["plan"].operations]
-    sites = fake_quants(captured.root).values()
-    grids = sum(value.numel() for fq in sites for value in fq.method.parameters())
-    parameters = sum(value.numel() for value in captured.root.parameters()) - grids
-    plan = Plan(type(captured.root).__name__, policy, tuple(operations), tuple(captured.notes), parameters)
-    for fq in sites:
-        fq.plan = plan
-    for gm in captured.graphs:
-        for key in ("family", "groups", "plan", "merged_norms"):
-            gm.meta.pop(key, None)
-    captured.root.meta["plan"] = plan
-    warn_if_nothing(plan)
-    return plan
 
 
 def prepare(
@@ -208,21 +166,25 @@ def prepare(
     """
     policy = _as_policy(policy)
     pipeline = prepare_passes(policy, batch_norm=batch_norm, seed=seed) if passes is None else passes
+    program = Program(model=model, example=_example(example_inputs, example_kwargs))
     with ordinary_modes(), _collector_paused():
-        captured, example = _capture(model, example_inputs, example_kwargs, blocks, share_parameters)
-        if check and example is not None:
-            validate(model, captured.root, captured.graphs, example)
-        modules = [] if example is None else list(captured.root.modules())  # those of the model
-        run(captured.graphs, pipeline)
-        _whole_plan(captured, policy)
-    gm = captured.root
+        run(
+            program,
+            [
+                graph_passes.CaptureModel(blocks, share_parameters),
+                *([graph_passes.check_capture] if check else []),
+                *pipeline,
+                graph_passes.complete_plan,
+            ],
+        )
+    gm, example = program.root, program.example
     # transformers.Trainer asks for this before it looks at the signature: its loss arguments are fixed as all others are.
     vars(gm)["accepts_loss_kwargs"] = example is not None and "num_items_in_batch" in example[1]
     if example is not None:
         held = [value for value in tree_leaves(example) if isinstance(value, Tensor)]
         if sum(value.numel() * value.element_size() for value in held) <= _KEPT_BYTES:
             _EXAMPLES[gm] = example
-        with trial(modules):
+        with trial(program.modules):
             observe(gm, [fresh(example)])
     fix(gm, fixed_attributes(model, gm))
     return gm
@@ -330,14 +292,15 @@ def explain(
     policy = _as_policy(policy)
     passes = prepare_passes(policy, batch_norm=batch_norm)
     carried_out = passes.index(next(step for step in passes if isinstance(step, graph_passes.InsertFakeQuants)))
+    program = Program(model=model, example=_example(example_inputs, example_kwargs))
     with ordinary_modes(), _collector_paused():
-        captured, _ = _capture(model, example_inputs, example_kwargs, blocks)
-        for step in passes[:carried_out]:  # nobody runs these graphs: no need to lint and to compile them
-            for gm in captured.graphs:
-                step(gm)
-        graphs = [(gm.meta.get("prefix", ""), gm) for gm in captured.graphs]
-        plan = _whole_plan(captured, policy)
-        return Explanation(plan, f"{type(model).__name__}: dry run", tuple(bystanders(model, graphs, plan)))
+        # Nobody runs these graphs: no need to lint and to compile them.
+        for step in [graph_passes.CaptureModel(blocks), *passes[:carried_out], graph_passes.complete_plan]:
+            apply(step, program)
+    assert program.plan is not None
+    graphs = [(gm.meta.get("prefix", ""), gm) for gm in program.graphs]
+    title = f"{type(model).__name__}: dry run"
+    return Explanation(program.plan, title, tuple(bystanders(model, graphs, program.plan)))
 
 
 def trace_passes(

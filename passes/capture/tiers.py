@@ -8,7 +8,6 @@ import contextlib
 import functools
 import inspect
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from pege_fx.decompositions.decompose import make_explicit
 from pege_fx.decompositions.recurrent import CELLS, LAYERS
-from pege_fx.errors import InputError, ModelError, PegeWarning, PolicyError, closest
+from pege_fx.errors import InputError, ModelError, PolicyError, closest
 from pege_fx.modules.batch_norm import only_normalizes
 from pege_fx.modules.calls import beside_forward, global_hooks, has_hooks, takes_other_arguments
 from pege_fx.modules.fake_quant import FakeQuant
@@ -140,23 +139,6 @@ def capture(
     root = copied(model, share_parameters)
     make_explicit(root)
     return _Ladder(root, example, outermost, set(refused)).climb(root, "")
-
-
-def warn_of(notes: list[Capture], has_examples: bool) -> None:
-    """Warn of everything that was fixed, by module, and of what stays Python."""
-    fixed: dict[str, list[str]] = {}
-    for note in notes:
-        if note.rung == "specialised":
-            fixed.setdefault(note.path, []).append(f"{note.reason} ({note.place})")
-        elif note.rung == "python":
-            hint = "" if has_examples else "\n  example_inputs may allow to trace it."
-            warnings.warn(
-                f"{note.path or 'the model'} stays Python: {note.reason} ({note.place}){hint}", PegeWarning, stacklevel=4
-            )
-    for path, places in fixed.items():
-        given = "example inputs" if has_examples else "defaults of forward"
-        lines = "".join(f"\n  {place}" for place in places)
-        warnings.warn(f"{path or 'the model'}: fixed as in the {given}:{lines}", PegeWarning, stacklevel=4)
 
 
 class _Ladder:

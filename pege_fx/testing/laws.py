@@ -19,6 +19,7 @@ from torch.fx import GraphModule, symbolic_trace
 
 from pege_fx.errors import InputError, LawError, closest
 from pege_fx.inspection.diff import diff
+from pege_fx.passes import Program
 from pege_fx.passes.graph import calls
 from pege_fx.passes.pipeline import name_of
 from pege_fx.testing.function import BuffersAfter, Gradients, assert_same_function
@@ -57,7 +58,8 @@ class Trial:
     def applied(self, gm: GraphModule) -> tuple[GraphModule, GraphModule]:
         """Rewrite a copy; return what was handed over, and the result (the same graph if the rewrite works in place)."""
         argument = copy.deepcopy(gm)
-        result = self.rewrite(argument)
+        given: Any = Program.of(argument) if getattr(self.rewrite, "takes_program", False) else argument
+        result = self.rewrite(given)
         if result is None:
             argument.recompile()
             result = argument

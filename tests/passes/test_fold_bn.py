@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import pege_fx
 from pege_fx import FoldError, QuantPolicy, Rule
 from pege_fx.modules.batch_norm import FoldedBatchNorm2d
+from pege_fx.passes import CaptureModel, Program
 
 FLOAT = QuantPolicy((Rule(weight=None, input=None),))
 CONVS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -157,12 +158,12 @@ UNSAFE: list[tuple[Any, tuple[int, ...], str]] = [
 @pytest.mark.parametrize("mode", ["train", "freeze"])
 def test_what_is_not_safe_is_refused_with_its_reason(make: Any, shape: tuple[int, ...], reason: str, mode: Any) -> None:
     model, x = randomise(make(), 0).eval(), torch.randn(shape)
-    captured = pege_fx.api._capture(model, (x,), None)[0]
-    pege_fx.passes.run(captured.graphs, pege_fx.prepare_passes("W4A4", batch_norm=mode)[:4])
-    (norm, *_) = [n for n in captured.root.graph.nodes if "batch_norm" in n.meta and n.op == "call_module"]
+    program = Program(model=model, example=((x,), {}))
+    root = pege_fx.passes.run(program, [CaptureModel(), *pege_fx.prepare_passes("W4A4", batch_norm=mode)[:4]]).root
+    (norm, *_) = [n for n in root.graph.nodes if "batch_norm" in n.meta and n.op == "call_module"]
     assert reason in norm.meta["batch_norm"]
     with torch.no_grad():
-        assert torch.equal(captured.root(x), model(x))
+        assert torch.equal(root(x), model(x))
 
 
 def test_without_examples_the_rank_behind_a_linear_layer_is_not_known_and_the_fix_is_named() -> None:

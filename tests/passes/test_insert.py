@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 import pege_fx
 from pege_fx import Constant, PEGEScheduler, QuantPolicy, QuantSpec, Rule
 from pege_fx.modules.fake_quant import FakeQuant, Site
+from pege_fx.passes import CaptureModel, Program, complete_plan
 from pege_fx.testing import Network, assert_same_function, networks, policies
 
 ZERO = Constant(0.0)
@@ -29,11 +30,10 @@ def before_and_after(model: nn.Module, policy: QuantPolicy) -> tuple[GraphModule
     passes = pege_fx.prepare_passes(policy)
     graphs = []
     for last in (6, 8):
-        captured, _ = pege_fx.api._capture(model, None, None)
+        program = Program(model=model)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            pege_fx.passes.run(captured.graphs, passes[:last])
-        graphs.append(captured.root)
+            graphs.append(pege_fx.passes.run(program, [CaptureModel(), *passes[:last], complete_plan]).root)
     return graphs[0], graphs[1]
 
 

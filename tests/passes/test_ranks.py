@@ -15,9 +15,9 @@ from torch.fx.immutable_collections import immutable_dict, immutable_list
 import pege_fx
 from pege_fx import InputError
 from pege_fx.passes import infer_ranks, normalize, run
+from pege_fx.passes.capture.shapes import record_shapes
 from pege_fx.passes.capture.tiers import capture
 from pege_fx.passes.graph import plain, rank_of
-from pege_fx.passes.ranks import record_shapes
 from pege_fx.testing import Case, networks
 
 

@@ -17,11 +17,10 @@ from pege_fx.passes import verify
 WHOLE = pege_fx.QuantPolicy((pege_fx.Rule(weight="4", input="4", output="8"),))
 
 
-def prepared() -> GraphModule:
+def prepared() -> passes.Program:
     """Up to the plan and its insertion; ``verify`` itself has not run."""
-    captured, _ = pege_fx.api._capture(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), None, None)
-    passes.run(captured.graphs, pege_fx.prepare_passes(WHOLE)[:-1])
-    return captured.root
+    program = passes.Program(model=nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)))
+    return passes.run(program, [passes.CaptureModel(), *pege_fx.prepare_passes(WHOLE)[:-1]])
 
 
 def fake_quant(gm: GraphModule, name: str) -> torch.fx.Node:
@@ -78,11 +77,11 @@ TAMPERED = [
 
 @pytest.mark.parametrize(("tamper", "words"), TAMPERED, ids=[tamper.__name__ for tamper, _ in TAMPERED])
 def test_a_tampered_graph_is_told_where_and_how(tamper: passes.Pass, words: str) -> None:
-    gm = prepared()
-    verify(gm)
-    tamper(gm)
+    program = prepared()
+    verify(program)
+    passes.apply(tamper, program)
     with pytest.raises(VerifyError, match=re.escape(words)):
-        verify(gm)
+        verify(program)
 
 
 def test_a_user_pass_between_plan_and_verification_is_caught() -> None:
@@ -100,12 +99,11 @@ class Sum(nn.Module):
 
 def test_inputs_on_one_scale_have_one_fake_quant() -> None:
     policy = pege_fx.QuantPolicy((pege_fx.Rule(function="add", input="4", shared_scale=True),))
-    captured, _ = pege_fx.api._capture(Sum(), None, None)
-    gm = captured.root
-    passes.run(captured.graphs, pege_fx.prepare_passes(policy)[:-1])
-    verify(gm)
+    program = passes.Program(model=Sum())
+    gm = passes.run(program, [passes.CaptureModel(), *pege_fx.prepare_passes(policy)[:-1]]).root
+    verify(program)
     _, second = gm.graph.find_nodes(op="call_module", target="add_inputs_fq")
     gm.add_submodule("another", copy.deepcopy(gm.get_submodule("add_inputs_fq")))
     second.target = "another"
     with pytest.raises(VerifyError, match="add: input and other should share one fake-quant, and do not"):
-        verify(gm)
+        verify(program)
