@@ -179,3 +179,58 @@ def test_a_missing_gpu_is_said(go: Callable[..., Any], capsys: pytest.CaptureFix
 def test_a_checkpoint_of_other_settings_is_refused(go: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
     go("--epochs", "1")
     assert "was made with bits=W4A4, not W2A2: give another --output" in refused(go, capsys, "--epochs", "1", "--bits", "W2A2")
+
+
+@pytest.mark.parametrize("recipe", imagenet.RECIPES)
+def test_a_recipe_is_one_command(recipe: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    published = imagenet.RECIPES[recipe]
+    if published.options["model"].startswith("timm:"):
+        pytest.importorskip("timm")
+    words = f"--recipe {recipe} --data-dir {folder} --output {tmp_path} --device cpu --workers 0".split()
+    small = ["--weights", "none", "--image-size", "32", "--batch-size", "4", "--epochs", "1"]
+    result = imagenet.main([*words, *small])
+    assert result["finished"]
+    assert result["published"]["top1"] == published.top1
+    assert f"recipe {recipe}: top-1 {published.top1} % in {published.source}" in capsys.readouterr().out
+    given = {"epochs": 1, "batch_size": 4}
+    assert {name: result["settings"][name] for name in published.options if name in result["settings"]} == {
+        name: value for name, value in (published.options | given).items() if name in result["settings"]
+    }
+    gm_bits = int(published.options["bits"][1])
+    sites = pege_fx.checkpoint_info(tmp_path / "state.safetensors").sites
+    assert sum(f"bits={gm_bits}" in spec for spec in sites.values()) > 10
+    assert sum("bits=8" in spec for spec in sites.values()) in range(2, 6)  # weights and inputs of the ends
+
+
+def test_scales_with_an_optimizer_of_their_own_and_freezing_go_on_where_they_were(
+    go: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [
+        "--quantizer-optimizer",
+        "adam",
+        "--quantizer-lr",
+        "0.01",
+        "--freeze",
+        "0.002",
+        "0.0001",
+        "--dampen",
+        "0",
+        "0.1",
+        "--method",
+        "lsq",
+    ]
+    whole = go(*words, output="whole")
+    run_epoch = imagenet.Training.run_epoch
+
+    def dying(self: Any) -> None:
+        if self.epoch == 1:
+            raise MemoryError
+        run_epoch(self)
+
+    monkeypatch.setattr(imagenet.Training, "run_epoch", dying)
+    with pytest.raises(MemoryError):
+        go(*words, output="again")
+    monkeypatch.setattr(imagenet.Training, "run_epoch", run_epoch)
+    again = go(*words, output="again")
+    assert [row["loss"] for row in whole["history"]] == [row["loss"] for row in again["history"]]
+    assert len(again["history"]) == 2
