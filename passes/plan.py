@@ -4,6 +4,7 @@ import dataclasses
 from collections import Counter
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.nn.utils.parametrize import ParametrizationList
@@ -62,6 +63,9 @@ class MakePlan:
         program.plans = {gm: self._of_graph(gm) for gm in program.graphs}
 
     def _of_graph(self, gm: GraphModule) -> Plan:
+        for node in gm.graph.find_nodes(op="get_attr"):
+            if (value := tensor_of(gm, node)) is not None:
+                node.meta["layout"] = value.layout
         operations = []
         computed = ComputedWeights(gm)
         tensors = tensors_of(gm) if self._joins(gm) else set()
@@ -289,6 +293,8 @@ def _weight_edge(gm: GraphModule, node: Node, name: str, choice: Choice) -> Edge
     path, value = found
     if spec is not None and not value.is_floating_point():
         return Edge(name, path, None, rule, f"its weight is {value.dtype}", choice.schedule)
+    if spec is not None and value.layout is not torch.strided:
+        return Edge(name, path, None, rule, f"its weight is sparse ({value.layout})", choice.schedule)
     return _edge_of_weight(node, name, path, value, choice)
 
 
@@ -313,6 +319,8 @@ def _activation_edge(source: object, name: str, field: str, choice: Choice) -> E
     dtype = source.meta.get("dtype")
     if dtype is not None and not dtype.is_floating_point:
         return Edge(name, source.name, None, rule, f"{source.name} is {dtype}", choice.schedule)
+    if (layout := source.meta.get("layout", torch.strided)) is not torch.strided:
+        return Edge(name, source.name, None, rule, f"{source.name} is sparse ({layout})", choice.schedule)
     note = ""
     if spec is not None and field == "weight" and spec.granularity != "tensor":
         note, spec = "one that is computed anew in each call", dataclasses.replace(spec, granularity="tensor")

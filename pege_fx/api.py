@@ -1,6 +1,5 @@
 """The front door: a model goes in, a GraphModule that trains quantized comes out, and a deployable one after it."""
 
-import copy
 import gc
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,7 +19,7 @@ from pege_fx.inspection.summary import Explanation, bystanders
 from pege_fx.modules.fake_quant import fake_quants
 from pege_fx.modules.fixed_attributes import fix
 from pege_fx.modules.mode import ordinary_modes, trial
-from pege_fx.modules.stages import graph_of, refuse_shards
+from pege_fx.modules.stages import copied, graph_of, refuse_shards
 from pege_fx.passes.capture.examples import fresh
 from pege_fx.passes.capture.fixed import fixed_attributes
 from pege_fx.passes.capture.tiers import stays_python
@@ -247,7 +246,7 @@ def convert(
             stacklevel=2,
         )
     with ordinary_modes():  # or what is made here could not be written to outside of inference mode
-        deployed = copy.deepcopy(gm).eval()
+        deployed = copied(gm).eval()
         for site in fake_quants(deployed).values():
             if site.is_calibrated:
                 site.check_method(site.calibrated.dtype, 2)

@@ -109,7 +109,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def _note(node: Node, value: Any) -> Any:
     if isinstance(value, Tensor):
-        node.meta["rank"], node.meta["shape"], node.meta["dtype"] = value.ndim, tuple(value.shape), value.dtype
+        node.meta |= {"rank": value.ndim, "shape": tuple(value.shape), "dtype": value.dtype, "layout": value.layout}
     return value
 
 

@@ -10,7 +10,6 @@ multiplication, no rounding, nothing to lose. The thresholds are computed in rat
 float (residual sums, averages, normalisations) is computed in float64.
 """
 
-import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from pege_fx.engines.accumulators import Accumulate, OnIntegers, Requantize, Rescale, thresholds, widen
-from pege_fx.modules.stages import graph_of
+from pege_fx.modules.stages import copied, graph_of
 from pege_fx.numerics.functional import dequantize, quantize
 from pege_fx.numerics.spec import bounds_of
 from pege_fx.passes.graph import (
@@ -65,7 +64,7 @@ def integer_engine(deployed: GraphModule) -> GraphModule:
     >>> print(integer_coverage(engine))
     2 of 2 layers sum in int32; 1 of 1 quantization steps behind a layer are integer
     """
-    engine = copy.deepcopy(graph_of(deployed, "converted")).eval()
+    engine = copied(graph_of(deployed, "converted")).eval()
     graphs = [module for module in engine.modules() if isinstance(module, GraphModule)]
     run(graphs, [unpack_weights, _rewrite])
     for gm in graphs:

@@ -17,7 +17,7 @@ from pege_fx.export.calls import has_tokens, in_order, tensors_of, try_call
 from pege_fx.export.outputs import given_names
 from pege_fx.export.outputs import output_names as names_of_results
 from pege_fx.export.program import Exported, to_program
-from pege_fx.modules.stages import graph_of
+from pege_fx.modules.stages import graph_of, refuse_sparse
 from pege_fx.numerics.functional import dequantize
 from pege_fx.passes.graph import arguments
 from pege_fx.training.batches import Call
@@ -96,6 +96,7 @@ def export_onnx(
     need_onnx()
     target = path_of(path)
     deployed = graph_of(deployed, "converted", error=ExportError)
+    refuse_sparse(deployed, ExportError, made_dense=True)
     positional = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     call = in_order(deployed, (positional, dict(example_kwargs or {})))
     outputs = names_of_results(try_call(deployed, call))

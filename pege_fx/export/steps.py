@@ -3,7 +3,6 @@
 ``quantize`` and ``dequantize`` become operators of their own, which no decomposition takes apart.
 """
 
-import copy
 import importlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, TypeAlias
@@ -18,6 +17,7 @@ from pege_fx.errors import ExportError
 from pege_fx.export.embedding import embedding_bag
 from pege_fx.export.outputs import flat_tensors
 from pege_fx.export.recurrent_operator import recurrent_as_operator
+from pege_fx.modules.stages import copied
 from pege_fx.numerics import functional
 from pege_fx.numerics.spec import bounds_of
 from pege_fx.passes.graph import first_argument, is_assignment, where
@@ -139,7 +139,7 @@ def stepped(
     torch.export knows few classes that may hold them.
     """
     replaced = functions or {}
-    made = copy.deepcopy(deployed).eval()
+    made = copied(deployed).eval()
     graphs = [module for module in made.modules() if isinstance(module, GraphModule)]
     run(graphs, [unpack_weights])
     for gm in graphs:

@@ -584,7 +584,7 @@ def _follow_loaded_state(module: nn.Module, state: dict[str, Any], prefix: str, 
 
 
 def _has_loaded_state(module: nn.Module, keys: Any) -> None:
-    """What was loaded was read before; a BatchNorm that nobody merged is refused: a pickle loses the hook of ``MergedNorm``."""
+    """What was loaded was read before; a BatchNorm that nobody merged is refused: pickles of before have no ``MergedNorm``."""
     assert isinstance(module, FakeQuant)
     module.is_calibrated = module._calibrated
     for found, merged in itertools.product(keys.unexpected_keys, module.merged):

@@ -13,6 +13,7 @@ from pege_fx.errors import ModelError
 
 Fixed: TypeAlias = Mapping[str, Mapping[str, str]]  # by module path and name: the value as Python writes it, "" for an object
 _RECORD, _NAMES, _PATH = "_fixed", "_fixed_here", "_fixed_at"  # on a graph; on each module, the names and its path
+_LOAD_HOOKS = ("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
 _PLAIN = (type(None), bool, int, float, str, tuple)
 
 
@@ -50,7 +51,10 @@ def _new(cls: type[nn.Module], *args: Any) -> nn.Module:
 
 
 class CapturedGraph(FixedAttributes, GraphModule):
-    """A graph that was captured, with what fx forgets when it copies or pickles one: which attributes are constants of it."""
+    """A graph that was captured, with what fx forgets when it copies or pickles one.
+
+    Which attributes are constants of it, and, of a pickle, the hooks that loading a state calls.
+    """
 
     _carried: tuple[str, ...] = (_RECORD, "accepts_loss_kwargs")
 
@@ -60,17 +64,24 @@ class CapturedGraph(FixedAttributes, GraphModule):
 
     def __reduce__(self) -> Any:
         function, args = super().__reduce__()
-        left = {name: value for name, value in args[0].items() if name not in (_NAMES, _PATH)}
-        return _unpickled, (type(self).__bases__[0], function, (left, *args[1:]), self._kept())
+        left = {name: value for name, value in args[0].items() if name not in (_NAMES, _PATH, *_LOAD_HOOKS)}
+        before, after = (tuple(vars(self)[kind].values()) for kind in _LOAD_HOOKS)
+        hooks = tuple(hook.hook for hook in before), after  # without torch's wrapper, which holds this graph
+        return _unpickled, (type(self).__bases__[0], function, (left, *args[1:]), self._kept(), hooks)
 
     def _kept(self) -> dict[str, Any]:
         return {name: vars(self)[name] for name in self._carried if name in vars(self)}
 
 
-def _unpickled(cls: type[CapturedGraph], function: Any, args: Any, kept: dict[str, Any]) -> GraphModule:
+def _unpickled(cls: type[CapturedGraph], function: Any, args: Any, kept: dict[str, Any], hooks: Any = ((), ())) -> GraphModule:
     """Make a graph again as fx does, of the class that it had."""
     gm: GraphModule = function(*args)
     type(gm).__bases__ = (cls,)  # of the class that fx has made for this one graph
+    for register, found in zip(
+        (gm.register_load_state_dict_pre_hook, gm.register_load_state_dict_post_hook), hooks, strict=True
+    ):
+        for hook in found:
+            register(hook)  # type: ignore[no-untyped-call]
     return _carry(gm, kept)
 
 

@@ -5,8 +5,9 @@
 Every public function asks here for the stage that it works on, so that the same mistake has the same message everywhere.
 """
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from pege_fx.policy.plan import Plan
 
 Stage: TypeAlias = Literal["float", "prepared", "converted", "engine"]
 
+M = TypeVar("M", bound=nn.Module)
 STAGES: tuple[Stage, ...] = get_args(Stage)
 _CALLS = ("pege_fx.prepare(model, policy)", "pege_fx.convert(gm)", "pege_fx.integer_engine(deployed)")
 _MADE_BY = ("", *_CALLS)
@@ -164,3 +166,35 @@ def refuse_shards(gm: GraphModule, fix: str) -> None:
     names: Sequence[str] = [name for name, parameter in gm.named_parameters() if is_sharded(parameter)]
     if names:
         raise ModelError(f"{names[0]} and {len(names) - 1} more parameters are sharded among processes: {fix}.")
+
+
+def copied(model: M) -> M:
+    """Return a deep copy; of compressed sparse tensors too, which torch's own ``deepcopy`` can not copy (2.14)."""
+    memo: dict[int, Any] = {}
+    for value in (*model.parameters(), *model.buffers()):
+        if value.layout is not torch.strided:
+            made = value.detach().clone()
+            memo[id(value)] = nn.Parameter(made, value.requires_grad) if isinstance(value, nn.Parameter) else made
+    return copy.deepcopy(model, memo)
+
+
+def refuse_sparse(model: nn.Module, error: type[PegeError], *, made_dense: bool = False) -> None:
+    """Raise if a graph reads a sparse tensor, and name it: files hold dense ones.
+
+    Args:
+        model: a converted one.
+        error: class of the error.
+        made_dense: let those pass of which the graph reads ``to_dense()`` alone; it can be computed before a file is written.
+    """
+    for gm in (module for module in model.modules() if isinstance(module, GraphModule)):
+        tensors = {**dict(gm.named_parameters()), **dict(gm.named_buffers())}
+        for node in gm.graph.find_nodes(op="get_attr"):
+            value = tensors.get(str(node.target))
+            if value is None or value.layout is torch.strided:
+                continue
+            if made_dense and all(user.target == "to_dense" for user in node.users):
+                continue
+            raise error(
+                f"{node.target} is sparse ({value.layout}), and a file holds dense tensors.\n"
+                "  hold it dense, or its indices and values as buffers of their own."
+            )

@@ -23,7 +23,7 @@ from torch.fx import Graph, GraphModule, Node
 from pege_fx._utils.files import atomic_write, path_to_read, while_replaced
 from pege_fx.errors import CheckpointError, ExportError
 from pege_fx.inspection.size import stored_codes
-from pege_fx.modules.stages import graph_of
+from pege_fx.modules.stages import graph_of, refuse_sparse
 from pege_fx.numerics.packing import pack, unpack
 from pege_fx.passes.graph import arguments, register_buffer, set_parameter, where
 from pege_fx.serialization.allowlist import function_of, is_readable, methods, name_of
@@ -57,6 +57,7 @@ def save_deployed(deployed: GraphModule, path: str | os.PathLike[str]) -> int:
     torch.Size([1, 2])
     """
     deployed = graph_of(deployed, "converted", error=ExportError)
+    refuse_sparse(deployed, ExportError)
     tensors, packed = _packed_state(deployed)
     header = {
         "format": FORMAT,

@@ -126,8 +126,18 @@ def test_weights_that_do_not_train_stay_so() -> None:
     assert all(p.requires_grad for p in frozen("bias", 0).parameters())
 
 
-def test_a_pickled_model_which_knows_its_hooks_no_longer_refuses() -> None:
+def test_a_pickled_model_merges_too() -> None:
     gm, trained = pickle.loads(pickle.dumps(frozen("no bias", 0))), network("no bias", 1)
+    gm.load_state_dict(trained.state_dict(), strict=False)
+    expected = frozen("no bias", 1)
+    for name in ("0.weight", "0.bias"):
+        assert torch.equal(gm.get_parameter(name), expected.get_parameter(name))
+
+
+def test_a_model_which_knows_its_hooks_no_longer_refuses() -> None:
+    """As one that was pickled by earlier versions."""
+    gm, trained = frozen("no bias", 0), network("no bias", 1)
+    vars(gm)["_load_state_dict_pre_hooks"].clear()
     for model, prefix in ((gm, ""), (nn.Sequential(gm), "0.")):
         with pytest.raises(CheckpointError, match="of a BatchNorm that is merged here"):
             model.load_state_dict({f"{prefix}{key}": value for key, value in trained.state_dict().items()}, strict=False)

@@ -1,6 +1,7 @@
 """What a model's own modules do to a state dict before it is loaded is done for the graph too."""
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -70,6 +71,34 @@ def test_old_names_reach_the_graph_and_its_copies(cls: type[Renamed], depth: int
         assert all((graph.get_parameter(name) == 0.25).all() for name, _ in model.named_parameters())
         if graph is twin:
             assert not any((gm.get_parameter(name) == 0.25).all() for name, _ in model.named_parameters())
+
+
+AFTER: list[str] = []
+
+
+def before(_: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    rename(state, prefix)
+
+
+def after(module: nn.Module, incompatible: Any) -> None:
+    AFTER.append(type(module).__name__)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("cls", [Overriding, Renamed])
+def test_pickles_load_as_the_model_did(cls: type[Renamed], depth: int) -> None:
+    inner = cls()
+    if cls is Renamed:
+        inner.register_load_state_dict_pre_hook(before)  # type: ignore[no-untyped-call]
+    inner.register_load_state_dict_post_hook(after)  # type: ignore[no-untyped-call]
+    model = around(inner, depth)
+    gm = pege_fx.prepare(model, "W4A4", (X,))
+    once = pickle.loads(pickle.dumps(gm))
+    for graph in (once, pickle.loads(pickle.dumps(once)), copy.deepcopy(once)):
+        AFTER.clear()
+        assert not graph.load_state_dict(old(model), strict=False).unexpected_keys
+        assert all((graph.get_parameter(name) == 0.25).all() for name, _ in model.named_parameters())
+        assert [cls.__name__] == AFTER
 
 
 def test_a_block_of_its_own_loads_old_names() -> None:
