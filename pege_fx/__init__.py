@@ -47,7 +47,8 @@ from pege_fx.numerics import functional
 from pege_fx.numerics.functional import Estimator
 from pege_fx.numerics.spec import QuantSpec
 from pege_fx.policy.rules import QuantPolicy, Rule
-from pege_fx.serialization.checkpoint import CheckpointInfo, checkpoint_info, load, newest, save
+from pege_fx.serialization.checkpoint import checkpoint_info, load, newest, save
+from pege_fx.serialization.compatibility import CheckpointInfo
 from pege_fx.serialization.deployed import load_deployed, save_deployed
 from pege_fx.training import curves
 from pege_fx.training.calibration import calibrate, discretization_loss, parameter_groups

@@ -22,7 +22,7 @@ from pege_fx.modules.mode import ordinary_modes, trial
 from pege_fx.modules.stages import copied, graph_of, refuse_shards
 from pege_fx.passes.capture.examples import fresh
 from pege_fx.passes.capture.fixed import fixed_attributes
-from pege_fx.passes.capture.tiers import stays_python
+from pege_fx.passes.capture.graph_modules import stays_python
 from pege_fx.passes.capture.validate import validate_conversion
 from pege_fx.passes.pipeline import Pass, Pipeline, apply, run
 from pege_fx.passes.program import ExampleCall, Program

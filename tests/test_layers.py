@@ -91,8 +91,8 @@ def test_only_graph_reads_the_arguments_of_a_node(name: str) -> None:
     """An attribute ``args`` or ``kwargs`` outside of signatures is a node's; the tracer evaluates nodes and may."""
     tree = ast.parse(FILES[name].read_text())
     found = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr in ("args", "kwargs")]
-    # guards, shapes, batches: a BoundArguments; testing.graphs: a Python function's syntax tree
-    allowed = {"passes.capture.guards": 2, "passes.capture.shapes": 2, "testing.graphs": 2, "training.batches": 1}.get(name, 0)
+    # known, shapes, batches: a BoundArguments; testing.graphs: a Python function's syntax tree
+    allowed = {"passes.capture.known": 2, "passes.capture.shapes": 2, "testing.graphs": 2, "training.batches": 1}.get(name, 0)
     assert len(found) <= allowed, f"{name} lines {found}"
 
 
@@ -111,3 +111,15 @@ def test_the_link_is_there_and_relative() -> None:
     link = ROOT / "pege_fx" / "passes"
     assert link.is_symlink()
     assert str(link.readlink()) == "../passes"
+
+
+# Taken apart on branches of their own; the numbers may only fall.
+STILL_LONG = {"numerics.functional": 700, "modules.fake_quant": 650, "modules.methods": 500, "policy.rules": 420}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_file_is_long_without_a_reason_at_its_top(name: str) -> None:
+    """A file of more than 400 lines says in its docstring why it is one: "One file, because ..."."""
+    text = FILES[name].read_text()
+    docstring = ast.get_docstring(ast.parse(text)) or ""
+    assert len(text.splitlines()) <= STILL_LONG.get(name, 400) or "One file, because" in docstring

@@ -10,7 +10,7 @@ import os
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,7 +33,8 @@ from pege_fx.modules.mode import (
 )
 from pege_fx.passes.capture.bytecode import compares_identity, surroundings_of
 from pege_fx.passes.capture.dictionaries import GuardedDict
-from pege_fx.passes.capture.examples import fresh
+from pege_fx.passes.capture.expressions import SIGNS, ancestors, shown
+from pege_fx.passes.capture.known import Known
 from pege_fx.passes.capture.proxies import DataDependenceError, InPlaceProxy, ProxyTracer, StateDependenceError, is_protocol
 from pege_fx.passes.capture.source_location import described, here
 from pege_fx.passes.graph import after, arguments, changes_its_input, first_argument, size_class
@@ -58,49 +59,6 @@ class Guard:
 
     def __str__(self) -> str:
         return f"{self.question} is {self.answer}"
-
-
-@dataclass(frozen=True)
-class Known:
-    """What is known of a forward's arguments.
-
-    Attributes:
-        values: by parameter name: the defaults, and those of an example call if there is one.
-        given: names of the parameters that the call gives; without a call those without a default.
-        positional: how many of them by position.
-        is_call: there is a call: ``*args`` and ``**kwargs`` hold what they say and nothing else.
-    """
-
-    values: Mapping[str, Any]
-    given: frozenset[str]
-    positional: int
-    is_call: bool
-
-    @classmethod
-    def of_call(cls, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> "Known":
-        """Of an example call; raises ``TypeError`` if it does not fit."""
-        bound = inspect.signature(forward).bind(*args, **kwargs)
-        given = frozenset(bound.arguments)
-        bound.apply_defaults()
-        return cls(dict(bound.arguments), given, len(args), is_call=True)
-
-    @classmethod
-    def defaults(cls, forward: Callable[..., Any]) -> "Known":
-        """Of a call without its optional arguments."""
-        parameters = inspect.signature(forward).parameters.values()
-        required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-        positional = sum(p.kind is not p.KEYWORD_ONLY for p in required)
-        values = {p.name: p.default for p in parameters if p.default is not p.empty}
-        return cls(values, frozenset(p.name for p in required), positional, is_call=False)
-
-    def fresh(self, *, tensors: bool) -> "Known":
-        """The same call with objects of its own, which following ``forward`` may fill; with copies of tensors if asked."""
-        return replace(self, values=fresh(dict(self.values), tensors=tensors))
-
-    def call(self, forward: Callable[..., Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The positional and keyword arguments of the call."""
-        bound = inspect.BoundArguments(inspect.signature(forward), OrderedDict(self.values))
-        return bound.args, bound.kwargs
 
 
 class GuardingTracer(ProxyTracer):
@@ -399,48 +357,14 @@ def _is_object(value: Any) -> bool:
 
 # --- in words and as keys ----------------------------------------------------------------------------------------
 
-_SIGNS: dict[Any, str] = {
-    operator.eq: "==", operator.ne: "!=", operator.lt: "<", operator.le: "<=", operator.gt: ">", operator.ge: ">=",
-    operator.add: "+", operator.sub: "-", operator.mul: "*", operator.floordiv: "//", operator.truediv: "/", operator.mod: "%",
-}  # fmt: skip
-
-
-def shown(value: Any) -> str:
-    """Return a value of the graph as Python would write it, as far as it is made of sizes: ``x.shape[0] > 4``."""
-    if not isinstance(value, Node):
-        return repr(value)
-    if value.op not in ("call_function", "call_method"):
-        return str(value.target).lstrip("*") if value.op == "placeholder" else value.name
-    args, kwargs = arguments(value)
-    if value.target is getattr:
-        return f"{shown(args[0])}.{args[1]}"
-    if value.target is operator.getitem:
-        return f"{shown(args[0])}[{shown(args[1])}]"
-    if value.target in _SIGNS:
-        return f"{shown(args[0])} {_SIGNS[value.target]} {shown(args[1])}"
-    if value.op == "call_method" and value.target in ("size", "dim", "numel", "is_floating_point", "is_complex") and not kwargs:
-        return f"{shown(args[0])}.{value.target}({', '.join(map(shown, args[1:]))})"
-    return value.name
-
 
 def _key(value: Any) -> Any:
     """A key that two nodes share if they ask the same of the same value: every ``x.shape`` is a node of its own."""
     if isinstance(value, Node):
-        asks = value.target in (getattr, operator.getitem, length, contains, *_SIGNS) or value.target in ("size", "dim")
+        asks = value.target in (getattr, operator.getitem, length, contains, *SIGNS) or value.target in ("size", "dim")
         args, kwargs = arguments(value)
         return (value.target, *map(_key, args)) if asks and not kwargs else value
     return repr(value)
-
-
-def ancestors(node: Node) -> set[Node]:
-    """Return a node and all that it is computed from."""
-    found: set[Node] = set()
-    waiting = [node]
-    while waiting:
-        if (current := waiting.pop()) not in found:
-            found.add(current)
-            waiting += current.all_input_nodes
-    return found
 
 
 def _plain(answer: Any) -> Any:

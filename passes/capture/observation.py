@@ -16,7 +16,7 @@ from pege_fx.kernels.inductor import TRACING
 from pege_fx.modules.calls import takes_hooks
 from pege_fx.modules.mode import evaluating, trial
 from pege_fx.passes.capture.examples import fresh
-from pege_fx.passes.capture.guards import Known
+from pege_fx.passes.capture.known import Known
 
 Call: TypeAlias = tuple[tuple[Any, ...], Mapping[str, Any]]
 

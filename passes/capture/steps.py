@@ -7,8 +7,9 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule
 
+from pege_fx.passes.capture.refusals import check_model
 from pege_fx.passes.capture.shapes import record_shapes
-from pege_fx.passes.capture.tiers import capture, check_model
+from pege_fx.passes.capture.tiers import capture
 from pege_fx.passes.capture.validate import validate
 from pege_fx.passes.graph import join, owner
 from pege_fx.passes.program import Program, of_program, warn

@@ -7,45 +7,37 @@ quantized all the same. The result is a GraphModule in every case, and every par
 import contextlib
 import functools
 import inspect
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule, Node
-from torch.nn.parameter import is_lazy
+from torch.fx import Graph, GraphModule
 from torch.utils._pytree import tree_leaves
 
 from pege_fx.decompositions.decompose import make_explicit
 from pege_fx.decompositions.recurrent import CELLS, LAYERS
-from pege_fx.errors import InputError, ModelError, PolicyError, closest
-from pege_fx.modules.batch_norm import only_normalizes
-from pege_fx.modules.calls import beside_forward, global_hooks, has_hooks, takes_other_arguments
-from pege_fx.modules.fake_quant import FakeQuant
-from pege_fx.modules.fixed_attributes import CapturedGraph
-from pege_fx.modules.mode import PYTHON_FORWARD, TRAINING_MODE, PythonForward, TrainingMode, evaluating, trial
-from pege_fx.modules.stages import check_stage, unwrapped
+from pege_fx.errors import InputError, PolicyError, closest
+from pege_fx.modules.calls import beside_forward, has_hooks, takes_other_arguments
+from pege_fx.modules.mode import evaluating, trial
+from pege_fx.passes.capture.attempts import ignores_modes, is_steady
 from pege_fx.passes.capture.branches import MergeError, merge_branches
 from pege_fx.passes.capture.bytecode import NO_NAMES, Names, names_in_forward
 from pege_fx.passes.capture.examples import fresh
-from pege_fx.passes.capture.grafts import Grafted, may_be_opened, stand_for
-from pege_fx.passes.capture.guards import Known
-from pege_fx.passes.capture.load_hooks import keep_load_hooks
+from pege_fx.passes.capture.grafts import may_be_opened, stand_for
+from pege_fx.passes.capture.graph_modules import graph_module, python_root
+from pege_fx.passes.capture.known import Known
 from pege_fx.passes.capture.model_copy import copied
+from pege_fx.passes.capture.not_traceable import NotTraceableError
 from pege_fx.passes.capture.observation import NOTHING, Call, Observation, observe
-from pege_fx.passes.capture.patching import reserve_self, uncompiled
 from pege_fx.passes.capture.proxies import ContextError
 from pege_fx.passes.capture.source_location import place_of
-from pege_fx.passes.capture.tracer import NotTraceableError, PegeTracer, ignores_modes, is_steady
+from pege_fx.passes.capture.tracer import PegeTracer
 from pege_fx.passes.graph import (
-    attribute_of,
     has_parameters,
     hides_weights,
     join,
-    parent_and_name,
-    remove_dead_nodes,
 )
 from pege_fx.policy.patterns import PathPattern
 from pege_fx.policy.plan import Capture
@@ -58,40 +50,6 @@ class Captured:
     root: GraphModule
     graphs: list[GraphModule] = field(default_factory=list)
     notes: list[Capture] = field(default_factory=list)
-
-
-def check_model(model: Any) -> None:
-    """Refuse what can not be prepared: no module, prepared before, wrapped for training, not made yet, not finite."""
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"{type(model).__name__} is not an nn.Module: give the model itself.")
-    if unwrapped(model) is not model:
-        name = next(name for name, _ in model.named_children())
-        raise ModelError(f"the model is wrapped in {type(model).__name__}: prepare model.{name} first, and wrap the result.")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ModelError(
-            "the model is scripted, and its code can not be taken apart: prepare the nn.Module that it was made of."
-        )
-    if kinds := global_hooks():
-        raise ModelError(
-            f"there are hooks for all modules ({', '.join(kinds)}), which a graph would not call.\n"
-            "  remove them before prepare, or register them on the modules that they are for."
-        )
-    for name, module in model.named_modules():
-        if isinstance(module, FakeQuant):
-            raise ModelError(f"the model is prepared already ({name} is a fake-quant): prepare the float model.")
-    check_stage(model, "float")
-    parameters = [*model.named_parameters()]
-    for name, tensor in [*parameters, *model.named_buffers()]:
-        if is_lazy(tensor):
-            raise ModelError(f"{name} has no shape yet (a lazy module): run the model once on example inputs, then prepare.")
-    for name, parameter in parameters:
-        if parameter.is_meta or not parameter.is_floating_point() or math.isfinite(parameter.detach().sum()):
-            continue  # a finite sum has finite terms, and is one pass without a copy
-        if count := int((~torch.isfinite(parameter)).sum()):
-            raise ModelError(
-                f"{name} has {count} of {parameter.numel()} values that are not finite.\n"
-                "  load a good checkpoint, or set them before prepare."
-            )
 
 
 def bind(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Known:
@@ -183,7 +141,7 @@ class _Ladder:
             tracer, graph, branches = self._trace_around(root, prefix, opaque)
         except NotTraceableError as error:
             return self._keep_root(root, prefix, error)
-        captured = Captured(_graph_module(root, graph, tracer, prefix))
+        captured = Captured(graph_module(root, graph, tracer, prefix))
         captured.graphs.append(captured.root)
         for guard in tracer.guards:
             captured.notes.append(Capture(prefix, "specialised", guard.place, str(guard)))
@@ -294,7 +252,7 @@ class _Ladder:
         captured.notes.append(Capture(prefix, "python", failure.place, failure.reason))
         self._led_by_data += [prefix] if failure.asks_data else []
         self._capture_children(captured, root, prefix)
-        captured.root = _python_root(root, prefix)
+        captured.root = python_root(root, prefix)
         return captured
 
     def _capture_children(self, captured: Captured, module: nn.Module, prefix: str, around: Names = NO_NAMES) -> None:
@@ -372,91 +330,4 @@ def _repeats(root: nn.Module, known: Known) -> bool:
     return all(torch.equal(first.nan_to_num(), second.nan_to_num()) for first, second in zip(*results, strict=True))
 
 
-def _graph_module(root: nn.Module, graph: Graph, tracer: PegeTracer, prefix: str) -> GraphModule:
-    if tracer.mode_is_read():
-        mode = TrainingMode().train(root.training)
-        root.add_module(TRAINING_MODE, mode)  # not before: a Sequential would call it
-    if prefix:
-        gm: GraphModule = Grafted(root, graph, class_name=type(root).__name__)
-    else:  # the passes do not run it, and the runner compiles what they made of it
-        with uncompiled():
-            gm = CapturedGraph(root, graph, class_name=type(root).__name__)
-    gm.meta["prefix"] = prefix
-    for node in gm.graph.find_nodes(op="call_module"):
-        only_normalizes(attribute_of(gm, node))
-    gm.meta["is_operation"] = PegeTracer().is_leaf_module(root, prefix)
-    remove_dead_nodes(gm)
-    _keep_everything(root, gm)
-    keep_load_hooks(root, gm)
-    return gm
-
-
-def _keep_everything(root: nn.Module, gm: GraphModule) -> None:
-    """Give the GraphModule what the graph does not use too, so that float checkpoints load key by key."""
-    present = dict(gm.named_modules(remove_duplicate=False))
-    for path, module in root.named_modules(remove_duplicate=False):
-        if path not in present:
-            parent, name = parent_and_name(path)
-            present[parent].add_module(name, module)
-            present |= {join(path, inner): child for inner, child in module.named_modules(remove_duplicate=False)}
-        kept = present[path]
-        if kept is module:
-            continue
-        kept.training = module.training
-        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            if not hasattr(kept, name):
-                kept.register_parameter(name, parameter)
-        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
-            if not hasattr(kept, name):
-                kept.register_buffer(name, buffer, persistent=name in module.state_dict())
-
-
 # --- a root that stays Python --------------------------------------------------------------------------------
-
-
-def stays_python(gm: GraphModule) -> bool:
-    """Tell whether a graph only calls its root's own code."""
-    return bool(gm.graph.find_nodes(op="call_module", target=PYTHON_FORWARD))
-
-
-def _any_call(*args: Any, **kwargs: Any) -> None:
-    """The signature of a call whose arguments nobody knows."""
-
-
-def _python_root(root: nn.Module, prefix: str) -> GraphModule:
-    """A graph that calls the root's own code: its parameters and children are the graph's, under their own names."""
-    graph = Graph()
-    reserve_self(graph)
-    arguments: dict[str, Node] = {}
-    extra: Any = ()
-    more: Any = {}
-    called = _any_call if takes_other_arguments(root) else root.forward
-    for name, parameter in inspect.signature(called).parameters.items():
-        default = parameter.default
-        stars = "*" if parameter.kind is parameter.VAR_POSITIONAL else "**" if parameter.kind is parameter.VAR_KEYWORD else ""
-        node = graph.create_node("placeholder", f"{stars}{name}", () if default is parameter.empty else (default,), name=name)
-        if stars == "*":
-            extra = node
-        elif stars == "**":
-            more = node
-        else:
-            arguments[name] = node
-    kinds = (root._modules, root._parameters, root._buffers)
-    parts = {name: part for kind in kinds for name, part in kind.items() if part is not None}  # one may have two names
-    owned = {name: graph.create_node("get_attr", name) for name in parts}
-    result = graph.create_node("call_module", PYTHON_FORWARD, (owned, arguments, extra, more))
-    graph.output(result)
-    holder = nn.Module()
-    holder.training = root.training
-    persistent = set(root.state_dict())
-    for name, part in parts.items():
-        if isinstance(part, nn.Module) or name not in root._buffers:
-            setattr(holder, name, part)
-        else:
-            holder.register_buffer(name, part, persistent=name in persistent)
-    assigned = root._buffers.keys() & parts & names_in_forward(root).written
-    holder.add_module(PYTHON_FORWARD, PythonForward(root, assigned).train(root.training))
-    gm = (Grafted if prefix else CapturedGraph)(holder, graph, class_name=type(root).__name__)
-    gm.meta["prefix"] = prefix
-    keep_load_hooks(root, gm)
-    return gm

@@ -4,15 +4,10 @@ import functools
 import inspect
 import math
 import operator
-import re
-import string
-import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
-from unittest import mock
 
 import numpy
 import torch
@@ -21,27 +16,27 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node, Proxy
 from torch.fx.node import map_arg
 from torch.nn.utils.parametrize import is_parametrized
-from torch.utils._pytree import tree_leaves
 
 from pege_fx.decompositions.attention import multi_head_attention_forward
-from pege_fx.kernels.inductor import TRACING
-from pege_fx.modules.autocast import SWITCHES, guard_regions, switch_autocast_back, switch_autocast_off
-from pege_fx.modules.batch_norm import NORM_THEN, BatchNorm
+from pege_fx.modules.autocast import SWITCHES
+from pege_fx.modules.batch_norm import BatchNorm
 from pege_fx.modules.mode import CHECKS, TRAINING_MODE
 from pege_fx.passes.capture.constants import BesideGraph, WrittenConstantError, clone_at_each_call, written_constants
-from pege_fx.passes.capture.contexts import no_contexts, other_answer, stand_ins, surroundings
+from pege_fx.passes.capture.contexts import surroundings
 from pege_fx.passes.capture.dictionaries import GuardedDict
-from pege_fx.passes.capture.guards import UNKNOWN, GuardingTracer, Known
+from pege_fx.passes.capture.einops_calls import einops_modules, letters
+from pege_fx.passes.capture.example_values import NORM_THEN_TYPES, depends_on_data, is_sized_anyway, run_node
+from pege_fx.passes.capture.guards import UNKNOWN
+from pege_fx.passes.capture.known import Known
 from pege_fx.passes.capture.module_state import ModuleState, write_buffer
-from pege_fx.passes.capture.patched import DRAWING, FACTORIES, IS_TENSOR, functions_of, patched
-from pege_fx.passes.capture.patching import replaced, reserve_self
+from pege_fx.passes.capture.not_traceable import ModeError, NotTraceableError
+from pege_fx.passes.capture.patching import reserve_self
+from pege_fx.passes.capture.patching_tracer import PatchingTracer
 from pege_fx.passes.capture.proxies import ContextError, DataDependenceError, ExampleProxy, InPlaceProxy
-from pege_fx.passes.capture.questions import class_of, globals_of, is_tensor, questions
-from pege_fx.passes.capture.rng_guard import DrawsOfConstants, guards
+from pege_fx.passes.capture.signatures import STARS, keywords_behind_star
 from pege_fx.passes.capture.source_location import called_by_checkpoint, line, place_of_line, where_raised
 from pege_fx.passes.graph import (
     arguments,
-    attribute_name,
     has_parameters,
     is_leaf_function,
     is_matrix,
@@ -51,27 +46,9 @@ from pege_fx.passes.graph import (
     plain,
     reads_size,
 )
-from pege_fx.passes.operators import operators
 
 
-class ModeError(Exception):
-    """Python asked whether the model trains, to do one thing or another."""
-
-
-class NotTraceableError(Exception):
-    """A module whose ``forward`` can not be followed: which, where, and why."""
-
-    def __init__(self, path: str, place: str, reason: str, cause: Exception | None = None, *, is_block: bool = False) -> None:
-        super().__init__(f"{path}: {reason} ({place})")
-        self.path, self.place, self.reason = path, place, reason
-        self.is_block = is_block
-        self.asks_mode = isinstance(cause, ModeError)
-        self.asks_data = type(cause) is DataDependenceError
-        self.writes_constant = isinstance(cause, WrittenConstantError)
-        self.keeps_meaning = isinstance(cause, (ModeError, ContextError))  # by staying Python, and nothing could be decided
-
-
-class PegeTracer(GuardingTracer):
+class PegeTracer(PatchingTracer):
     """fx's tracer; with ``live_training``, ``self.training`` is a value of the graph.
 
     Unpickling a GraphModule makes one without: it traces the generated code, where that value is a module's call.
@@ -97,7 +74,7 @@ class PegeTracer(GuardingTracer):
         mode: bool | None = None,
         constants: bool = True,
     ) -> None:
-        super().__init__(autowrap_modules=(math, *_einops()))
+        super().__init__(autowrap_modules=(math, *einops_modules()))
         self.proxy_buffer_attributes = True  # what is done to a buffer is done by the graph, not while tracing
         self.live_training = live_training
         self.mode = mode
@@ -177,111 +154,6 @@ class PegeTracer(GuardingTracer):
         self._mode_node.graph.erase_node(self._mode_node)
         return False
 
-    def trace(self, root: Any, concrete_args: Any = None) -> Graph:
-        """Trace, with the functions that make tensors of a size taking sizes of the graph."""
-        with TRACING, ExitStack() as stack:
-            of_contexts = stand_ins(self.refuse_context, self.answer)
-            for namespace, names in self._stand_ins(root, of_contexts):
-                stack.enter_context(replaced(namespace, names))
-            stack.enter_context(no_contexts(of_contexts, self.refuse_context, self._region))
-            stack.enter_context(self._kept_calls(root))
-            stack.enter_context(DrawsOfConstants(self.refuse_to_draw))
-            stack.enter_context(self._beside)
-            graph = super().trace(root, concrete_args)
-        guard_regions(graph)
-        for node in graph.nodes:
-            if (getattr(node.target, "__module__", None) or "torch").partition(".")[0] in ("torch", "_operator"):
-                node.meta.pop("is_wrapped", None)  # fx says so of the last node of a wrapped function that was followed
-        return graph
-
-    def _stand_ins(self, root: Any, more: dict[Any, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-        """What stands in for functions while tracing: (namespace, by name)."""
-        factories = {make: self._factory(make) for make in FACTORIES}
-        yield vars(torch), {FACTORIES[make]: stands for make, stands in factories.items()} | {"is_tensor": is_tensor(self)}
-        silent = (function for entry in operators() if not entry.takes_proxies for function in entry.functions)
-        yield vars(F), {function.__name__: self._factory(function) for function in silent}
-        others = more | guards(self.refuse_to_draw) | {check: _assume(check) for check in functions_of("assume")}
-        others[IS_TENSOR] = is_tensor(self)
-        others |= {} if self.constants else factories
-        own = questions(self)
-        kinds = set(map(type, others))
-        generators = [entry.namespace for entry in patched("draw")]
-        for namespace, answers in (*((names, {}) for names in generators), *((names, own) for names in globals_of(root))):
-            yield namespace, {n: others[v] for n, v in namespace.items() if type(v) in kinds and v in others} | answers
-
-    def class_of(self, proxy: Proxy) -> type:
-        return class_of(self, proxy)
-
-    @property
-    def is_following(self) -> bool:
-        """Whether what runs is the code of the model: not another thread's, and no example value beside the graph."""
-        return self.is_called and not self._evaluating
-
-    def refuse_to_draw(self) -> None:
-        if self.live_training and self.is_following:
-            raise ContextError("it draws random numbers, which a graph would hold as constants")
-
-    @contextmanager
-    def _kept_calls(self, root: Any) -> Iterator[None]:
-        """Let a module that is not looked into be one node, also where its class has a ``__call__`` of its own."""
-
-        def kept(original: Callable[..., Any]) -> Callable[..., Any]:
-            def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-                if self.is_following and module in self._installed and (path := self.path_of_module(module)) in self.opaque:
-                    return self.create_proxy("call_module", path, args, kwargs)
-                return original(module, *args, **kwargs)
-
-            return call
-
-        paths = [path for path in self.opaque if isinstance(root, nn.Module)]
-        classes = {type(root.get_submodule(path)) for path in paths}
-        with ExitStack() as stack:
-            for cls in classes:
-                if cls.__call__ is not nn.Module.__call__:
-                    stack.enter_context(mock.patch.object(cls, "__call__", kept(cls.__call__)))
-            yield
-
-    def refuse_context(self, what: str) -> None:
-        """Raise where the code of the model enters a context or sets a mode: another call may be within another."""
-        if self.live_training and self.is_following:
-            raise ContextError(f"it uses {what} inside forward, which a graph does not hold")
-
-    def _region(self, device: str) -> Callable[[], Any]:
-        """Write down that autocast is switched off from here on, and return what writes down that it is back."""
-        if not (self.live_training and self.is_following):
-            return lambda: None
-        first = next(iter(self.graph.nodes), None)
-        if self.mode is not None or first is None or first.op != "placeholder":
-            raise ContextError("it uses torch.autocast inside forward, which a graph of both modes does not hold")
-        before = self._switch(switch_autocast_off, (first, device))
-        return functools.partial(self._switch, switch_autocast_back, (before, device))
-
-    def _switch(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        node = self.create_node("call_function", function, args, {})
-        node.meta["is_wrapped"] = True  # one node for a tracer of the generated code as well
-        return node
-
-    def answer(self, question: str, value: Any) -> Any:
-        """Answer the code of the model when it asks for a mode, and note where it did."""
-        if not (self.live_training and self.is_following):
-            return value
-        self.asked.setdefault(question, self.scope.module_path)
-        if not self.contradicts:
-            return value
-        if (other := other_answer(value)) is None:
-            raise ContextError(f"it asks {question}() inside forward, and another call may find another answer")
-        return other
-
-    def _factory(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original, updated=())
-        def make(*args: Any, **kwargs: Any) -> Any:
-            draws = original in DRAWING and self.live_training and self.is_following
-            is_made = not self.constants and self.is_following and original.__name__ not in ("finfo", "iinfo")
-            symbolic = draws or is_made or any(isinstance(leaf, Proxy) for leaf in tree_leaves((args, kwargs)))
-            return self.create_proxy("call_function", original, args, kwargs) if symbolic else original(*args, **kwargs)
-
-        return make
-
     @functools.cached_property
     def _names(self) -> dict[Tensor, str]:
         """The paths of parameters and buffers."""
@@ -349,7 +221,7 @@ class PegeTracer(GuardingTracer):
         wrapped = inspect.unwrap(root_fn) is not root_fn  # fx patches the code of the wrapper, which has other parameters
         if self.known is None or (variadic and not (self.known.is_call or wrapped)):
             function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
-            _keywords_behind_star(self.graph, root_fn)
+            keywords_behind_star(self.graph, root_fn)
             args = [arg if not isinstance(arg, Proxy) or str(arg.node.target)[0] == "*" else self._fix(arg) for arg in args]
         else:
             function, args = self._call_of(root_fn, list(signature.parameters.values())[1:], self.known)
@@ -371,7 +243,7 @@ class PegeTracer(GuardingTracer):
         positional: list[Any] = []
         keywords: dict[str, Any] = {}
         proxies = [
-            self.create_proxy("placeholder", _STARS.get(p.kind, "") + p.name, () if p.default is p.empty else (p.default,), {})
+            self.create_proxy("placeholder", STARS.get(p.kind, "") + p.name, () if p.default is p.empty else (p.default,), {})
             for p in parameters
         ]
         for position, (parameter, proxy) in enumerate(zip(parameters, proxies, strict=True)):
@@ -412,8 +284,8 @@ class PegeTracer(GuardingTracer):
     def _note_origin(self, node: Node) -> None:
         """Where the value comes from: constants of the model may steer Python, sizes too, what tensors hold may not."""
         sources = node.all_input_nodes
-        selects = _depends_on_data(node, [self._values.get(s) for s in sources])
-        if selects or (any(s in self._unsized for s in sources) and not _is_sized_anyway(node)):
+        selects = depends_on_data(node, [self._values.get(s) for s in sources])
+        if selects or (any(s in self._unsized for s in sources) and not is_sized_anyway(node)):
             self._unsized.add(node)
         if any(source in self._of_objects for source in sources):
             self._of_objects.add(node)
@@ -430,7 +302,7 @@ class PegeTracer(GuardingTracer):
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
         if getattr(target, "__module__", "") == "einops.einops" and target.__name__ == "einsum":
-            return torch.einsum(_letters(args[-1]), *args[:-1])  # a product, with operands to quantize
+            return torch.einsum(letters(args[-1]), *args[:-1])  # a product, with operands to quantize
         if target is torch._assert:
             self.assert_with(str((*args, *kwargs.values())[-1]))
         if self.live_training and target is F.multi_head_attention_forward:
@@ -515,113 +387,10 @@ class PegeTracer(GuardingTracer):
         before, self._evaluating = self._evaluating, True
         try:
             with torch.no_grad(), self.state.watch:
-                return _run(self.root, node, args, kwargs)
+                return run_node(self.root, node, args, kwargs)
         finally:
             self._evaluating = before
 
 
-def ignores_modes(tracer: PegeTracer, graph: Graph, again: PegeTracer) -> bool:
-    """Tell whether ``forward`` does the same whatever it is told of the modes that it asked for."""
-    again.contradicts = True
-    try:
-        return str(again.follow(tracer.state.root)) == str(graph)
-    except NotTraceableError:
-        return False
-
-
-def is_steady(tracer: PegeTracer, graph: Graph, again: PegeTracer) -> bool:
-    """Tell whether ``forward``, from the attributes that it left, does and leaves the same: a flag or a counter tells."""
-    with tracer.state.left():
-        try:
-            return str(again.follow(tracer.state.root)) == str(graph) and not again.state.changed
-        except NotTraceableError:
-            return False
-
-
 _PLAIN = {type(None), bool, int, float, str}
 _VIEWS = ("keys", "values", "items")  # of a dictionary
-NORM_THEN_TYPES = tuple(NORM_THEN.values())
-_STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
-_SELECTING: set[Any] = {
-    "nonzero", "masked_select", "unique", "unique_consecutive", "argwhere", "tolist", torch.nonzero, torch.masked_select,
-    torch.unique, torch.unique_consecutive, torch.argwhere, torch.bincount, "bincount",
-}  # fmt: skip
-_SIZELESS: set[Any] = {
-    "dtype", "device", "layout", "ndim", "requires_grad", "is_cuda", "is_cpu", "is_sparse", "is_quantized", "is_nested",
-    "dim", "ndimension", "is_floating_point", "is_complex", "element_size", "itemsize", "get_device",
-    torch.is_floating_point, torch.is_complex,
-}  # fmt: skip
-
-
-def _depends_on_data(node: Node, sources: list[Any]) -> bool:
-    """Whether the size of a node's result depends on what its inputs hold: a selection."""
-    if node.target in (torch.where, "where"):
-        return len(sources) == 1
-    if node.target is operator.getitem:
-        return any(isinstance(source, Tensor) and source.dtype in (torch.bool, torch.uint8) for source in sources[1:])
-    if node.target in (torch.repeat_interleave, "repeat_interleave"):
-        args, kwargs = arguments(node)
-        repeats = kwargs.get("repeats", args[1] if len(args) > 1 else args[0])
-        return not isinstance(repeats, int) and kwargs.get("output_size") is None
-    return node.target in _SELECTING
-
-
-def _is_sized_anyway(node: Node) -> bool:
-    """Whether a node's result is the same whatever the sizes of its inputs are: a type, a place, a shape written out."""
-    if (attribute_name(node) or node.target) in _SIZELESS:
-        return True
-    sizes, _ = arguments(node)
-    flat = sizes[1] if len(sizes) == 2 and isinstance(sizes[1], (tuple, list)) else sizes[1:]
-    return node.target in ("reshape", "view") and bool(flat) and all(isinstance(size, int) and size >= 0 for size in flat)
-
-
-def _einops() -> tuple[Any, ...]:
-    """einops, if the model uses it: its functions take tensors and nothing else, and stay whole in the graph."""
-    return (sys.modules["einops"],) if "einops" in sys.modules else ()
-
-
-def _assume(check: Callable[..., Any]) -> Callable[..., Any]:
-    """A check that holds for what a graph computes, as it would be for a compiler."""
-
-    def assume(cond: Any, *args: Any, **kwargs: Any) -> None:
-        if not isinstance(cond, Proxy):
-            check(cond, *args, **kwargs)
-
-    return assume
-
-
-def _letters(pattern: str) -> str:
-    """The pattern of ``einops.einsum`` as torch's: "batch i, i o -> batch o" is "ab,bc->ac"."""
-    names = dict.fromkeys(re.findall(r"[^\W\d]\w*", pattern))
-    letter = dict(zip(names, string.ascii_letters, strict=False))
-    return re.sub(r"[^\W\d]\w*", lambda name: letter[name[0]], pattern).replace(" ", "")
-
-
-def _run(root: nn.Module, node: Node, args: Any, kwargs: Any) -> Any:
-    if node.op == "call_function":
-        return node.target(*args, **kwargs)  # type: ignore[operator]
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    value: Any = operator.attrgetter(str(node.target))(root)
-    if node.op == "get_attr":
-        return value.clone() if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) else value  # may be changed
-    modes = [(module, module.training) for module in value.modules()]
-    try:
-        for module, _ in modes:
-            module.__dict__["training"] = False  # example values must not move running statistics
-        call: Any = value.normalize if isinstance(value, NORM_THEN_TYPES) else value
-        return call(*args, **kwargs)
-    finally:
-        for module, training in modes:
-            module.__dict__["training"] = training
-
-
-def _keywords_behind_star(graph: Graph, forward: Any) -> None:
-    """Put keyword-only parameters behind ``*args``, where they belong; fx puts them before it, and takes positions for them."""
-    nodes = {str(node.target): node for node in graph.find_nodes(op="placeholder")}
-    star = next((node for name, node in nodes.items() if name.startswith("*") and not name.startswith("**")), None)
-    if star is None:
-        return
-    parameters = inspect.signature(forward).parameters.values()
-    for parameter in reversed([p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name in nodes]):
-        star.append(nodes[parameter.name])

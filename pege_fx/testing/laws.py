@@ -6,9 +6,8 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from random import Random
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, TypeAlias, get_args
 
 import torch
 from hypothesis import HealthCheck, Phase, find, settings
@@ -19,87 +18,15 @@ from torch.fx import GraphModule, symbolic_trace
 
 from pege_fx.errors import InputError, LawError, closest
 from pege_fx.inspection.diff import diff
-from pege_fx.passes import Program
 from pege_fx.passes.graph import calls
 from pege_fx.passes.pipeline import name_of
 from pege_fx.testing.function import BuffersAfter, Gradients, assert_same_function
 from pege_fx.testing.graphs import graph_modules
 from pege_fx.testing.networks import networks
 from pege_fx.testing.structure import isomorphic_up_to
-
-Rewrite: TypeAlias = Callable[[GraphModule], Any]
-Preserves: TypeAlias = Literal["structure", "bits", "function", "evaluation", "nothing"]
+from pege_fx.testing.trial import NotTriedError, Preserves, Rewrite, Trial, equal, same_state
 
 _LARGER = 10.0
-
-
-class NotTriedError(Exception):
-    """A law that can not be tried here; says why."""
-
-
-@dataclass(frozen=True, eq=False)
-class Trial:
-    """A rewrite on one graph.
-
-    Attributes:
-        rewrite: what is tried.
-        preserves: what it should keep.
-        before: the graph, which nothing touches.
-        inputs: of the graph.
-        tolerance: for ``assert_same_function``; None derives it.
-    """
-
-    rewrite: Rewrite
-    preserves: Preserves
-    before: GraphModule
-    inputs: tuple[Any, ...]
-    tolerance: float | None = None
-
-    def applied(self, gm: GraphModule) -> tuple[GraphModule, GraphModule]:
-        """Rewrite a copy; return what was handed over, and the result (the same graph if the rewrite works in place)."""
-        argument = copy.deepcopy(gm)
-        given: Any = Program.of(argument) if getattr(self.rewrite, "takes_program", False) else argument
-        result = self.rewrite(given)
-        if result is None:
-            argument.recompile()
-            result = argument
-        assert isinstance(result, GraphModule), f"it returns {type(result).__name__}: return a GraphModule, or work in place"
-        return argument, result
-
-    @cached_property
-    def _first(self) -> tuple[GraphModule, GraphModule]:
-        return self.applied(self.before)
-
-    @property
-    def argument(self) -> GraphModule:
-        """What the rewrite was given."""
-        return self._first[0]
-
-    @property
-    def after(self) -> GraphModule:
-        """What the rewrite made of it."""
-        return self._first[1]
-
-    @cached_property
-    def has_changed(self) -> bool:
-        """Whether the rewrite did anything to nodes, modules or values."""
-        return bool(diff(self.before, self.after)) or not _same_state(self.before, self.after)
-
-    def same(self, before: nn.Module, after: nn.Module, inputs: tuple[Any, ...] | None = None) -> None:
-        """Assert that two modules compute the same, as nearly as the rewrite promises."""
-        exact = self.preserves in ("structure", "bits")
-        assert_same_function(before, after, self.inputs if inputs is None else inputs, 0.0 if exact else self.tolerance)
-
-
-def _same_state(a: nn.Module, b: nn.Module) -> bool:
-    first, second = a.state_dict(), b.state_dict()
-    return list(first) == list(second) and all(_equal(value, second[name]) for name, value in first.items())
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.dtype == b.dtype and torch.equal(a.nan_to_num(), b.nan_to_num())
-    return bool(a == b)
 
 
 # --- laws: each raises an AssertionError where it is broken ---------------------------------------------------------
@@ -122,7 +49,7 @@ def untouched(trial: Trial) -> None:
         raise NotTriedError("it works in place")
     assert not (changes := diff(trial.before, trial.argument)), f"its argument has changed: {changes}"
     assert trial.argument.code == trial.before.code, "the code of its argument has changed"
-    assert _same_state(trial.before, trial.argument), "a parameter or buffer of its argument has changed"
+    assert same_state(trial.before, trial.argument), "a parameter or buffer of its argument has changed"
     _assert_same_modes(trial.before, trial.argument)
 
 
@@ -130,7 +57,7 @@ def deterministic(trial: Trial) -> None:
     """Twice the same graph gives twice the same result."""
     _, again = trial.applied(trial.before)
     assert not (changes := diff(trial.after, again)), f"a second run on the same graph gives another one: {changes}"
-    assert _same_state(trial.after, again), "a second run on the same graph gives other parameters or buffers"
+    assert same_state(trial.after, again), "a second run on the same graph gives other parameters or buffers"
 
 
 def idempotent(trial: Trial) -> None:
@@ -156,7 +83,7 @@ def state(trial: Trial) -> None:
     """Every parameter and buffer is there, under its name, with its value."""
     before, after = trial.before.state_dict(), trial.after.state_dict()
     assert not (missing := [name for name in before if name not in after]), f"gone from the state: {', '.join(missing)}"
-    changed = [name for name, value in before.items() if not _equal(value, after[name])]
+    changed = [name for name, value in before.items() if not equal(value, after[name])]
     assert not changed, f"changed in the state: {', '.join(changed)}"
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import pege_fx
 from pege_fx import QuantPolicy, Rule
-from pege_fx.passes.capture.tracer import _letters
+from pege_fx.passes.capture.einops_calls import letters
 from pege_fx.training.scheduler import plan_of
 
 pytest.importorskip("einops")
@@ -76,5 +76,5 @@ def test_copies_pickles_and_conversions_compute_the_same() -> None:
 @given(st.lists(st.text(string.ascii_lowercase, min_size=1), min_size=3, max_size=3, unique=True))
 def test_patterns_of_einsum_are_those_of_torch(names: list[str]) -> None:
     i, j, k = names
-    assert _letters(f"{i} {j}, {j} {k} -> {i} {k}") == "ab,bc->ac"
-    assert _letters(f"... {i} {j}, {j} {k} -> ... {i} {k}") == "...ab,bc->...ac"
+    assert letters(f"{i} {j}, {j} {k} -> {i} {k}") == "ab,bc->ac"
+    assert letters(f"... {i} {j}, {j} {k} -> ... {i} {k}") == "...ab,bc->...ac"

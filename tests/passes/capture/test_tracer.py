@@ -13,8 +13,9 @@ from torch.fx import GraphModule
 
 import pege_fx
 from pege_fx import Constant, PEGEScheduler
+from pege_fx.passes.capture.not_traceable import NotTraceableError
 from pege_fx.passes.capture.tiers import capture
-from pege_fx.passes.capture.tracer import NotTraceableError, PegeTracer
+from pege_fx.passes.capture.tracer import PegeTracer
 from pege_fx.testing import Case, assert_same_function, networks
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
