@@ -1,4 +1,4 @@
-"""How many examples of each law (Hypothesis), with no deadline: a first call may compile. And processes."""
+"""How many examples of each law (Hypothesis), with no deadline: a first call may compile. And what tests leave behind."""
 
 import multiprocessing
 import runpy
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from torch.fx import _symbolic_trace
 
 # For each change a few examples, the same in every run; at night many, others every time (`make test-nightly`).
 settings.register_profile("pege_fx", deadline=None, derandomize=True, max_examples=15)
@@ -18,6 +19,20 @@ WORKERS = Path(__file__).parent / "workers"
 # Processes are forked from one that has imported torch already, and itself runs no thread.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["pege_fx", "torch.distributed.fsdp", "torch.distributed.tensor"])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _generated_code_is_forgotten() -> Iterator[None]:
+    """Forget the code of graphs that a module's tests made: fx keeps that of each which calls a wrapped function.
+
+    For every trace it patches all of them. After some thousand graphs that took longer than all else in a test.
+    """
+    wrapped = _symbolic_trace._wrapped_fns_to_patch
+    before = set(wrapped)
+    yield
+    for key in wrapped.keys() - before:
+        if "__name__" not in wrapped[key]:  # the globals of a graph's code, not those of a module that was imported meanwhile
+            del wrapped[key]
 
 
 @pytest.fixture
