@@ -607,23 +607,22 @@ class Rooted(nn.Module):
 
 
 @pytest.mark.parametrize("style", ["qdq", "qcdq", "qonnx"])
-@pytest.mark.parametrize(
-    ("changed", "into"), [("Relu", "Sqrt"), ("Relu", "Reciprocal"), ("Sigmoid", "Sqrt"), ("Sigmoid", "Log")]
-)
-def test_nan_and_infinity_of_a_file_are_different(style: Any, changed: str, into: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("changed", "others"), [("Relu", ("Sqrt", "Reciprocal")), ("Sigmoid", ("Sqrt", "Log"))])
+def test_nan_and_infinity_of_a_file_are_different(style: Any, changed: str, others: tuple[str, str], tmp_path: Path) -> None:
     """In codes, and in an output that is not the first; whatever else is right."""
     x = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
-    if into == "Reciprocal":
+    if "Reciprocal" in others:
         x[0] = 0.0
     model = pege_fx.convert(pege_fx.prepare(Rooted(changed == "Sigmoid").eval(), "W4A4", (x,)))
     pege_fx.export_onnx(model, tmp_path / "model.onnx", (x,), style=style)
     assert pege_fx.verify_export(model, tmp_path / "model.onnx", [x]).verdict == "exact"
-    proto = onnx.load(tmp_path / "model.onnx")
-    next(node for node in proto.graph.node if node.op_type == changed).op_type = into
-    onnx.save(proto, tmp_path / "wrong.onnx")
-    report = pege_fx.verify_export(model, tmp_path / "wrong.onnx", [x])
-    assert report.verdict == "different"
-    assert str(report).splitlines()[-1].startswith("different: ")
+    for into in others:
+        proto = onnx.load(tmp_path / "model.onnx")
+        next(node for node in proto.graph.node if node.op_type == changed).op_type = into
+        onnx.save(proto, tmp_path / "wrong.onnx")
+        report = pege_fx.verify_export(model, tmp_path / "wrong.onnx", [x])
+        assert report.verdict == "different", into
+        assert str(report).splitlines()[-1].startswith("different: ")
 
 
 class Masked(nn.Module):
