@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import pege_fx
 from pege_fx import PegeError, QuantPolicy, Rule
-from pege_fx._utils.comparison import DrawsWithoutOrder, leaves, same, tensors
+from pege_fx._utils.comparison import UnorderedDraws, leaves, same, tensors
 
 RESULTS = Path(__file__).parent / "results" / "programs.json"
 LOADED: list[str] = []  # modules that the programs are, until each is done
@@ -236,7 +236,7 @@ def run(module: nn.Module, call: Call, seed: int) -> dict[str, Any]:
     module.train(call.training)
     torch.manual_seed(0)
     contexts = {"no_grad": torch.no_grad(), "autocast": torch.autocast("cpu", torch.bfloat16), "": torch.enable_grad()}
-    with contexts[call.within], DrawsWithoutOrder():
+    with contexts[call.within], UnorderedDraws():
         y = module(leaf + 0, **named)
     left = dict(leaves("output", y)) | dict(leaves("arguments", named))
     results = [t for _, t in tensors("", y) if t.requires_grad]

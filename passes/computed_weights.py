@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from pege_fx.modules.mode import trial
+from pege_fx.modules.mode import preserve_state
 from pege_fx.passes.graph import (
     attribute_of,
     behind_transposes,
@@ -99,7 +99,7 @@ class ComputedWeights:
             return torch.empty(node.meta["shape"], dtype=node.meta["dtype"], device="meta")
         called = [attribute_of(self.gm, part) for part in nodes_behind(node) | {node} if part.op == "call_module"]
         modules = [inner for module in called for inner in module.modules()]
-        with torch.no_grad(), trial(modules):  # a spectral norm moves its estimates
+        with torch.no_grad(), preserve_state(modules):  # a spectral norm moves its estimates
             value = computed(self.gm, node)
         return value.to("meta") if isinstance(value, Tensor) else None
 

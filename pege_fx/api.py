@@ -15,10 +15,10 @@ from pege_fx import passes as graph_passes
 from pege_fx._utils.collectives import is_shared
 from pege_fx.errors import ModelError, PegeWarning, PolicyError
 from pege_fx.inspection.diff import PassTrace
-from pege_fx.inspection.summary import Explanation, bystanders
+from pege_fx.inspection.summary import Explanation, other_nodes
 from pege_fx.modules.fake_quant import fake_quants
 from pege_fx.modules.fixed_attributes import fix
-from pege_fx.modules.mode import ordinary_modes, trial
+from pege_fx.modules.mode import ordinary_modes, preserve_state
 from pege_fx.modules.stages import copied, graph_of, refuse_shards
 from pege_fx.passes.capture.examples import fresh
 from pege_fx.passes.capture.fixed import fixed_attributes
@@ -183,7 +183,7 @@ def prepare(
         held = [value for value in tree_leaves(example) if isinstance(value, Tensor)]
         if sum(value.numel() * value.element_size() for value in held) <= _KEPT_BYTES:
             _EXAMPLES[gm] = example
-        with trial(program.modules):
+        with preserve_state(program.modules):
             observe(gm, [fresh(example)])
     fix(gm, fixed_attributes(model, gm))
     return gm
@@ -299,7 +299,7 @@ def explain(
     assert program.plan is not None
     graphs = [(gm.meta.get("prefix", ""), gm) for gm in program.graphs]
     title = f"{type(model).__name__}: dry run"
-    return Explanation(program.plan, title, tuple(bystanders(model, graphs, program.plan)))
+    return Explanation(program.plan, title, tuple(other_nodes(model, graphs, program.plan)))
 
 
 def trace_passes(

@@ -34,7 +34,7 @@ def policy(*functions: Any, spec: Any = "8", shared: bool = True) -> QuantPolicy
 def functions_of(case: Case) -> list[str]:
     """Which of the operations a network has, as ``explain`` says what a rule would have to name."""
     explained = pege_fx.explain(case.network, QuantPolicy((Rule(weight="4"),)), case.inputs)
-    return [name for name in JOINS if any(f'function="{name}"' in seen.reason for seen in explained.bystanders)]
+    return [name for name in JOINS if any(f'function="{name}"' in seen.reason for seen in explained.other_nodes)]
 
 
 def joins_of(gm: GraphModule) -> list[Operation]:
@@ -483,7 +483,7 @@ def test_explain_says_what_shares_a_scale_and_how_to_ask() -> None:
     gm = pege_fx.prepare(Residual(), policy("add"), (X,))
     assert "one scale for relu, x" in str(gm.add_inputs_fq)
     assert "add: add" in str(pege_fx.summary(gm)["add"])
-    assert "add" not in {b.node for b in pege_fx.summary(gm).bystanders}
+    assert "add" not in {b.node for b in pege_fx.summary(gm).other_nodes}
 
 
 def test_sharing_is_part_of_the_fingerprint() -> None:

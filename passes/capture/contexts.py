@@ -42,7 +42,7 @@ def surroundings() -> tuple[Any, ...]:
     )
 
 
-def stand_ins(refuse: Refuse, answer: Answer) -> dict[Any, Callable[..., Any]]:
+def replacements(refuse: Refuse, answer: Answer) -> dict[Any, Callable[..., Any]]:
     """Return what stands in for the functions that set a mode or ask for one, by the function.
 
     Args:
@@ -59,7 +59,7 @@ def no_contexts(functions: dict[Any, Callable[..., Any]], refuse: Refuse, region
     """Let the code of a model enter no context, and set no mode.
 
     Args:
-        functions: what ``stand_ins`` returned.
+        functions: what ``replacements`` returned.
         refuse: as there.
         region: called with a type of devices where a block switches autocast off for it; returns what is to be called at its
             end, or raises.

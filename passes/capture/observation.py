@@ -14,7 +14,7 @@ from torch import nn
 from pege_fx.errors import InputError
 from pege_fx.kernels.inductor import TRACING
 from pege_fx.modules.calls import takes_hooks
-from pege_fx.modules.mode import evaluating, trial
+from pege_fx.modules.mode import evaluating, preserve_state
 from pege_fx.passes.capture.examples import fresh
 from pege_fx.passes.capture.known import Known
 
@@ -60,7 +60,7 @@ def observe(root: nn.Module, example: Call, bind: Callable[..., Known]) -> Obser
         running[module] -= 1
 
     args, kwargs = fresh(example)
-    with trial(root.modules()), evaluating(root), contextlib.ExitStack() as hooks:
+    with preserve_state(root.modules()), evaluating(root), contextlib.ExitStack() as hooks:
         for module in filter(takes_hooks, root.modules()):
             hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
             hooks.callback(module.register_forward_hook(leave, always_call=True).remove)

@@ -15,13 +15,13 @@ from torch.utils._pytree import tree_leaves
 from pege_fx.kernels.inductor import TRACING
 from pege_fx.modules.autocast import guard_regions, switch_autocast_back, switch_autocast_off
 from pege_fx.passes.capture.constants import BesideGraph
-from pege_fx.passes.capture.contexts import no_contexts, other_answer, stand_ins
+from pege_fx.passes.capture.contexts import no_contexts, other_answer, replacements
 from pege_fx.passes.capture.guards import GuardingTracer
 from pege_fx.passes.capture.patched import DRAWING, FACTORIES, IS_TENSOR, functions_of, patched
 from pege_fx.passes.capture.patching import replaced
 from pege_fx.passes.capture.proxies import ContextError
 from pege_fx.passes.capture.questions import class_of, globals_of, is_tensor, questions
-from pege_fx.passes.capture.rng_guard import DrawsOfConstants, guards
+from pege_fx.passes.capture.rng_guard import ConstantDrawGuard, guards
 from pege_fx.passes.operators import operators
 
 
@@ -50,12 +50,12 @@ class PatchingTracer(GuardingTracer):
     def trace(self, root: Any, concrete_args: Any = None) -> Graph:
         """Trace, with the functions that make tensors of a size taking sizes of the graph."""
         with TRACING, ExitStack() as stack:
-            of_contexts = stand_ins(self.refuse_context, self.answer)
-            for namespace, names in self._stand_ins(root, of_contexts):
+            of_contexts = replacements(self.refuse_context, self.answer)
+            for namespace, names in self._replacements(root, of_contexts):
                 stack.enter_context(replaced(namespace, names))
             stack.enter_context(no_contexts(of_contexts, self.refuse_context, self._region))
             stack.enter_context(self._kept_calls(root))
-            stack.enter_context(DrawsOfConstants(self.refuse_to_draw))
+            stack.enter_context(ConstantDrawGuard(self.refuse_to_draw))
             stack.enter_context(self._beside)
             graph = super().trace(root, concrete_args)
         guard_regions(graph)
@@ -64,7 +64,7 @@ class PatchingTracer(GuardingTracer):
                 node.meta.pop("is_wrapped", None)  # fx says so of the last node of a wrapped function that was followed
         return graph
 
-    def _stand_ins(self, root: Any, more: dict[Any, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    def _replacements(self, root: Any, more: dict[Any, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
         """What stands in for functions while tracing: (namespace, by name)."""
         factories = {make: self._factory(make) for make in FACTORIES}
         yield vars(torch), {FACTORIES[make]: stands for make, stands in factories.items()} | {"is_tensor": is_tensor(self)}

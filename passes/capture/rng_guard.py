@@ -14,7 +14,7 @@ _IN_PLACE |= {"rand_like", "randn_like", "randint_like", "bernoulli", "multinomi
 _DRAWS = functions_of("draw")  # taken now: while a module is traced, the names mean something else
 
 
-class DrawsOfConstants(TorchFunctionMode):
+class ConstantDrawGuard(TorchFunctionMode):
     """Calls ``refuse``, in the thread that traces, where torch makes random numbers without the graph."""
 
     def __init__(self, refuse: Callable[[], None]) -> None:

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from pege_fx.errors import InputError, OtherCallError
 from pege_fx.modules.fake_quant import version_of
-from pege_fx.modules.mode import PYTHON_FORWARD, evaluating, trial
+from pege_fx.modules.mode import PYTHON_FORWARD, evaluating, preserve_state
 from pege_fx.passes.capture.examples import fresh
 from pege_fx.passes.graph import join, owner, plain, traits_of
 
@@ -136,7 +136,7 @@ def record_shapes(
     try:
         for graph, recorder in recorders.items():
             graph.__dict__["forward"] = recorder.call
-        with trial(gm.modules()), evaluating(gm):
+        with preserve_state(gm.modules()), evaluating(gm):
             may_differ = recorders or any(traits_of(gm, node).writes for node in gm.graph.nodes)
             if may_differ and (path := _called_otherwise_in_training(gm, *fresh((args, kwargs)), failure)) is not None:
                 return path

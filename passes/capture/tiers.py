@@ -1,6 +1,6 @@
-"""Capture, a ladder: (1) symbolic; (2) specialised on example inputs; (3) what can not be traced stays Python.
+"""Capture in tiers: (1) symbolic; (2) specialised on example inputs; (3) what can not be traced stays Python.
 
-Rung 3 leaves the smallest such module as it is and captures its children on their own, so that their convolutions are
+Tier 3 leaves the smallest such module as it is and captures its children on their own, so that their convolutions are
 quantized all the same. The result is a GraphModule in every case, and every parameter keeps its name.
 """
 
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 from torch.utils._pytree import tree_leaves
 
-from pege_fx.decompositions.decompose import make_explicit
+from pege_fx.decompositions.decompose import decompose_modules
 from pege_fx.decompositions.recurrent import CELLS, LAYERS
 from pege_fx.errors import InputError, PolicyError, closest
 from pege_fx.modules.calls import beside_forward, has_hooks, takes_other_arguments
-from pege_fx.modules.mode import evaluating, trial
+from pege_fx.modules.mode import evaluating, preserve_state
 from pege_fx.passes.capture.attempts import ignores_modes, is_steady
 from pege_fx.passes.capture.branches import MergeError, merge_branches
 from pege_fx.passes.capture.bytecode import NO_NAMES, Names, names_in_forward
@@ -95,11 +95,17 @@ def capture(
         chosen |= found
     outermost = {name for name in chosen if not any(name.startswith(f"{other}.") for other in chosen)}
     root = copied(model, share_parameters)
-    make_explicit(root)
-    return _Ladder(root, example, outermost, set(refused)).climb(root, "")
+    decompose_modules(root)
+    return _TieredCapture(root, example, outermost, set(refused)).capture(root, "")
 
 
-class _Ladder:
+class _TieredCapture:
+    """One capture of a model: tries the tiers on each module from the outside in.
+
+    From the outside in, because a larger graph gives passes more to prove; a module is tried alone only where the one around it
+    can not be followed.
+    """
+
     def __init__(self, root: nn.Module, example: Call | None, blocks: set[str], refused: set[str]) -> None:
         self.root, self.example, self.blocks, self.refused = root, example, blocks, refused
         self._led_by_data: list[str] = []  # modules that stay Python because what tensors hold decides what they do
@@ -133,7 +139,7 @@ class _Ladder:
         led_by_data = any(prefix.startswith(f"{path}.") or not path for path in self._led_by_data)
         return led_by_data and name in call.given and any(leaf is None for leaf in _leaves(call.values[name]))
 
-    def climb(self, root: nn.Module, prefix: str) -> Captured:
+    def capture(self, root: nn.Module, prefix: str) -> Captured:
         if what := beside_forward(root):
             return self._keep_root(root, prefix, _beside(root, "", what))
         opaque = self._kept_whole(root) | self._blocks_in(root, prefix)
@@ -150,7 +156,7 @@ class _Ladder:
             captured.notes.append(Capture(prefix, "symbolic", *both))
         for path, failure in opaque.items():
             if failure.is_block:
-                inner = self.climb(captured.root.get_submodule(path), join(prefix, path))
+                inner = self.capture(captured.root.get_submodule(path), join(prefix, path))
                 captured.root.set_submodule(path, inner.root)
                 captured.graphs += inner.graphs
                 captured.notes += [Capture(join(prefix, path), "block"), *inner.notes]
@@ -271,7 +277,7 @@ class _Ladder:
             if is_container or child in self._observed.opened or may_be_opened(names, name, child):
                 self._capture_children(captured, child, path, names)
                 continue
-            inner = self.climb(child, path)
+            inner = self.capture(child, path)
             stand_for(child, inner.root, self._observed.read.get(child, ()))
             for alias in [alias for alias, part in module._modules.items() if part is child]:
                 setattr(module, alias, inner.root)
@@ -319,7 +325,7 @@ def _stateful(root: nn.Module, path: str, what: str) -> NotTraceableError:
 def _repeats(root: nn.Module, known: Known) -> bool:
     """Tell whether a second call on the example gives what the first does: a cache changes nothing, a state does."""
     results = []
-    with trial(root.modules()), evaluating(root), torch.random.fork_rng(devices=()):
+    with preserve_state(root.modules()), evaluating(root), torch.random.fork_rng(devices=()):
         for _ in range(2):
             args, kwargs = fresh(known.call(root.forward))
             torch.manual_seed(0)

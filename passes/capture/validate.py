@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_map
 
-from pege_fx._utils.comparison import DrawsWithoutOrder, difference, largest, leaves, same, same_random_numbers, tensors
-from pege_fx.decompositions.decompose import make_explicit
+from pege_fx._utils.comparison import UnorderedDraws, difference, largest, leaves, same, same_random_numbers, tensors
+from pege_fx.decompositions.decompose import decompose_modules
 from pege_fx.errors import OtherCallError, PegeWarning, VerifyError
-from pege_fx.modules.mode import trial
+from pege_fx.modules.mode import preserve_state
 from pege_fx.passes.capture.examples import fresh
 from pege_fx.passes.capture.first_difference import first_difference
 from pege_fx.passes.capture.model_copy import copied
@@ -116,7 +116,7 @@ class _Comparison:
 
     def _judge(self) -> None:
         """Raise unless rounding, the order of random draws or the model's own caprice explains that they parted."""
-        for around in (nullcontext, DrawsWithoutOrder):
+        for around in (nullcontext, UnorderedDraws):
             expected, found = self._of_model(around()), self._of_graph(around())
             if not (parted := _parted(expected, found)):
                 return
@@ -144,7 +144,7 @@ class _Comparison:
     def _has_decompositions(self) -> bool:
         reference = copied(self.model, share_parameters=True)
         classes = [type(module) for module in reference.modules()]
-        make_explicit(reference)
+        decompose_modules(reference)
         return classes != [type(module) for module in reference.modules()]
 
     def _error(self, parted: Mapping[str, str], where: str) -> VerifyError:
@@ -171,7 +171,7 @@ class _Comparison:
     def _reference(self, decomposed: bool = True) -> nn.Module:
         reference = copied(self.model, share_parameters=True, share_buffers=False)
         if decomposed:
-            make_explicit(reference)
+            decompose_modules(reference)
         return reference
 
     def _of_model(self, around: Around | None = None, *, decomposed: bool = True, noise: torch.Generator | None = None) -> _Run:
@@ -184,7 +184,7 @@ class _Comparison:
         """Call a module; what it changes in itself is put back."""
         devices = {value.device for value in (*self.model.parameters(), *self.model.buffers())}
         with ExitStack() as stack:
-            stack.enter_context(trial(module.modules()))
+            stack.enter_context(preserve_state(module.modules()))
             module.train(self.training)
             stack.enter_context(same_random_numbers(devices))
             stack.enter_context(_QUIET)

@@ -122,7 +122,7 @@ def _seed_torch(on_cuda: bool) -> None:
         torch.cuda.manual_seed_all(0)
 
 
-class DrawsWithoutOrder(TorchFunctionMode):
+class UnorderedDraws(TorchFunctionMode):
     """Every function of torch starts from one seed: what it draws follows from the call alone, not from those before it.
 
     A graph without what nobody reads draws less than the model, and the rest of its masks would be others.

@@ -15,7 +15,7 @@ _EXPLICIT = recurrent.EXPLICIT_LAYERS | recurrent.EXPLICIT_CELLS | transformer.E
 _DIMENSIONS: dict[type[nn.Module], int] = {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}
 
 
-def make_explicit(root: nn.Module) -> None:
+def decompose_modules(root: nn.Module) -> None:
     """Let torch's attention, transformer and recurrent layers below ``root`` be written out, in place.
 
     Their subclasses stay as they are: their code is their own. A subclass of BatchNorm that is found to compute

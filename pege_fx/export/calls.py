@@ -9,7 +9,7 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves, tree_map
 
 from pege_fx.errors import InputError
-from pege_fx.modules.mode import evaluating, trial
+from pege_fx.modules.mode import evaluating, preserve_state
 from pege_fx.training.batches import Call
 
 TOKEN_TYPES = (torch.int64, torch.int32)
@@ -93,7 +93,7 @@ def try_call(gm: GraphModule, call: Call) -> Any:
     """
     args, kwargs = copied(call)
     try:
-        with trial(gm.modules()), evaluating(gm):
+        with preserve_state(gm.modules()), evaluating(gm):
             return gm.forward(*args, **kwargs)  # a call of a GraphModule would print the traceback
     except Exception as error:
         raise InputError(f"the model fails on inputs of shapes {shapes_of(call)}: {type(error).__name__}: {error}") from error

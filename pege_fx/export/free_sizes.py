@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from pege_fx.errors import ExportError
 from pege_fx.export.calls import TOKEN_TYPES, copied
-from pege_fx.modules.mode import trial
+from pege_fx.modules.mode import preserve_state
 from pege_fx.training.batches import Call
 
 Sizes = dict[int, Any]  # by dimension: a Dim, a hint of torch's (Dim.AUTO), or None where it is fixed
@@ -303,7 +303,7 @@ def _result(module: nn.Module, call: Call) -> list[Tensor] | None:
     """The tensors of what a module gives, or None if it fails."""
     args, kwargs = copied(call)
     try:
-        with torch.no_grad(), trial(module.modules()):
+        with torch.no_grad(), preserve_state(module.modules()):
             return [leaf for leaf in tree_leaves(module.forward(*args, **kwargs)) if isinstance(leaf, Tensor)]
     except Exception:
         return None

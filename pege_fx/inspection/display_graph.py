@@ -16,7 +16,7 @@ CHUNK = 200
 _IN_PLACE = {"iadd": "+=", "isub": "-=", "imul": "*=", "itruediv": "/="}
 
 
-def outline(graph: nx.DiGraph) -> nx.DiGraph:
+def to_display(graph: nx.DiGraph) -> nx.DiGraph:
     """Return a graph of ``to_networkx`` without parameters, folds, fake-quants and what is about sizes, chains in one box.
 
     A node has the attributes of its first member, and ``members``: these attributes, with ``key``, of all in the chain.
@@ -126,12 +126,12 @@ def _own_name(facts: dict[str, Any], module: str) -> str:
 
 
 def collapse(graph: nx.DiGraph, depth: int) -> nx.DiGraph:
-    """Return an outline with everything deeper than ``depth`` modules merged into one node for each module."""
+    """Return a display graph with everything deeper than ``depth`` modules merged into one node for each module."""
     return _shut(graph, lambda path: path.count(".") < depth)
 
 
 def collapse_to_fit(graph: nx.DiGraph, most: int) -> nx.DiGraph:
-    """Return an outline with modules opened from the outside in, siblings together, as long as ``most`` nodes suffice."""
+    """Return a display graph with modules opened from the outside in, siblings together, as long as ``most`` nodes suffice."""
     inside: dict[str, set[str]] = {"": set()}
     for key, facts in graph.nodes.items():
         inner = key

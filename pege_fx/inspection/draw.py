@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 from pege_fx._utils.files import atomic_write, path_of
 from pege_fx.errors import ExportError
 from pege_fx.inspection.dataflow import to_networkx
-from pege_fx.inspection.display_graph import collapse, collapse_to_fit, edge_label, outline, rest, shape_label, title
+from pege_fx.inspection.display_graph import collapse, collapse_to_fit, edge_label, rest, shape_label, title, to_display
 
 ENDINGS = (".svg", ".png", ".dot")
 COLOURS = {2: "#b40426", 3: "#dd5f4b", 4: "#f4987a", 5: "#edd1c2", 6: "#c9d7f0", 7: "#9abbff", 8: "#6788ee"}
@@ -51,7 +51,7 @@ def draw(gm: GraphModule, path: str | Path, *, depth: int | None = None) -> None
         raise ExportError(f"{target.name!r} has the ending {target.suffix!r}: give one of {', '.join(ENDINGS)}.")
     if depth is not None and (isinstance(depth, bool) or not isinstance(depth, int) or depth < 0):
         raise ExportError(f"depth={depth!r}: give a whole number of modules, 0 or more, or None for all that fits.")
-    picture = _picture(_collapsed(outline(to_networkx(gm)), depth))
+    picture = _picture(_collapsed(to_display(to_networkx(gm)), depth))
     ending = target.suffix[1:].lower()
     try:
         _write(target, picture.source.encode() if ending == "dot" else picture.pipe(format=ending))
@@ -149,7 +149,7 @@ def _node(facts: dict[str, Any]) -> dict[str, str]:
 
 
 def colour_of(facts: dict[str, Any]) -> str:
-    """Return the colour of a node of an outline: by its weight's bits, the lowest if there are several."""
+    """Return the colour of a node of a display graph: by its weight's bits, the lowest if there are several."""
     if facts["weight_bits"]:
         return COLOURS[facts["weight_bits"][0]]
     return PYTHON if facts["place"] else FLOAT if facts["quantized"] is False else PLAIN

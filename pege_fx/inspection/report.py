@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 from pege_fx._utils.files import atomic_write, path_of, path_to_read
 from pege_fx.errors import ExportError, InputError
 from pege_fx.inspection.dataflow import to_networkx
-from pege_fx.inspection.display_graph import edge_label, outline, rest, shape_label, title
+from pege_fx.inspection.display_graph import edge_label, rest, shape_label, title, to_display
 from pege_fx.inspection.draw import COLOURS, FLOAT, PLAIN, PYTHON, colour_of, ink
 from pege_fx.inspection.size import size_report
 from pege_fx.inspection.tables import totals
@@ -100,7 +100,7 @@ def _graph(graph: nx.DiGraph, measured: dict[str, dict[str, Any]]) -> dict[str, 
         for facts in graph.nodes.values()
         if facts["bits"] is not None
     ]
-    small = outline(graph)
+    small = to_display(graph)
     nodes = [_node(graph, key, facts) for key, facts in small.nodes.items()]
     edges = [(source, target, edge_label(facts), facts["kind"] == "graph") for source, target, facts in small.edges(data=True)]
     return {"nodes": nodes, "edges": edges, "sites": sites, "used": sorted({node["paint"] for node in nodes} - {"plain"})}

@@ -39,7 +39,7 @@ Filter: TypeAlias = str | Callable[[Operation], bool]
 
 
 @dataclass(frozen=True)
-class Bystander:
+class OtherNode:
     """A node that is no operation: a ReLU, an addition, a BatchNorm, a fake-quant.
 
     Attributes:
@@ -66,7 +66,7 @@ class Summary:
 
     plan: Plan
     title: str
-    bystanders: tuple[Bystander, ...] = ()
+    other_nodes: tuple[OtherNode, ...] = ()
     size: SizeReport | None = None
     match: Filter | None = None
     depth: int | None = None
@@ -104,10 +104,10 @@ class Summary:
                 return operation
         if (container := self._container(path)) is not None:
             return container
-        for other in self.bystanders:
+        for other in self.other_nodes:
             if path in (other.path, other.node):
                 return self._as_operation(other)
-        known: list[Operation | Bystander] = [*self.plan.operations, *self.bystanders]
+        known: list[Operation | OtherNode] = [*self.plan.operations, *self.other_nodes]
         names = {name for seen in known for name in (seen.path, seen.node) if name}
         raise ModelError(f"no operation, module or node is called {path!r}; closest: {closest(path, names)}.")
 
@@ -123,7 +123,7 @@ class Summary:
         words = f"module with {len(inside)} operation{'s' * (len(inside) != 1)}"
         return Operation("", path, words, parameters=count, reason=reason, macs=sum(known) if known else None)
 
-    def _as_operation(self, other: Bystander) -> Operation:
+    def _as_operation(self, other: OtherNode) -> Operation:
         readers = [
             f"{operation.path} reads it, {edge}"
             for operation in self.plan.operations
@@ -204,11 +204,11 @@ def summary(gm: GraphModule, match: Filter | None = None, *, depth: int | None =
     """
     gm = graph_of(gm, "prepared")
     plan = plan_of(gm)
-    seen = tuple(bystanders(gm, graphs_of(gm), plan))
+    seen = tuple(other_nodes(gm, graphs_of(gm), plan))
     return Summary(plan, f"{plan.model}: prepared", seen, size_report(gm), match, depth)
 
 
-def bystanders(model: nn.Module, graphs: Iterable[tuple[str, GraphModule]], plan: Plan) -> Iterator[Bystander]:
+def other_nodes(model: nn.Module, graphs: Iterable[tuple[str, GraphModule]], plan: Plan) -> Iterator[OtherNode]:
     """Yield every node that calls something and is no operation of the plan, then every module that no node calls.
 
     Args:
@@ -222,7 +222,7 @@ def bystanders(model: nn.Module, graphs: Iterable[tuple[str, GraphModule]], plan
         for node in gm.graph.nodes:
             joins = joining_of(node) is not None and node.name in planned
             if node.op.startswith("call_") and operator_of(node) is None and not joins:
-                yield (found := _bystander(prefix, gm, node))
+                yield (found := _other_node(prefix, gm, node))
                 known.add(found.path)
     holders = {""}
     for path in known:
@@ -232,7 +232,7 @@ def bystanders(model: nn.Module, graphs: Iterable[tuple[str, GraphModule]], plan
     for path, module in model.named_modules():
         if path not in holders:
             count = sum(parameter.numel() for parameter in module.parameters())
-            yield Bystander("", path, type(module).__name__, _why_not_called(path, plan), count)
+            yield OtherNode("", path, type(module).__name__, _why_not_called(path, plan), count)
 
 
 def _why_not_called(path: str, plan: Plan) -> str:
@@ -243,21 +243,21 @@ def _why_not_called(path: str, plan: Plan) -> str:
     return f"runs inside {inner.path or 'the model'}, which stays Python: {inner.reason} ({inner.place})"
 
 
-def _bystander(prefix: str, gm: GraphModule, node: Node) -> Bystander:
+def _other_node(prefix: str, gm: GraphModule, node: Node) -> OtherNode:
     module = module_of(gm, node, nn.Module)
     if module is None:
         verdict = node.meta.get("batch_norm", "")
         reason = verdict or _NO_OPERATION
         if not verdict and (joining := joining_of(node)) is not None:
             reason += f', unless a rule says function="{joining.name}"'
-        return Bystander(node.name, join(prefix, scope(node), function_name(node)), function_name(node), reason)
+        return OtherNode(node.name, join(prefix, scope(node), function_name(node)), function_name(node), reason)
     path, what, reason = join(prefix, str(node.target)), type(module).__name__, _NO_OPERATION
     if isinstance(module, FakeQuant):
-        return Bystander(node.name, path, "fake-quant", f"{in_words(module.site.spec)} by {module.site.rule}")
+        return OtherNode(node.name, path, "fake-quant", f"{in_words(module.site.spec)} by {module.site.rule}")
     if isinstance(module, BatchNorm):
         reason = str(node.meta.get("batch_norm") or (f"folded {node.target}" if what.startswith("Folded") else reason))
         what = what.removeprefix("Folded")
         layer = first_argument(node)
         if reason.startswith("folded ") and isinstance(layer, Node):
             reason = f"folded into {join(prefix, layer.meta.get('path') or layer.name)}"
-    return Bystander(node.name, path, what, reason, sum(p.numel() for p in module.parameters()))
+    return OtherNode(node.name, path, what, reason, sum(p.numel() for p in module.parameters()))

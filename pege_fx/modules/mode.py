@@ -97,7 +97,7 @@ def _tensors_in(before: Attributes) -> set[Tensor]:
 
 
 @contextmanager
-def trial(modules: Iterable[nn.Module]) -> Iterator[None]:
+def preserve_state(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Put back what calls inside leave in modules: attributes, hooks, buffers, parameters.
 
     Parameters of torch's own layers are copied when something is about to write them, all other tensors at once.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import pege_fx
 from pege_fx.decompositions.attention import ExplicitAttention
-from pege_fx.decompositions.decompose import make_explicit
+from pege_fx.decompositions.decompose import decompose_modules
 
 L, N = 5, 3
 
@@ -41,7 +41,7 @@ def test_it_gives_what_torch_gives(batch_first: bool, kdim: int | None, bias: bo
     torch.manual_seed(0)
     fused = nn.MultiheadAttention(8, 2, batch_first=batch_first, kdim=kdim, vdim=kdim, bias=bias).eval()
     explicit = copy.deepcopy(fused)
-    make_explicit(explicit)
+    decompose_modules(explicit)
     query, other = torch.randn(N, L, 8), torch.randn(N, L, kdim or 8)
     if not batch_first:
         query, other = query.transpose(0, 1), other.transpose(0, 1)
@@ -148,7 +148,7 @@ class _Self(nn.Module):
 
 def test_a_query_without_batch_is_refused() -> None:
     attention = nn.MultiheadAttention(8, 2)
-    make_explicit(attention)
+    decompose_modules(attention)
     x = torch.randn(5, 8)
     with pytest.raises(ValueError, match="add a batch dimension"):
         attention(x, x, x)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pege_fx.errors import OtherCallError
-from pege_fx.modules.mode import PythonForward, check_argument, check_class, check_keys, evaluating, trial
+from pege_fx.modules.mode import PythonForward, check_argument, check_class, check_keys, evaluating, preserve_state
 
 
 class Recorder(nn.Module):
@@ -158,7 +158,7 @@ class Leaving(nn.Module):
 def test_a_trial_leaves_nothing_behind() -> None:
     model = Leaving()
     seen, cache, state = model.seen, model.cache, {name: value.clone() for name, value in model.state_dict().items()}
-    with trial(model.modules()):
+    with preserve_state(model.modules()):
         for _ in range(2):
             model(torch.randn(4, 2))
         model.norm.register_forward_hook(lambda *_: None)

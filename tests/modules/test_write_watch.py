@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pege_fx
-from pege_fx.modules.mode import trial
+from pege_fx.modules.mode import preserve_state
 from pege_fx.modules.write_watch import WriteWatch
 
 
@@ -51,7 +51,7 @@ WRITES: dict[str, Callable[[Any], object]] = {
 def test_a_parameter_is_put_back_however_it_was_written(way: str) -> None:
     linear = nn.Linear(4, 3)
     before, memory, where = linear.weight.detach().clone(), linear.weight.detach(), linear.weight.data_ptr()
-    with trial([linear]), torch.no_grad():
+    with preserve_state([linear]), torch.no_grad():
         WRITES[way](linear.weight)
         assert not torch.equal(linear.weight, before)
     assert torch.equal(linear.weight, before)
@@ -122,7 +122,7 @@ class Holding(nn.Module):
 def test_collections_and_tensors_that_are_attributes_are_put_back_and_stay_the_same_ones() -> None:
     module = Holding()
     inner, recent = module.nested["a"][1], module.recent
-    with trial([module]):
+    with preserve_state([module]):
         module.change()
     assert module.nested == {"a": [1, [2]], "b": {"c": {1}}}
     assert module.nested["a"][1] is inner
@@ -140,6 +140,6 @@ def test_what_holds_itself_ends() -> None:
     module: Any = nn.Module()
     module.own = []
     module.own.append(module.own)
-    with trial([module]):
+    with preserve_state([module]):
         module.own.append(1)
     assert len(module.own) == 1
