@@ -288,11 +288,12 @@ def power(accuracies: list[dict[int, float]]) -> str:
         return ""
     deviation = math.sqrt(mean(stdev(differences) ** 2 for differences in paired))
     count = round(mean(map(len, paired)))
-    least = smallest_difference(deviation, count)
+    least, freedom = smallest_difference(deviation, count), sum(map(len, paired)) - len(paired)
+    basis = "a guess" if freedom < 5 else "pooled over the runs"
     return (
-        f"Paired differences have a standard deviation of {deviation:.2f} points. With {count} seeds a difference of "
-        f"{least:.1f} points is found in four of five cases (two-sided, 5 %); one point takes "
-        f"{seeds_for(deviation, 1.0)} seeds, half a point {seeds_for(deviation, 0.5)}."
+        f"Paired differences have a standard deviation of {deviation:.2f} points (degrees of freedom: {freedom}, {basis}). "
+        f"With {count} seeds a difference of {least:.1f} points is found in four of five cases (two-sided, 5 %); one point "
+        f"takes {seeds_for(deviation, 1.0)} seeds, half a point {seeds_for(deviation, 0.5)}."
     )
 
 

@@ -234,7 +234,7 @@ def test_a_page_says_what_its_design_can_see_and_what_was_measured_at_the_end(wo
     text = experiments.power([{0: 0.0, 1: 0.0}, dict(enumerate(differences))])
     assert text == "" or text in page
     assert experiments.power([{0: 50.0, 1: 51.0}, {0: 50.4, 1: 51.8}]).startswith(
-        "Paired differences have a standard deviation of 0.28 points. With 2 seeds a difference of "
+        "Paired differences have a standard deviation of 0.28 points (degrees of freedom: 1, a guess). With 2 seeds "
     )
     assert experiments.power([{0: 50.0}, {0: 50.4}]) == ""
 
