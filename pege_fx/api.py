@@ -92,6 +92,18 @@ def convert_passes(*, integer_bias: bool = False, packed: bool = False) -> Pipel
     )
 
 
+def steps_of_prepare(
+    passes: Iterable[Pass], *, blocks: Iterable[str] = (), share_parameters: bool = False, check: bool = True
+) -> list[Pass]:
+    """Return all that ``prepare`` does to a program, around the passes that rewrite it."""
+    return [
+        graph_passes.CaptureModel(blocks, share_parameters),
+        *([graph_passes.check_capture] if check else []),
+        *passes,
+        graph_passes.complete_plan,
+    ]
+
+
 def _as_policy(policy: QuantPolicy | str) -> QuantPolicy:
     if isinstance(policy, str):
         return QuantPolicy.parse(policy)
@@ -167,15 +179,7 @@ def prepare(
     pipeline = prepare_passes(policy, batch_norm=batch_norm, seed=seed) if passes is None else passes
     program = Program(model=model, example=_example(example_inputs, example_kwargs))
     with ordinary_modes(), _collector_paused():
-        run(
-            program,
-            [
-                graph_passes.CaptureModel(blocks, share_parameters),
-                *([graph_passes.check_capture] if check else []),
-                *pipeline,
-                graph_passes.complete_plan,
-            ],
-        )
+        run(program, steps_of_prepare(pipeline, blocks=blocks, share_parameters=share_parameters, check=check))
     gm, example = program.root, program.example
     # transformers.Trainer asks for this before it looks at the signature: its loss arguments are fixed as all others are.
     vars(gm)["accepts_loss_kwargs"] = example is not None and "num_items_in_batch" in example[1]
@@ -294,7 +298,7 @@ def explain(
     program = Program(model=model, example=_example(example_inputs, example_kwargs))
     with ordinary_modes(), _collector_paused():
         # Nobody runs these graphs: no need to lint and to compile them.
-        for step in [graph_passes.CaptureModel(blocks), *passes[:carried_out], graph_passes.complete_plan]:
+        for step in steps_of_prepare(passes[:carried_out], blocks=blocks, check=False):
             apply(step, program)
     assert program.plan is not None
     graphs = [(gm.meta.get("prefix", ""), gm) for gm in program.graphs]

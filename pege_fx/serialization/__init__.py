@@ -1,1 +1,1 @@
-"""Files: checkpoints of training, deployed models, and the safe containers that both use."""
+"""Files: checkpoints of training, deployed models, and the codec of both."""
