@@ -370,7 +370,7 @@ def continuous_and_replaced(node: Any) -> tuple[Tensor, Tensor]:
 
 
 def parts_of_gradient(estimator: "type[Estimator]", node: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Return dL/dx_c without an estimator's strength, and what the strength adds to it, in float64.
+    """Return dL/dx_c without an estimator's strength, and what the strength adds to it, in float64 (float32 on MPS).
 
     For a hook that runs before the node's backward, which finds there what is unpacked here: activation checkpoints give
     saved tensors once. The small part is the difference of two large ones, hence float64.
@@ -386,9 +386,11 @@ def parts_of_gradient(estimator: "type[Estimator]", node: Any, grad: Tensor) -> 
     x, y, scale, zero_point, strength = node.remembered[:5]
     keep = _is_kept(x, y, scale, zero_point, *node.bounds)
     q_min, q_max = node.bounds
-    grad, x, y, span = grad.double(), x.double(), y.double(), scale.double().abs() * (q_max - q_min)
-    plain = estimator.gradient(grad, x, y, keep, span, torch.zeros_like(strength, dtype=torch.float64))
-    return plain, estimator.gradient(grad, x, y, keep, span, strength.double()) - plain
+    wide = torch.float32 if x.device.type == "mps" else torch.float64
+    grad, x, y, scale, strength = (value.to(wide) for value in (grad, x, y, scale, strength))
+    span = scale.abs() * (q_max - q_min)
+    plain = estimator.gradient(grad, x, y, keep, span, torch.zeros_like(strength))
+    return plain, estimator.gradient(grad, x, y, keep, span, strength) - plain
 
 
 def _discretizer(estimator: "type[Estimator]") -> tuple[type[torch.autograd.Function], type[torch.autograd.Function]]:

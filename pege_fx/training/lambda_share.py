@@ -121,19 +121,19 @@ def _rates(optimizer: Any, group: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def _update_of(optimizer: Any, parameter: nn.Parameter) -> tuple[Tensor | None, Tensor | float]:
-    """The average that the optimizer holds for a parameter, in float64, and what it divides by; None if it holds none."""
+    """The average that the optimizer holds for a parameter, and what it divides by; None if it holds none."""
     state = optimizer.state.get(parameter, {})
     if isinstance(optimizer, torch.optim.SGD):
         whole = state.get("momentum_buffer")
         whole = parameter.grad if whole is None else whole
-        return (None if whole is None else whole.double()), 1.0
+        return whole, 1.0
     if "exp_avg" not in state:
         return None, 1.0
     group = _groups(optimizer)[parameter]
-    square = state.get("max_exp_avg_sq", state["exp_avg_sq"]).double()
+    square = state.get("max_exp_avg_sq", state["exp_avg_sq"])
     root = (square / (1 - group["betas"][1] ** float(state["step"]))).sqrt()
     bias = 1 - group["betas"][0] ** float(state["step"])
-    return state["exp_avg"].double(), (root + group["eps"]) * bias
+    return state["exp_avg"], (root + group["eps"]) * bias
 
 
 KNOWN_OPTIMIZERS = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)

@@ -72,7 +72,8 @@ class PEGEScheduler:
         gm: a prepared model.
         total_steps: length of the schedule, in whatever ``step()`` counts.
         replacement: rate p over position t; default: the paper's logarithm, reaching 1 halfway.
-        weight_lambda: λ of weights over t, in absolute units; default: exponential, 1e-8 to 1e-6.
+        weight_lambda: λ of weights over t, in the unit of their estimator: absolute for "pege", in mean gradients for
+            "pege-relative", as a share of the gradient for "pege-share"; default: exponential, 1e-8 to 1e-6.
         activation_lambda: λ of activations, likewise; default: exponential, 1e-9 to 1e-8.
         refresh: "step" draws new masks at every step; "never" keeps one threshold per element, so that the set of
             replaced elements only grows while p does.
