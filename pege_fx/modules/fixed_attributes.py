@@ -38,11 +38,14 @@ class FixedAttributes(nn.Module):
         reduced: Any = super().__reduce_ex__(protocol)
         if isinstance(self, GraphModule):
             return reduced
-        function, args, *rest = reduced
+        function, args, state, *rest = reduced
         own = tuple(type(self).__bases__[1] if arg is type(self) else arg for arg in args)
-        if rest and isinstance(rest[0], dict):
-            rest[0] = {name: value for name, value in rest[0].items() if name not in (_NAMES, _PATH)}
-        return _new if function is copyreg.__newobj__ else function, own, *rest  # type: ignore[attr-defined]
+        if isinstance(state, dict):
+            state = {name: value for name, value in state.items() if name not in (_NAMES, _PATH)}
+        return _new if function is _NEW else function, own, state, *rest
+
+
+_NEW: Any = vars(copyreg)["__newobj__"]
 
 
 def _new(cls: type[nn.Module], *args: Any) -> nn.Module:
