@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from pege_fx.modules.mode import TRAINING_MODE
 from pege_fx.modules.write_watch import may_write, memory_of
+from pege_fx.passes.capture.source_location import place_of_line
 from pege_fx.passes.graph import (
     after,
     arguments,
@@ -22,6 +23,7 @@ from pege_fx.passes.graph import (
     changes_its_input,
     copy_origin,
     first_argument,
+    owner,
     reads_size,
     traits_of,
 )
@@ -35,9 +37,9 @@ _TO_PYTHON = {"item", "tolist", "equal", "allclose", "is_tensor", "data_ptr"}
 class WrittenConstantError(Exception):
     """A call writes to what would be a constant of the graph: to be traced again with values of the graph instead."""
 
-    def __init__(self, place: str = "") -> None:
+    def __init__(self, path: str = "", place: str = "") -> None:
         super().__init__("it writes to a tensor that it does not make, which a graph does not hold")
-        self.place = place
+        self.path, self.place = path, place
 
 
 class BesideGraph(TorchFunctionMode):
@@ -114,7 +116,19 @@ for _name in _NAMES:
 _HANDING_OUT = {"__set__", "__array__", "__dlpack__", "numpy", "data_ptr", "untyped_storage", "storage"}
 
 
-def written_constants(root: nn.Module, graph: Graph) -> Iterator[tuple[Node, Node, bool]]:
+def settle_constants(root: nn.Module, graph: Graph, *, may_retry: bool) -> None:
+    """Let no call find what another one wrote to a constant of a graph.
+
+    Raises:
+        WrittenConstantError: if a node is known to write to one; with ``may_retry`` also if it may.
+    """
+    for node, constant, is_known in list(_written_constants(root, graph)):
+        if is_known or may_retry:
+            raise WrittenConstantError(owner(node), place_of_line(node.meta.get("stack_trace", "")))
+        _clone_at_each_call(graph, constant)
+
+
+def _written_constants(root: nn.Module, graph: Graph) -> Iterator[tuple[Node, Node, bool]]:
     """Yield the constants of a graph to which its nodes write: the node, the constant, and whether it is known that it does.
 
     Views of constants are constants too, and what may be a view is taken for one.
@@ -149,7 +163,7 @@ def _memory_behind(root: nn.Module, values: Iterable[Any]) -> Iterator[Node]:
                 waiting += node.all_input_nodes[:1] if view else node.all_input_nodes
 
 
-def clone_at_each_call(graph: Graph, constant: Node) -> None:
+def _clone_at_each_call(graph: Graph, constant: Node) -> None:
     """Let all that reads a constant read a copy of it, which each call makes."""
     readers = list(constant.users)
     held = call_method(graph, "clone", (constant,), after(constant))

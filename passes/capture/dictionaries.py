@@ -19,6 +19,7 @@ class GuardedDict(dict[Any, Any]):
         self.proxy = proxy
         self._tracer, self._name = tracer, name
         self._read: set[Any] = set()
+        self._is_written = False
 
     def __getitem__(self, key: Any) -> Any:
         if key not in self._read and dict.__contains__(self, key):
@@ -27,7 +28,9 @@ class GuardedDict(dict[Any, Any]):
         return dict.__getitem__(self, key)
 
     def __setitem__(self, key: Any, value: Any) -> None:
+        self._is_written = True
         self._tracer.create_proxy("call_function", operator.setitem, (self.proxy, key, value), {})
+        self._tracer.watch(f"{self._name}[{key!r}]", value)
         self._read.add(key)
         dict.__setitem__(self, key, value)
 
@@ -45,6 +48,8 @@ class GuardedDict(dict[Any, Any]):
 
     def _whole(self, use: str) -> dict[Any, Any]:
         """All entries, in a dictionary that nothing more is asked of."""
+        if self._is_written and not self._tracer.evaluate:  # only example values say what it holds by now
+            raise DataDependenceError(f"it asks for all entries of {self._name}, to which it writes")
         self._tracer.fixed(self.proxy, use, sized=True)
         return {key: self[key] for key in list(dict.keys(self))}
 

@@ -131,5 +131,5 @@ def _described(gm: GraphModule, node: Node) -> str:
     meta: Mapping[str, Any] = node.meta
     line = str(meta.get("stack_trace", "")).strip().splitlines()
     where = f", {line[-1].strip()}" if line else ""
-    path = join(gm.meta.get("prefix", ""), owner(node)) or "the model itself"
+    path = join(gm.meta.get("prefix", ""), owner(node)) or "the model's own forward"
     return f"the first node that parts: {node.name}{where}, in {path}"

@@ -36,7 +36,7 @@ from pege_fx.passes.capture.dictionaries import GuardedDict
 from pege_fx.passes.capture.expressions import SIGNS, ancestors, shown
 from pege_fx.passes.capture.known import Known
 from pege_fx.passes.capture.proxies import DataDependenceError, InPlaceProxy, ProxyTracer, StateDependenceError, is_protocol
-from pege_fx.passes.capture.source_location import described, here
+from pege_fx.passes.capture.source_location import described, expression, here
 from pege_fx.passes.graph import after, arguments, changes_its_input, first_argument, size_class
 
 UNKNOWN = object()
@@ -77,11 +77,12 @@ class GuardingTracer(ProxyTracer):
     _learned: set[Node]
     _checked: set[Any]
     _lists: list[tuple[str, list[Any], list[Any]]]  # handed to ``forward``, and what they held
+    _filled: list[tuple[str, Any, list[int]]]  # put into the caller's dictionaries, and what they held then
     _of_objects: set[Node]  # computed by, or of, objects that are no tensors: a call may change what they say
     _texts: list[tuple[str, Proxy, str]]  # in which sizes are shown, of what, and where
     _variables: dict[tuple[str, str], Any]  # global ones that code may read, by (module, name)
     _decided_by: list[Node]  # buffers, and what is computed of them, by whose values Python went
-    _asked: list[tuple[Node, Any]]  # questions about those, and the answers
+    _asked: list[tuple[Node, Any, str, str]]  # questions about those, the answers, how the code puts them, and where
 
     # --- arguments -------------------------------------------------------------------------------------------
 
@@ -187,8 +188,8 @@ class GuardingTracer(ProxyTracer):
                 self._check_constants(proxy.node, place or here())
             return value
         if value is UNKNOWN or proxy.node in self._unsized or (isinstance(value, Tensor) and not sized):
-            raise DataDependenceError(f"{use} asks for the value of {proxy.node}, which depends on data")
-        self._note(f"{use} of {proxy.node}", f"{len(value)} items" if sized else repr(value), place or here())
+            raise DataDependenceError(f"{use} asks for the value of {said(proxy.node, place)}, which depends on data")
+        self._note(f"{use} of {said(proxy.node, place)}", f"{len(value)} items" if sized else repr(value), place or here())
         if not sized:
             self._check_once(check_argument, proxy, shown(proxy.node), value)
         elif isinstance(value, dict):
@@ -208,13 +209,17 @@ class GuardingTracer(ProxyTracer):
             self._decided_by.append(node)
             self._check(check_constant, self.proxy(node), shown(node), _plain(value.tolist()), place=place)
 
+    def watch(self, name: str, value: Any) -> None:
+        if isinstance(value, (list, dict, set)):
+            self._filled.append((name, value, _parts(value)))
+
     def has(self, proxy: Proxy, item: Any) -> bool:
         """Return whether a collection has an item, and guard it."""
         value = self._values.get(proxy.node, UNKNOWN)
         if value is UNKNOWN or isinstance(value, Tensor) or isinstance(item, Proxy):
-            raise DataDependenceError(f"in asks for the value of {proxy.node}, which depends on data")
+            raise DataDependenceError(f"in asks for the value of {said(proxy.node)}, which depends on data")
         found = item in value
-        self._note(f"in of {proxy.node}", f"{len(value)} items", here())
+        self._note(f"in of {said(proxy.node)}", f"{len(value)} items", here())
         self._check_once(check_argument, self._ask(contains, proxy, item), f"{item!r} in {shown(proxy.node)}", found)
         return found
 
@@ -225,7 +230,7 @@ class GuardingTracer(ProxyTracer):
         if missing or not self._has_attribute(proxy, value, name):
             raise AttributeError(f"what is traced has no attribute {name}")
         if name in _OF_AUTOGRAD and (name.startswith("grad") or proxy.node.op != "get_attr"):
-            raise DataDependenceError(f"it asks for .{name} of {proxy.node}, which a graph does not know")
+            raise DataDependenceError(f"it asks for .{name} of {said(proxy.node)}, which a graph does not know")
         if name in _SINGLE and compares_identity(sys._getframe(2).f_code):
             return self.fixed(proxy.attribute(name), f".{name}")
         if value is UNKNOWN or isinstance(value, Tensor):
@@ -245,12 +250,12 @@ class GuardingTracer(ProxyTracer):
 
     def _part_of_object(self, proxy: Proxy, name: str, found: Any) -> Any:
         if not self.evaluate:
-            raise DataDependenceError(f"it reads .{name} of {proxy.node}, which only an example tells")
+            raise DataDependenceError(f"it reads .{name} of {said(proxy.node)}, which only an example tells")
         read = self.create_proxy("call_function", getattr, (proxy, name), {})
         if isinstance(found, (*FIXED, float)):
             return self.fixed(read, f".{name}")
         if isinstance(found, Tensor):
-            self._asked.append((read.node, Tensor))
+            self._asked.append((read.node, Tensor, said(read.node), here()))
             self._check_once(check_tensor, read, shown(read.node))
         return read
 
@@ -268,7 +273,7 @@ class GuardingTracer(ProxyTracer):
         """Return what a proxy stands for as a text, which is guarded unless it turns out to be the message of an assertion."""
         value = self._values.get(proxy.node, UNKNOWN)
         if isinstance(value, Tensor) or (value is UNKNOWN and not self.is_size(proxy.node)):
-            raise DataDependenceError(f"a text shows {proxy.node}, which depends on data")
+            raise DataDependenceError(f"a text shows {said(proxy.node)}, which depends on data")
         text = f"{{{shown(proxy.node)}}}" if value is UNKNOWN else write(value)
         self._texts.append((text, proxy, here()))
         return text
@@ -289,7 +294,7 @@ class GuardingTracer(ProxyTracer):
             self._checked.add(key)
             self._check(function, proxy, question, *map(_plain, answer), place=here())
             if answer and proxy.node in self._of_objects:
-                self._asked.append((proxy.node, answer[0]))
+                self._asked.append((proxy.node, answer[0], said(proxy.node), here()))
 
     def look_around(self, module: nn.Module) -> None:
         """Note the global variables that a module's code reads; refuse code that asks in ways of which no proxy hears."""
@@ -306,6 +311,9 @@ class GuardingTracer(ProxyTracer):
         for name, parts, before in self._lists:
             if len(parts) != len(before) or any(a is not b for a, b in zip(parts, before, strict=True)):
                 raise StateDependenceError(f"it writes into the list {name}, whose parts decide what it does")
+        for name, value, before in self._filled:
+            if _parts(value) != before:
+                raise StateDependenceError(f"it goes on filling {name} after it has put it there, which a graph does not see")
         if self._variables:
             variables = tuple((*place, value) for place, value in self._variables.items())
             with self.graph.inserting_before(after(next(iter(self.graph.nodes)))):
@@ -320,10 +328,12 @@ class GuardingTracer(ProxyTracer):
             if isinstance(changed, Node) and changed.op == "get_attr" and changed.target in read:
                 raise StateDependenceError(f"it asks for the value of {changed.target}, which each call changes")
         again: dict[Node, Any] = {}
-        for node, answer in self._asked:
+        for node, answer, question, place in self._asked:
             now = self._recomputed(node, again)
             if not (isinstance(now, Tensor) if answer is Tensor else repr(now) == repr(answer)):
-                raise StateDependenceError(f"{shown(node)} is {answer!r} at first and {now!r} after a call, which changes it")
+                raise StateDependenceError(
+                    f"{question} is {answer!r} at first and {now!r} after a call, which changes it", place
+                )
 
     def _recomputed(self, node: Node, again: dict[Node, Any]) -> Any:
         """What a node would be now, after the call."""
@@ -341,6 +351,11 @@ class GuardingTracer(ProxyTracer):
         raise NotImplementedError
 
 
+def _parts(value: Any) -> list[int]:
+    """Which parts a collection has."""
+    return [id(part) for pair in value.items() for part in pair] if isinstance(value, dict) else sorted(map(id, value))
+
+
 # Taken here: while tracing, torch.finfo is another.
 _OF_TORCH = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size, torch.finfo, torch.iinfo)
 _SINGLE = {"dtype", "layout"}  # whose values are asked by ``is``, of which no proxy hears
@@ -356,6 +371,12 @@ def _is_object(value: Any) -> bool:
 
 
 # --- in words and as keys ----------------------------------------------------------------------------------------
+
+
+def said(node: Node, place: str = "") -> str:
+    """Return what Python asks for: an argument by its name, else the expression of the code that runs, if it is not past."""
+    text = "" if node.op == "placeholder" or place else expression()
+    return f"`{text}`" if text else shown(node)
 
 
 def _key(value: Any) -> Any:

@@ -12,7 +12,8 @@ class NotTraceableError(Exception):
     """A module whose ``forward`` can not be followed: which, where, and why."""
 
     def __init__(self, path: str, place: str, reason: str, cause: Exception | None = None, *, is_block: bool = False) -> None:
-        super().__init__(f"{path}: {reason} ({place})")
+        self.said = f"{reason} ({place})" if place else reason
+        super().__init__(f"{path}: {self.said}")
         self.path, self.place, self.reason = path, place, reason
         self.is_block = is_block
         self.asks_mode = isinstance(cause, ModeError)

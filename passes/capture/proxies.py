@@ -12,6 +12,7 @@ from torch.fx.proxy import Attribute
 
 from pege_fx.passes.capture.patched import RAND
 from pege_fx.passes.capture.patching import LocalTracer
+from pege_fx.passes.capture.source_location import expression
 
 
 class DataDependenceError(Exception):
@@ -19,11 +20,19 @@ class DataDependenceError(Exception):
 
 
 class StateDependenceError(DataDependenceError):
-    """Python asked an object for what a call changes: another call gets another answer."""
+    """Python asked an object for what a call changes: another call gets another answer. ``place`` is where, if it is past."""
+
+    def __init__(self, what: str, place: str = "") -> None:
+        super().__init__(what)
+        self.place = place
 
 
 class ContextError(Exception):
     """A ``with`` block or a call that means something to autograd and would be lost in a graph."""
+
+
+class ForeignObjectError(Exception):
+    """An object comes into the graph that is no tensor, number, text, or collection of those."""
 
 
 def is_protocol(name: str) -> bool:
@@ -62,6 +71,12 @@ class ProxyTracer(LocalTracer):
         """Return what a proxy stands for as a text."""
         raise NotImplementedError
 
+    evaluate = False
+
+    def watch(self, name: str, value: Any) -> None:
+        """Take note of what becomes a part of a collection: what is done to it afterwards, the graph does not see."""
+        raise NotImplementedError
+
     def has(self, proxy: Proxy, item: Any) -> bool:
         """Return whether a collection has an item, or raise ``DataDependenceError``."""
         raise NotImplementedError
@@ -85,7 +100,7 @@ class InPlaceProxy(Proxy):
         return InPlaceAttribute(self, name)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
-        raise DataDependenceError(f"NumPy asks for the value of {self.node}, which is not known while tracing")
+        raise DataDependenceError(f"NumPy asks for the value of {expression() or self.node}, which is not known while tracing")
 
     def __round__(self, digits: int | None = None) -> Any:
         return self.tracer.create_proxy("call_function", round, (self,) if digits is None else (self, digits), {})

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from pege_fx.passes.capture.dictionaries import GuardedDict
-from pege_fx.passes.capture.guards import UNKNOWN, GuardingTracer
+from pege_fx.passes.capture.guards import UNKNOWN, GuardingTracer, said
 from pege_fx.passes.capture.proxies import DataDependenceError
 from pege_fx.passes.graph import size_class
 
@@ -54,7 +54,7 @@ def _value(tracer: GuardingTracer, obj: Any, use: str) -> Any:
     if (cls := size_class(obj.node)) is not None:
         return cls()
     if tracer.is_size(obj.node) or obj.node.target is getattr:
-        raise DataDependenceError(f"{use} asks for the class of {obj.node}, which only an example tells")
+        raise DataDependenceError(f"{use} asks for the class of {said(obj.node)}, which only an example tells")
     return _SOME_TENSOR
 
 

@@ -125,8 +125,8 @@ def record_shapes(
         inner: graphs that it calls, directly or through Python: theirs are noted at their last call.
 
     Returns:
-        The path of a graph inside that is called in another way than it was traced for, in evaluation or in training: that
-        module has to stay Python. None if there is none.
+        The path of a graph that is called in another way than it was traced for, in evaluation or in training: that module
+        has to stay Python; "" is the whole model, which writes to what it asks. None if there is none.
 
     Raises:
         InputError: if the model fails on these inputs.
@@ -144,7 +144,7 @@ def record_shapes(
             given, named = fresh((args, kwargs))
             _Recorder(gm, failure).call(*given, **named)
     except OtherCallError:
-        return failure.path
+        return failure.graph
     except Exception as error:
         shapes = [tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for v in (*args, *kwargs.values())]
         is_inside = failure.error is error
@@ -168,7 +168,7 @@ def _called_otherwise_in_training(
         try:
             _Recorder(gm, failure).call(*args, **kwargs)
         except OtherCallError:
-            return failure.path
+            return failure.graph
         except (TypeError, AttributeError, LookupError):  # None where evaluation gives a list, and the like
             return failure.graph or None
         except Exception:

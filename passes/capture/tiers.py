@@ -119,19 +119,19 @@ class _TieredCapture:
         """What is known of a module's arguments: those of its call in the example, or its defaults."""
         if self.example is None:
             return Known.defaults(module.forward)
+        if prefix in self.refused:
+            raise NotTraceableError("", place_of(self.root, prefix), "it is called in more ways than one graph holds")
         if not prefix:
             return bind(module, *self.example)
-        if prefix in self.refused:
-            raise NotTraceableError("", place_of(module), "it is called in more ways than one graph holds")
         calls = self._observed.calls.get(module)
         if not calls:
             return Known.defaults(module.forward)
         for name in () if isinstance(module, (*LAYERS, *CELLS)) else calls[0].values:
             if len({call.values[name] is None for call in calls}) > 1:
-                raise NotTraceableError("", place_of(module), f"it is called with {name} and without")
+                raise NotTraceableError("", place_of(self.root, prefix), f"it is called with {name} and without")
             if self._may_be_given(calls[0], name, prefix):
                 reason = f"{name} is None in the example, and data decide whether it is"
-                raise NotTraceableError("", place_of(module), reason)
+                raise NotTraceableError("", place_of(self.root, prefix), reason)
         return calls[0]
 
     def _may_be_given(self, call: Known, name: str, prefix: str) -> bool:
@@ -141,7 +141,7 @@ class _TieredCapture:
 
     def capture(self, root: nn.Module, prefix: str) -> Captured:
         if what := beside_forward(root):
-            return self._keep_root(root, prefix, _beside(root, "", what))
+            return self._keep_root(root, prefix, _beside("", place_of(self.root, prefix), what))
         opaque = self._kept_whole(root) | self._blocks_in(root, prefix)
         try:
             tracer, graph, branches = self._trace_around(root, prefix, opaque)
@@ -164,7 +164,7 @@ class _TieredCapture:
             rung = "leaf" if failure.keeps_meaning and not has_parameters(root.get_submodule(path)) else "python"
             captured.notes.append(Capture(join(prefix, path), rung, failure.place, failure.reason))
             for node in captured.root.graph.find_nodes(op="call_module", target=path):
-                node.meta["stays_python"] = f"stays Python: {failure.reason} ({failure.place})"
+                node.meta["stays_python"] = f"stays Python: {failure.said}"
             self._led_by_data += [join(prefix, path)] if failure.asks_data else []
             self._capture_children(captured, captured.root.get_submodule(path), join(prefix, path))
         return captured
@@ -208,7 +208,7 @@ class _TieredCapture:
             if not path or not (is_own or has_hooks(module)) or PegeTracer().is_leaf_module(module, path):
                 continue
             if not any(path.startswith(f"{other}.") for other in found):
-                found[path] = _beside(module, path, beside_forward(module))
+                found[path] = _beside(path, place_of(root, path), beside_forward(module))
         return found
 
     def _blocks_in(self, root: nn.Module, prefix: str) -> dict[str, NotTraceableError]:
@@ -301,7 +301,7 @@ def _follow(
         if tracer.asked and not ignores_modes(tracer, graph, new(mode)):
             question, path = next(iter(tracer.asked.items()))
             reason = f"ContextError: it does one thing or another by {question}(), which a graph does not hold"
-            raise NotTraceableError(path, place_of(root.get_submodule(path)), reason, ContextError())
+            raise NotTraceableError(path, place_of(root, path), reason, ContextError())
         return tracer, graph
     except NotTraceableError as error:
         if mode is not None and not error.asks_mode:
@@ -314,12 +314,12 @@ def _leaves(value: Any) -> list[Any]:
     return tree_leaves(value, is_leaf=lambda part: part is None)
 
 
-def _beside(module: nn.Module, path: str, what: str) -> NotTraceableError:
-    return NotTraceableError(path, place_of(module), f"{what}, which a graph does not hold")
+def _beside(path: str, place: str, what: str) -> NotTraceableError:
+    return NotTraceableError(path, place, f"{what}, which a graph does not hold")
 
 
 def _stateful(root: nn.Module, path: str, what: str) -> NotTraceableError:
-    return NotTraceableError(path, place_of(root.get_submodule(path)), f"{what}, which a graph does not hold")
+    return NotTraceableError(path, place_of(root, path), f"{what}, which a graph does not hold")
 
 
 def _repeats(root: nn.Module, known: Known) -> bool:

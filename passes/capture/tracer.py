@@ -21,7 +21,7 @@ from pege_fx.decompositions.attention import multi_head_attention_forward
 from pege_fx.modules.autocast import SWITCHES
 from pege_fx.modules.batch_norm import BatchNorm
 from pege_fx.modules.mode import CHECKS, TRAINING_MODE
-from pege_fx.passes.capture.constants import BesideGraph, WrittenConstantError, clone_at_each_call, written_constants
+from pege_fx.passes.capture.constants import BesideGraph, settle_constants
 from pege_fx.passes.capture.contexts import surroundings
 from pege_fx.passes.capture.dictionaries import GuardedDict
 from pege_fx.passes.capture.einops_calls import einops_modules, letters
@@ -32,9 +32,9 @@ from pege_fx.passes.capture.module_state import ModuleState, write_buffer
 from pege_fx.passes.capture.not_traceable import ModeError, NotTraceableError
 from pege_fx.passes.capture.patching import reserve_self
 from pege_fx.passes.capture.patching_tracer import PatchingTracer
-from pege_fx.passes.capture.proxies import ContextError, DataDependenceError, ExampleProxy, InPlaceProxy
+from pege_fx.passes.capture.proxies import ContextError, DataDependenceError, ExampleProxy, ForeignObjectError, InPlaceProxy
 from pege_fx.passes.capture.signatures import STARS, keywords_behind_star
-from pege_fx.passes.capture.source_location import called_by_checkpoint, line, place_of_line, where_raised
+from pege_fx.passes.capture.source_location import called_by_checkpoint, line, place_of, where_raised
 from pege_fx.passes.graph import (
     arguments,
     has_parameters,
@@ -42,7 +42,6 @@ from pege_fx.passes.graph import (
     is_matrix,
     join,
     operator_of,
-    owner,
     plain,
     reads_size,
 )
@@ -91,6 +90,7 @@ class PegeTracer(PatchingTracer):
         self.state: ModuleState
         self.failed: str | None = None
         self._values, self._variables = {}, {}
+        self._filled = []
         self._checked, self._lists, self._texts, self._of_objects, self._asked, self._decided_by = set(), [], [], set(), [], []
         self._unsized = set()  # tensors whose sizes depend on what tensors hold
         self._static = set()  # made of parameters and buffers alone
@@ -108,14 +108,15 @@ class PegeTracer(PatchingTracer):
         try:
             graph = self.trace(root)
             self.settle()
-            self._settle_constants(root, graph)
+            settle_constants(root, graph, may_retry=self.constants)
             self._keep_buffers(graph)
             self.state.note()
             return graph
         except Exception as error:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
-            place = getattr(error, "place", "") or where_raised(error)
-            raise NotTraceableError(self.failed or "", place, reason, error) from error
+            failed = self.failed or getattr(error, "path", "")
+            place = getattr(error, "place", "") or where_raised(error) or place_of(root, failed)
+            raise NotTraceableError(failed, place, reason, error) from error
         finally:
             self.state.put_back()
 
@@ -131,14 +132,6 @@ class PegeTracer(PatchingTracer):
                 write_buffer(graph, target, new)
             else:
                 self.state.kept.append((path, name))
-
-    def _settle_constants(self, root: nn.Module, graph: Graph) -> None:
-        """Let no call find what another one wrote to a constant of the graph."""
-        for node, constant, is_known in list(written_constants(root, graph)):
-            if is_known or self.constants:
-                self.failed = owner(node)
-                raise WrittenConstantError(place_of_line(node.meta.get("stack_trace", "")))
-            clone_at_each_call(graph, constant)
 
     def _proxy_of(self, tensor: Tensor) -> Proxy:
         """A tensor of which the graph knows nothing as a value of it."""
@@ -336,7 +329,11 @@ class PegeTracer(PatchingTracer):
             return a.item()
         if kind is OrderedDict:
             return self.create_node("call_function", OrderedDict, (self.create_arg(dict(a)),), {})
-        return super().create_arg(a)
+        try:
+            return super().create_arg(a)
+        except NotImplementedError as error:
+            does = "it hands on" if line() else "it returns"
+            raise ForeignObjectError(f"{does} a {kind.__name__}, which a graph does not hold") from error
 
     def to_bool(self, obj: Proxy) -> bool:
         if obj.node is self._mode_node:

@@ -64,6 +64,12 @@ def validate(model: nn.Module, gm: GraphModule, graphs: Iterable[GraphModule], c
             _Comparison(model, gm, list(graphs), call, training).check()
 
 
+def fails_by_itself(model: nn.Module, gm: GraphModule, call: Call) -> bool:
+    """Tell whether a model fails on a call in evaluation, so that it is no fault of ``gm``, its graph, that does."""
+    with torch.inference_mode(mode=False), torch.no_grad():
+        return _Comparison(model, gm, [], call, training=False)._of_model(decomposed=False).error is not None
+
+
 def validate_conversion(gm: GraphModule, deployed: GraphModule, call: Call) -> None:
     """Run a deployable graph beside the prepared one in evaluation, and compare bit for bit all that a call leaves.
 

@@ -266,7 +266,7 @@ def test_a_python_module_with_a_weight_of_its_own_is_counted_without_its_childre
     assert sorted(found) == ["0", "1", "1.a", "1.b"]
     assert found["1"].parameters == 16
     assert found["1"].edges == ()
-    assert "if asks for the value of gt" in found["1"].reason
+    assert "if asks for the value of `y.sum() > 0`" in found["1"].reason
 
 
 def test_wrapped_functions_with_weights_are_listed_without_examples() -> None:
