@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import operator
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -141,18 +142,24 @@ def test_no_pass_knows_an_operator_by_name(name: str) -> None:
     assert not unique or [path.name for path in files if f'"{name}"' in path.read_text()] == []
 
 
+@cache
+def _names_not_called() -> dict[str, set[str]]:
+    """For every file, the functions and classes of torch that it names without calling them there."""
+    found = {}
+    for path in [*(ROOT / "passes").rglob("*.py"), *(ROOT / "pege_fx").rglob("*.py")]:
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        called = {id(node.func) for node in nodes if isinstance(node, ast.Call)}
+        named = [node for node in nodes if isinstance(node, ast.Attribute) and id(node) not in called]
+        owners = ("F", "torch", "nn", "nn.functional")
+        name = path.relative_to(ROOT).as_posix().removeprefix("pege_fx/passes/")
+        found[name] = {node.attr for node in named if ast.unparse(node.value) in owners}
+    return found
+
+
 def _files_that_know(entry: Operator) -> set[str]:
     """The files with a table entry or a comparison for an operation: its functions, named and not called there."""
     functions = {function.__name__ for function in entry.functions} | {entry.module.__name__ if entry.module else ""}
-    found = set()
-    for path in [*(ROOT / "passes").rglob("*.py"), *(ROOT / "pege_fx").rglob("*.py")]:
-        name = path.relative_to(ROOT).as_posix()
-        tree = ast.parse(path.read_text())
-        called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
-        named = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr in functions]
-        if any(id(node) not in called and ast.unparse(node.value) in ("F", "torch", "nn", "nn.functional") for node in named):
-            found.add(name.removeprefix("pege_fx/passes/"))
-    return found
+    return {name for name, named in _names_not_called().items() if named & functions}
 
 
 @pytest.mark.parametrize("entry", [e for e in operators.operators() if not e.on_request], ids=lambda entry: entry.name)
