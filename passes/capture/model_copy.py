@@ -50,6 +50,8 @@ def copied(model: nn.Module, share_parameters: bool, share_buffers: bool | None 
         made = copy.deepcopy(model, copies)
         for module in filter(takes_hooks, made.modules()):
             _rebind(module, copies)
+        for parameter in model.parameters():
+            _keep_hooks(parameter, copies.get(id(parameter), parameter), copies)
         return made
     except Exception as error:
         hint = "torch.nn.utils.parametrizations.weight_norm can be." if "weight_norm" in str(error) else ""
@@ -117,6 +119,16 @@ def _rebind(module: nn.Module, copies: dict[int, Any]) -> None:
     for name in HOOKS:
         for key, hook in (attributes.get(name) or {}).items():
             attributes[name][key] = _rebound(hook, copies)
+
+
+def _keep_hooks(parameter: Tensor, twin: Tensor, copies: dict[int, Any]) -> None:
+    """Register on the copy of a parameter what is called with its gradient: torch copies no hooks of tensors."""
+    if twin is parameter:
+        return
+    for hook in (getattr(parameter, "_backward_hooks", None) or {}).values():
+        twin.register_hook(_rebound(hook, copies))  # type: ignore[no-untyped-call]
+    for hook in (getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values():
+        twin.register_post_accumulate_grad_hook(_rebound(hook, copies))  # type: ignore[no-untyped-call]
 
 
 def _rebound(value: Any, copies: dict[int, Any]) -> Any:

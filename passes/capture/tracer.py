@@ -21,7 +21,7 @@ from pege_fx.decompositions.attention import multi_head_attention_forward
 from pege_fx.modules.autocast import SWITCHES
 from pege_fx.modules.batch_norm import BatchNorm
 from pege_fx.modules.mode import CHECKS, TRAINING_MODE
-from pege_fx.passes.capture.constants import BesideGraph, settle_constants
+from pege_fx.passes.capture.constants import BesideGraph, WrittenConstantError, settle_constants
 from pege_fx.passes.capture.contexts import surroundings
 from pege_fx.passes.capture.dictionaries import GuardedDict
 from pege_fx.passes.capture.einops_calls import einops_modules, letters
@@ -114,7 +114,7 @@ class PegeTracer(PatchingTracer):
             return graph
         except Exception as error:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
-            failed = self.failed or getattr(error, "path", "")
+            failed = self.failed or (error.path if isinstance(error, WrittenConstantError) else "")
             place = getattr(error, "place", "") or where_raised(error) or place_of(root, failed)
             raise NotTraceableError(failed, place, reason, error) from error
         finally:

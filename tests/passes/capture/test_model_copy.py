@@ -133,3 +133,24 @@ def test_a_module_that_says_how_it_is_copied_is_copied_so(monkeypatch: pytest.Mo
     monkeypatch.setitem(copyreg.dispatch_table, Registered, lambda module: (_registered, ("copyreg",)))
     made: Any = copied(nn.Sequential(DeepCopies(), Locks(), Registered()), share_parameters=False)
     assert [module.how for module in made] == ["deepcopy", "getstate", "copyreg"]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("examples", [False, True])
+def test_hooks_on_parameters_are_kept(shared: bool, examples: bool) -> None:
+    seen: list[str] = []
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    model[0].weight.register_hook(lambda gradient: gradient * 3)
+    model[2].weight.register_post_accumulate_grad_hook(lambda parameter: seen.append(str(tuple(parameter.shape))))
+    x = torch.randn(3, 4)
+    policy = pege_fx.QuantPolicy((pege_fx.Rule(weight=None, input=None),))
+    with pytest.warns(pege_fx.PegeWarning, match="nothing is quantized"):
+        gm = pege_fx.prepare(model, policy, (x,) if examples else None, share_parameters=shared)
+    gm(x).sum().backward()
+    assert seen == ["(2, 4)"]
+    found = gm.get_parameter("0.weight").grad
+    model.zero_grad()
+    model(x).sum().backward()
+    assert found is not None
+    assert shared or torch.equal(found, model[0].weight.grad)
+    assert seen == ["(2, 4)"] * 2
