@@ -8,7 +8,7 @@ WORKERS ?= 2
 # One thread a worker: two cores shared by two workers go faster than four threads that fight.
 TEST := OMP_NUM_THREADS=1 PYTHONWARNINGS=default
 
-.PHONY: demo test test-nightly test-oldest test-kernels test-isa lint format docs bench coverage test-coverage fuzz fuzz-programs mutants long-run clean
+.PHONY: demo test test-nightly test-oldest test-kernels test-isa lint format docs bench coverage corpus test-coverage fuzz fuzz-programs mutants long-run clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py --output runs/quickstart
@@ -54,6 +54,11 @@ bench: $(VENV)/.installed
 coverage: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -e '.[coverage]'
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coverage.py $(ARGS)
+
+# Public models called in other ways than they were prepared from; docs/fuzzing.md. ARGS="--only 'timm/*'" picks.
+corpus: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -e '.[coverage]'
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/corpus.py $(ARGS)
 
 # Which lines and branches of pege_fx the tests reach, those of the processes they start too.
 test-coverage: $(VENV)/.installed
