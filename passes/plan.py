@@ -139,10 +139,10 @@ def _roles(family: list[GraphModule], candidates: list[tuple[GraphModule, Node]]
     A module that stays Python stands for the candidates inside it, in the order of the model. If the model itself stays
     Python, that order is all that is known.
     """
-    root = family[0]
     roles: dict[Node, set[str]] = {node: set() for _, node in candidates}
-    if not candidates:
+    if not candidates:  # nor, it may be, a graph
         return roles
+    root = family[0]
     if root.meta.get("prefix", ""):
         roles[candidates[0][1]].add("first")
         roles[candidates[-1][1]].add("last")

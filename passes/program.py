@@ -27,6 +27,7 @@ class NodeNotes(TypedDict, total=False):
         rank: number of dimensions of the value.
         shape: of the value, on the example.
         dtype: of the value, on the example.
+        layout: of the value, on the example: strided, or one that a fake-quant does not take.
         writes: the inputs that the node changed on the example; not there where nothing is known.
         shares: the inputs in whose memory the result lay on the example.
         non_negative: the value is proved to be never below zero.
@@ -43,6 +44,7 @@ class NodeNotes(TypedDict, total=False):
     rank: int
     shape: tuple[int, ...]
     dtype: torch.dtype
+    layout: torch.layout
     writes: list[Node]
     shares: list[Node]
     non_negative: bool

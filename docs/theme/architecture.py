@@ -84,9 +84,9 @@ def drawing() -> str:
         x = 10 + number * 172
         lines += [box(x, 10, 140, word)]
         lines += [f'<path d="M{x + 140} 25H{x + 170}"/>'] if number < len(flow) - 1 else []
-    columns = [("prepare", api.steps_of_prepare(api.prepare_passes("W4A4"))), ("convert", list(api.convert_passes()))]
+    columns = [api.steps_of_prepare(api.prepare_passes("W4A4")), list(api.convert_passes())]
     lowest = 0
-    for x, (word, steps) in zip((182, 526), columns, strict=True):
+    for x, steps in zip((182, 526), columns, strict=True):
         for number, step in enumerate(steps):
             name = getattr(step, "__name__", type(step).__name__)
             y = 70 + 42 * number

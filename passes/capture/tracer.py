@@ -226,6 +226,8 @@ class PegeTracer(PatchingTracer):
         self._mode_node = mode.node
         self._values[mode.node] = bool(self.mode)
         for module in self._installed:
+            # fx would hold the mode of today as a constant. Python finds an instance's own attribute first, so each
+            # ``if self.training`` meets the proxy; ``ModuleState`` puts the flag back.
             module.__dict__["training"] = mode
         return function, args
 
@@ -265,7 +267,7 @@ class PegeTracer(PatchingTracer):
         return ExampleProxy(node, self) if self.evaluate else InPlaceProxy(node, self)
 
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Node:
-        self._check_context()
+        self._check_context()  # at every operation: fx calls nothing where a block begins or ends
         node = super().create_node(kind, target, args, kwargs, *rest, **more)
         if self.live_training and (where := line()):
             node.meta["stack_trace"] = where

@@ -92,6 +92,19 @@ def test_a_model_that_stays_python_is_the_result_around_its_graphs() -> None:
     assert program.plan is program.root.meta["plan"]
 
 
+def test_a_model_without_any_graph_has_an_empty_plan() -> None:
+    class Hidden(nn.Linear):
+        def __call__(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.relu(super().__call__(x))
+
+    program = Program(model=Hidden(4, 4))
+    with pytest.warns(pege_fx.PegeWarning):
+        run(program, [CaptureModel(), *pege_fx.prepare_passes("W4A4"), complete_plan])
+    assert program.graphs == []
+    assert program.plan is not None
+    assert program.plan.operations == ()
+
+
 def test_a_warning_is_of_the_line_that_called_the_package() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

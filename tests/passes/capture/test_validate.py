@@ -16,6 +16,7 @@ from torch.fx import GraphModule, symbolic_trace
 import pege_fx
 from pege_fx import PegeWarning, VerifyError
 from pege_fx.decompositions.attention import ExplicitAttention
+from pege_fx.passes.capture import steps
 from pege_fx.passes.capture.validate import validate
 
 
@@ -280,7 +281,7 @@ def test_nothing_of_the_callers_changes(share_parameters: bool) -> None:
 
 def test_prepare_checks_unless_it_is_told_not_to(monkeypatch: pytest.MonkeyPatch) -> None:
     x, calls = torch.randn(2, 4), []
-    monkeypatch.setattr("pege_fx.api.validate", lambda *args: calls.append(args))
+    monkeypatch.setattr(steps, "validate", lambda *args: calls.append(args))
     pege_fx.prepare(Body(), "W4A4")
     pege_fx.prepare(Body(), "W4A4", (x,), check=False)
     pege_fx.explain(Body(), "W4A4", (x,))
