@@ -3,6 +3,7 @@
 import dis
 import operator
 import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +44,12 @@ def is_protocol(name: str) -> bool:
 class ProxyTracer(LocalTracer):
     """A tracer that answers what Python asks of its proxies."""
 
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Proxy:
+        """Make a node, or raise as a tensor does that is added to None or compared with it: code may catch that."""
+        if isinstance(target, types.BuiltinFunctionType) and target in _COMPUTING and any(arg is None for arg in args):
+            raise TypeError(f"unsupported operand type(s) for {target.__name__}: 'Tensor' and 'NoneType'")
+        return super().create_proxy(kind, target, args, kwargs, *rest, **more)
+
     def is_size(self, node: Node) -> bool:
         """Whether a node is a shape, or a number."""
         raise NotImplementedError
@@ -82,6 +89,12 @@ class ProxyTracer(LocalTracer):
         raise NotImplementedError
 
 
+_COMPUTING = {
+    getattr(operator, f"{in_place}{name}")
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor")
+    for in_place in ("", "i")
+    if hasattr(operator, f"{in_place}{name}")
+} | {operator.lt, operator.le, operator.gt, operator.ge}
 _READS = dis.opmap["LOAD_ATTR"]
 _OWN = {"tracer", "node", "root", "attr", "_node"}  # what fx sets on a proxy
 

@@ -214,3 +214,31 @@ def test_a_child_may_be_called_self() -> None:
     assert torch.equal(gm(X), model(X))
     assert torch.equal(copy.deepcopy(gm)(X), model(X))
     assert torch.equal(pege_fx.convert(gm)(X), gm.eval()(X))
+
+
+class Catches(nn.Module):
+    """Goes another way where its mask is None, as Python lets it."""
+
+    def __init__(self, compute: Callable[[Tensor, Any], Tensor]) -> None:
+        super().__init__()
+        self.fc, self.compute = nn.Linear(4, 4), compute
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        try:
+            y = self.compute(x, mask)
+        except TypeError:
+            y = x - 1
+        z: Tensor = self.fc(y)
+        return z
+
+
+@QUIET
+@pytest.mark.parametrize("examples", [False, True])
+@pytest.mark.parametrize("name", ["add", "sub", "mul", "truediv", "pow", "matmul", "iadd", "imul", "lt", "ge"])
+def test_arithmetic_with_none_raises_what_a_tensor_raises(name: str, examples: bool) -> None:
+    function = getattr(operator, name)
+    x = torch.randn(2, 4)
+    for compute in (lambda x, mask: function(x + 0, mask) * 1.0, lambda x, mask: function(mask, x + 0) * 1.0):
+        model = Catches(compute)
+        gm = pege_fx.prepare(model, IN_FLOAT, (x,) if examples else None)
+        assert torch.equal(gm(x), model(x))
