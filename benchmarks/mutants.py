@@ -103,6 +103,11 @@ TARGETS: dict[str, list[str]] = {
         "tests/passes/capture/test_tracer.py",
         "tests/passes/capture/test_tiers.py",
     ],
+    "passes.capture.known": ["tests/passes/capture/test_guards.py"],
+    "passes.capture.example_values": ["tests/passes/capture/test_tracer.py", "tests/passes/capture/test_tiers.py"],
+    "passes.capture.patching_tracer": ["tests/passes/capture/test_patched.py", "tests/passes/capture/test_contexts.py"],
+    "passes.capture.graph_modules": ["tests/passes/capture/test_tiers.py"],
+    "serialization.compatibility": ["tests/serialization/test_checkpoint.py"],
     "passes.capture.tiers": [
         "tests/test_api.py",
         "tests/passes/capture/test_module_state.py",
