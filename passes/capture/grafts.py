@@ -20,10 +20,19 @@ class Grafted(CapturedGraph):
     _read: frozenset[str] = frozenset()
     _carried = (*CapturedGraph._carried, "_stands_for", "_read")
 
-    @property  # type: ignore[misc]
+    @property
     def __class__(self) -> type:
         """The class of the module that it stands for, as ``isinstance`` asks for it where ``type`` does not tell."""
         return vars(self).get("_stands_for") or type(self)
+
+    @__class__.setter
+    def __class__(self, cls: type) -> None:
+        """Take another class, as ``fully_shard`` gives it; one made on top of what the graph stands for is made on its own."""
+        stands_for = vars(self).get("_stands_for")
+        if stands_for is not None and stands_for in cls.__bases__:
+            own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+            cls = type(cls.__name__, tuple(type(self) if base is stands_for else base for base in cls.__bases__), own)
+        vars(object)["__class__"].__set__(self, cls)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphModule:
         copied = super().__deepcopy__(memo)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 import pege_fx
 from pege_fx import Constant, PEGEScheduler, QuantPolicy, Rule
@@ -256,3 +257,41 @@ class AsksALayer(nn.Module):
 def test_the_parameters_that_python_goes_through_are_deployed() -> None:
     gm = pege_fx.prepare(AsksALayer(), "W4A4", (rows(),)).eval()
     assert torch.equal(pege_fx.convert(gm)(rows()), gm(rows()))
+
+
+class _Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.fc(x))
+
+
+class _StaysPython(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = _Block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.block(x)
+        return y * 2 if bool((y.sum() > 0).item()) else y
+
+
+@pytest.mark.filterwarnings("ignore:the model stays Python")
+def test_a_graph_takes_a_class_that_was_made_on_top_of_what_it_stands_for() -> None:
+    """As ``fully_shard`` does with every module that it is given: it is a graph as before, and what it stands for."""
+    x = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+    gm = pege_fx.prepare(_StaysPython(), "W4A4", (x,))
+    (block,) = [module for module in gm.modules() if isinstance(module, GraphModule) and isinstance(module, _Block)]
+    wanted = gm(x)
+
+    class Sharded:
+        """What is mixed in."""
+
+    block.__class__ = type("ShardedBlock", (Sharded, block.__class__), {"mark": 1})  # type: ignore[assignment]
+    assert isinstance(block, Sharded)
+    assert isinstance(block, GraphModule)
+    assert isinstance(block, _Block)
+    assert block.mark == 1  # type: ignore[attr-defined]
+    assert torch.equal(gm(x), wanted)
