@@ -7,8 +7,9 @@ import torch
 from torch.fx import GraphModule, Node
 
 from pege_fx.modules.batch_norm import Fold
-from pege_fx.modules.fake_quant import FakeQuant, ScheduleState, Site
+from pege_fx.modules.fake_quant import FakeQuant, Site
 from pege_fx.modules.merged_norm import MergedNorm
+from pege_fx.modules.schedule_state import ScheduleState
 from pege_fx.numerics.spec import QuantSpec
 from pege_fx.passes.computed_weights import ComputedWeight, ComputedWeights
 from pege_fx.passes.graph import (

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import itertools
+import operator
 from typing import Any
 
 import torch
@@ -11,10 +12,12 @@ from torch.fx import GraphModule, Node
 
 from pege_fx.modules.batch_norm import BiasFold, Folded, WeightFold
 from pege_fx.modules.fake_quant import FakeQuant
-from pege_fx.modules.methods import Decoding
+from pege_fx.modules.forward_method import Decoding
 from pege_fx.modules.mode import PythonForward
-from pege_fx.numerics.functional import dequantize, quantize
+from pege_fx.numerics.functional import QParams, dequantize, dynamic_qparams, quantize
+from pege_fx.numerics.layouts import Tiling
 from pege_fx.numerics.packing import integer_bias, pack, unpack
+from pege_fx.numerics.spec import METHODS, QuantSpec
 from pege_fx.passes.capture.bytecode import names_in_forward
 from pege_fx.passes.capture.grafts import read_from_outside
 from pege_fx.passes.graph import (
@@ -53,14 +56,17 @@ def lower_weights(gm: GraphModule) -> None:
         weight = computed(gm, source)
         if not fq.is_calibrated:
             fq.initialize_from(weight)
-        scale, zero_point = fq.decoding()
-        codes = fq.codes(weight).to(torch.int8 if fq.site.spec.signed else torch.uint8)
+        levels, decoding = fq.evaluated(weight)
+        tiling, number_format = fq.method.tiling, fq.site.spec.number_format
+        codes = tiling.untiled(number_format.encode(levels), weight)
         path = str(source.target if source.op == "get_attr" else node.target).removesuffix("_fq")
         codes_path = free_path(gm, f"{path}_codes")
         register_buffer(gm, codes_path, codes)
         read = get_attr(gm.graph, codes_path, node)
-        grid = _constants(gm, path, Decoding(scale, zero_point), weight.dtype, node)
-        _finish(gm, node, read, grid, fq.site.spec.bits, weight.dtype)
+        grid = _constants(gm, path, decoding.map(tiling.kept), weight.dtype, node)
+        settings = _settings(fq.site.spec, tiling)
+        del settings["signed"]
+        _finish(gm, node, read, grid, settings, weight.dtype)
 
 
 def call_originals(gm: GraphModule) -> None:
@@ -99,19 +105,55 @@ def lower_activations(gm: GraphModule) -> None:
     for node, fq in calls(gm, FakeQuant):
         if fq not in grids:  # inputs that share one scale read the same constants
             grids[fq] = _grids(gm, fq, node, dtype)
-        (inputs, outputs), spec = grids[fq], fq.site.spec
-        settings: dict[str, Any] = {"bits": spec.bits, "signed": spec.signed}
-        if spec.narrow:
-            settings["narrow"] = True
+        (inputs, outputs), settings = grids[fq], _settings(fq.site.spec, fq.method.tiling)
+        if fq.method.is_dynamic:
+            inputs, outputs = _dynamic_grid(gm, fq, node, settings)
+        of_codes = settings | ({"narrow": True} if fq.site.spec.narrow else {})
         codes = call_function(
-            gm.graph, quantize, (first_argument(node), *inputs), settings, node, node.name.replace("_fq", "_q")
+            gm.graph, quantize, (first_argument(node), *inputs), of_codes, node, node.name.replace("_fq", "_q")
         )
         copy_origin(node, codes)
-        _finish(gm, node, codes, outputs, spec.bits, dtype)
+        del settings["signed"]
+        _finish(gm, node, codes, outputs, settings, dtype)
+
+
+def _settings(spec: QuantSpec, tiling: Tiling) -> dict[str, Any]:
+    """What ``quantize`` and ``dequantize`` are told of a format and a layout beside their constants."""
+    settings: dict[str, Any] = {"bits": spec.bits, "signed": spec.signed}
+    if spec.format is not None:
+        settings["format"] = spec.format
+    if tiling.layout.of_matrix:
+        settings["layout"] = tiling.layout.name
+        if tiling.kind == "weight":
+            settings["axis"] = 0 if tiling.channels is None else tiling.channels.axis
+    return settings
+
+
+def _dynamic_grid(
+    gm: GraphModule, fq: FakeQuant, node: Node, settings: dict[str, Any]
+) -> tuple[list[Node | None], list[Node | None]]:
+    """Write the search for the grid of the tensor at hand: what makes codes, and what they stand for."""
+    spec = fq.site.spec
+    wanted = settings | {"method": spec.method} | ({"narrow": True} if spec.narrow else {})
+    wanted |= {} if spec.scale == "float32" else {"scale": spec.scale}
+    name = node.name.replace("_fq", "_qparams")
+    found = call_function(gm.graph, dynamic_qparams, (first_argument(node),), wanted, node, name)
+    parts = METHODS[str(spec.method)].choose(torch.ones(1, 1), spec.number_format, spec.scale)
+    grid: dict[str, Node | None] = dict.fromkeys(QParams._fields)
+    for number, (part, value) in enumerate(parts._asdict().items()):
+        if value is not None:
+            grid[part] = read = call_function(gm.graph, operator.getitem, (found, number), {}, node, f"{name}_{part}")
+            copy_origin(node, read)
+    inputs = [grid["scale"], grid["zero_point"], None, None, grid["inverse"]]
+    while inputs[-1] is None:
+        inputs.pop()
+    return inputs, [grid["scale"], grid["zero_point"]]
 
 
 def _grids(gm: GraphModule, fq: FakeQuant, node: Node, dtype: torch.dtype) -> tuple[list[Node | None], list[Node | None]]:
     """Write an activation's constants: those that make its codes, and those that say what they stand for."""
+    if fq.method.is_dynamic:
+        return [], []
     path, encoding, decoding = str(node.target), fq.method.encoding(), fq.decoding()
     inputs = [_constant(gm, f"{path}_{name}", value, dtype, node) for name, value in encoding._asdict().items()]
     while inputs[-1] is None:
@@ -143,7 +185,7 @@ def lower_biases(gm: GraphModule) -> None:
         register_buffer(gm, codes_path, integer_bias(bias, scale))
         read = get_attr(gm.graph, codes_path, node)
         grid = _constants(gm, path, Decoding(scale), bias.dtype, node)
-        value = _dequantized(gm, read, grid, 32, bias.dtype, node, f"{operand(node, 'bias').name}_dq")
+        value = _dequantized(gm, read, grid, {"bits": 32}, bias.dtype, node, f"{operand(node, 'bias').name}_dq")
         copy_origin(node, value)
         set_operand(node, "bias", value)
 
@@ -292,18 +334,26 @@ def _accumulator_scale(gm: GraphModule, source: Any, weight: Any) -> Tensor | No
     return steps[0] * steps[1] if steps[0].numel() == 1 else None
 
 
-def _finish(gm: GraphModule, node: Node, codes: Node, grid: list[Node | None], bits: int, dtype: torch.dtype) -> None:
+def _finish(
+    gm: GraphModule, node: Node, codes: Node, grid: list[Node | None], settings: dict[str, Any], dtype: torch.dtype
+) -> None:
     """Let the users of ``node`` read the value of the codes."""
-    value = _dequantized(gm, codes, grid, bits, dtype, node, node.name.replace("_fq", "_dq"))
+    value = _dequantized(gm, codes, grid, settings, dtype, node, node.name.replace("_fq", "_dq"))
     copy_origin(node, value)
     replace(gm, node, value)
 
 
 def _dequantized(
-    gm: GraphModule, codes: Node, grid: list[Node | None], bits: int, dtype: torch.dtype, before: Node, name: str
+    gm: GraphModule,
+    codes: Node,
+    grid: list[Node | None],
+    settings: dict[str, Any],
+    dtype: torch.dtype,
+    before: Node,
+    name: str,
 ) -> Node:
     """The value of codes; ``grid`` is the scale and, if there is one, the zero point."""
-    settings: dict[str, Any] = {"bits": bits}
+    settings = dict(settings)
     if dtype != torch.promote_types(dtype, torch.float32):
         settings["dtype"] = dtype
     args = (codes, *(part for part in grid if part is not None))

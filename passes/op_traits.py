@@ -18,7 +18,7 @@ from pege_fx.decompositions.recurrent import given_or_zeros, recurrent
 from pege_fx.modules.autocast import SWITCHES
 from pege_fx.modules.fake_quant import FakeQuant
 from pege_fx.modules.mode import CHECKS, TrainingMode, contains, length, select_by_mode, written
-from pege_fx.numerics.functional import dequantize, quantize
+from pege_fx.numerics.functional import dequantize, dynamic_qparams, quantize
 from pege_fx.numerics.packing import unpack
 from pege_fx.passes import op_rules as rules
 from pege_fx.passes.op_rules import Call
@@ -233,7 +233,7 @@ TRAITS |= {
     len: replace(_NEW, reads_data=False, non_negative=True),
     abs: replace(_EITHER, non_negative=True),
     **dict.fromkeys((getattr, max, min, sum, tuple, list, dict, slice), _EITHER),
-    **dict.fromkeys((quantize, dequantize, unpack, TrainingMode, *SWITCHES, *CHECKS, contains, length), _NEW),
+    **dict.fromkeys((quantize, dequantize, dynamic_qparams, unpack, TrainingMode, *SWITCHES, *CHECKS, contains, length), _NEW),
     **dict.fromkeys((FakeQuant, recurrent), replace(_NEW, random=True)),
     **dict.fromkeys((select_by_mode, written, given_or_zeros), _EITHER),
     **dict.fromkeys((f"einops.einops.{name}" for name in ("rearrange", "reduce", "repeat", "einsum", "asnumpy")), _EITHER),

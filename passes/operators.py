@@ -47,6 +47,7 @@ class Operator:
         products: multiply-accumulates of a call.
         channels: where a weight keeps its output channels.
         channel_axis: the axis of the result along which output channels lie.
+        channels_first: features of an input lie along axis 1, and not along its last.
         transposed: a convolution that spreads each input over a filter.
         integer: how the reference engine runs it: a "layer" has a bias, a "product" none; None: in float.
         on_request: only a rule that names it quantizes it; all its tensors are inputs then, parameters too.
@@ -66,6 +67,7 @@ class Operator:
     products: Count
     channels: FindChannels = _no_channels
     channel_axis: int = -1
+    channels_first: bool = False
     transposed: bool = False
     integer: Literal["layer", "product"] | None = None
     on_request: bool = False
@@ -158,6 +160,7 @@ def _convolution(dims: int) -> Operator:
         products=_of_convolution,
         channels=_rows,
         channel_axis=1,
+        channels_first=True,
         integer="layer",
     )
 
@@ -173,6 +176,7 @@ def _transposed_convolution(dims: int) -> Operator:
         products=_of_transposed,
         channels=_columns_of_groups,
         channel_axis=1,
+        channels_first=True,
         transposed=True,
         integer="layer",
     )

@@ -12,7 +12,8 @@ from torch.nn.utils.parametrize import ParametrizationList
 from pege_fx.errors import PolicyError
 from pege_fx.modules.batch_norm import BatchNorm
 from pege_fx.modules.fake_quant import fake_quants
-from pege_fx.numerics.spec import Kind, QuantSpec
+from pege_fx.numerics.layouts import Kind, Tiling
+from pege_fx.numerics.spec import METHODS, QuantSpec
 from pege_fx.passes.computed_weights import ComputedWeight, ComputedWeights
 from pege_fx.passes.costs import multiply_accumulates
 from pege_fx.passes.graph import (
@@ -196,12 +197,12 @@ def _operation(gm: GraphModule, node: Node, op: Op, choice: Choice, computed: Co
         elif name in described.weights or is_weight(gm, node, name, unfolded(gm, source)):
             edges.append(_weight_edge(gm, node, name, choice))
         elif source is not None:
-            edges.append(_activation_edge(source, name, "input", choice))
+            edges.append(_activation_edge(node, source, name, "input", choice))
     if choice.shared_scale:
         edges = _with_one_scale(node, op, edges, choice)
     edges = _recomputed(node, edges, choice)
     if choice.specs["output"] is not None:
-        edges.append(_activation_edge(node, "output", "output", choice))
+        edges.append(_activation_edge(node, node, "output", "output", choice))
     if node in computed.makers:
         edges = [dataclasses.replace(edge, spec=None, reason=_COMPUTES_A_WEIGHT, note="") for edge in edges]
     parameters = _parameters_of(gm, node, computed)
@@ -228,14 +229,14 @@ def _joining(gm: GraphModule, node: Node, op: Op, choice: Choice, tensors: set[N
     """Plan a node that joins tensors: each of them is an input; numbers beside them are none."""
     described = entry_of(node)
     sources = {name: source for name in described.inputs if (source := operand(node, name)) in tensors}
-    edges = [_activation_edge(source, name, "input", choice) for name, source in sources.items()]
+    edges = [_activation_edge(node, source, name, "input", choice) for name, source in sources.items()]
     if any(edge.spec for edge in edges) and (reason := _kept_in_place(gm, node, sources)):
         edges = [dataclasses.replace(edge, spec=None, reason=reason) for edge in edges]
     if choice.shared_scale:
         edges = _with_one_scale(node, op, edges, choice)
     edges = _recomputed(node, edges, choice)
     if choice.specs["output"] is not None:
-        edges.append(_activation_edge(node, "output", "output", choice))
+        edges.append(_activation_edge(node, node, "output", "output", choice))
     parameters = sum(value.numel() for value in (tensor_of(gm, source) for source in sources.values()) if value is not None)
     reason = "" if edges else "its tensors come as one list, which another operation makes"
     return Operation(node.name, op.path, op.function, tuple(edges), "", parameters, reason, macs=0)
@@ -288,7 +289,7 @@ def _weight_edge(gm: GraphModule, node: Node, name: str, choice: Choice) -> Edge
     found = _parameter(gm, source) if is_weight(gm, node, name, unfolded(gm, source)) else None
     if found is None:
         if isinstance(source, Node):  # a weight that another operation computes
-            return _activation_edge(source, name, "weight", choice)
+            return _activation_edge(node, source, name, "weight", choice)
         return Edge(name, "", None, rule, "its weight is not a tensor of the model", choice.schedule)
     path, value = found
     if spec is not None and not value.is_floating_point():
@@ -305,14 +306,17 @@ def _computed_weight_edge(node: Node, name: str, weight: ComputedWeight, choice:
 
 def _edge_of_weight(node: Node, name: str, source: str, value: Tensor, choice: Choice) -> Edge:
     spec, note = choice.specs["weight"], ""
-    if spec is not None and channels_of(node, name, value) is None:
+    channels = channels_of(node, name, value)
+    if spec is not None and channels is None and not spec.layout.of_matrix:
         note = "" if spec.granularity == "tensor" else "no axis of it is one of output channels"
         spec = dataclasses.replace(spec, granularity="tensor")
     edge = _edge(name, source, spec, "weight", False, choice.rules["weight"], choice.schedule)
+    if edge.spec is not None:
+        Tiling(edge.spec.layout, "weight", tuple(value.shape), channels).check(source)
     return dataclasses.replace(edge, elements=value.numel(), note=note)
 
 
-def _activation_edge(source: object, name: str, field: str, choice: Choice) -> Edge:
+def _activation_edge(reader: Node, source: object, name: str, field: str, choice: Choice) -> Edge:
     spec, rule = choice.specs[field], choice.rules[field]
     if not isinstance(source, Node):
         return Edge(name, "", None, rule, f"{name} is a constant of the code", choice.schedule)
@@ -323,9 +327,30 @@ def _activation_edge(source: object, name: str, field: str, choice: Choice) -> E
         return Edge(name, source.name, None, rule, f"{source.name} is sparse ({layout})", choice.schedule)
     note = ""
     if spec is not None and field == "weight" and spec.granularity != "tensor":
-        note, spec = "one that is computed anew in each call", dataclasses.replace(spec, granularity="tensor")
+        note, spec = "one that is computed anew in each call", dataclasses.replace(spec, granularity=None)
     edge = _edge(name, source.name, spec, "activation", bool(source.meta.get("non_negative")), rule, choice.schedule)
+    if edge.spec is not None and edge.spec.layout.of_matrix:
+        _check_rows(reader, edge, edge.spec)
     return dataclasses.replace(edge, note=note)
+
+
+def _check_rows(node: Node, edge: Edge, spec: QuantSpec) -> None:
+    """Refuse scales of tokens or groups, which lie along the last dimension, where features lie along another.
+
+    Raises:
+        PolicyError: with the layer and the rule.
+    """
+    described, what = entry_of(node), f'{node.name}: {edge.operand} granularity="{spec.granularity}"'
+    if described.channels_first:
+        raise PolicyError(
+            f"{what} is along the last dimension, and features of {described.name} are along axis 1.\n  {edge.rule}\n"
+            '  give granularity="tensor", or name the layers that it is meant for: Rule(function="linear", ...).'
+        )
+    if not METHODS[str(spec.method)].is_dynamic:
+        raise PolicyError(
+            f"{what} needs a dynamic scale: how many there are is not known before an activation is.\n  {edge.rule}\n"
+            '  give method="dynamic", or granularity="tensor".'
+        )
 
 
 def _edge(name: str, source: str, spec: QuantSpec | None, kind: Kind, non_negative: bool, rule: str, group: str) -> Edge:

@@ -11,8 +11,9 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from pege_fx.errors import PegeWarning
-from pege_fx.modules.fake_quant import ScheduleState, Site
+from pege_fx.modules.fake_quant import Site
 from pege_fx.modules.merged_norm import MergedNorm
+from pege_fx.modules.schedule_state import ScheduleState
 from pege_fx.policy.plan import Capture, Plan
 from pege_fx.policy.rules import Op, QuantPolicy
 

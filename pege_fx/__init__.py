@@ -41,10 +41,14 @@ from pege_fx.inspection.report import report
 from pege_fx.inspection.sensitivity import Sensitivity, sensitivity
 from pege_fx.inspection.size import SizeReport, size_report
 from pege_fx.inspection.summary import Explanation, Summary, summary
+from pege_fx.modules.dynamic_methods import DynamicMethod
 from pege_fx.modules.fake_quant import FakeQuant, fake_quants
-from pege_fx.modules.methods import ForwardMethod, Statistics
+from pege_fx.modules.forward_method import ForwardMethod, Statistics
 from pege_fx.numerics import functional
-from pege_fx.numerics.functional import Estimator
+from pege_fx.numerics.estimators import Estimator
+from pege_fx.numerics.formats import Format, Levels, add_format
+from pege_fx.numerics.functional import QParams
+from pege_fx.numerics.layouts import PerBlock, PerChannel, PerGroup, PerTensor, PerToken, ScaleLayout, add_layout
 from pege_fx.numerics.spec import QuantSpec
 from pege_fx.policy.rules import QuantPolicy, Rule
 from pege_fx.serialization.checkpoint import checkpoint_info, load, newest, save
@@ -89,6 +93,7 @@ __all__ = [
     "DecoupledLambda",
     "Delayed",
     "Diff",
+    "DynamicMethod",
     "Estimator",
     "Explanation",
     "Exponential",
@@ -96,12 +101,14 @@ __all__ = [
     "FakeQuant",
     "Finding",
     "FoldError",
+    "Format",
     "ForwardMethod",
     "GroupCurves",
     "Guard",
     "InputError",
     "IntegerCoverage",
     "LawError",
+    "Levels",
     "Linear",
     "Listing",
     "LogReplacement",
@@ -115,11 +122,18 @@ __all__ = [
     "PassTrace",
     "PegeError",
     "PegeWarning",
+    "PerBlock",
+    "PerChannel",
+    "PerGroup",
+    "PerTensor",
+    "PerToken",
     "PolicyError",
+    "QParams",
     "QuantPolicy",
     "QuantSpec",
     "RampReplacement",
     "Rule",
+    "ScaleLayout",
     "ScheduleError",
     "Sensitivity",
     "SizeReport",
@@ -132,6 +146,8 @@ __all__ = [
     "TraceError",
     "VerifyError",
     "WeightFreezing",
+    "add_format",
+    "add_layout",
     "calibrate",
     "checkpoint_info",
     "convert",

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from pege_fx.errors import InputError, OtherCallError
-from pege_fx.modules.fake_quant import version_of
 from pege_fx.modules.mode import PYTHON_FORWARD, evaluating, preserve_state
+from pege_fx.modules.schedule_state import version_of
 from pege_fx.passes.capture.examples import fresh
 from pege_fx.passes.graph import join, owner, plain, traits_of
 

@@ -187,7 +187,7 @@ def _drop_dtype(node: Node) -> None:
 
 def _grid(gm: GraphModule, node: Any) -> _Grid | None:
     """The codes that a dequantize node reads, if their zero point is a whole number and their scales are positive."""
-    if not isinstance(node, Node) or node.target is not dequantize:
+    if not isinstance(node, Node) or node.target is not dequantize or not _is_plain(node):
         return None
     codes, *grid = arguments(node)[0]
     scale, zero = (tensor_of(gm, part) for part in (*grid, None)[:2])
@@ -196,6 +196,12 @@ def _grid(gm: GraphModule, node: Any) -> _Grid | None:
     if zero is not None and (bool((zero != zero.round()).any()) or int(zero.min()) != int(zero.max())):
         return None
     return _Grid(codes, scale, 0 if zero is None else int(zero.flatten()[0]))
+
+
+def _is_plain(node: Node) -> bool:
+    """Whether codes are whole numbers with one scale per tensor or channel: accumulators of others have no scale."""
+    settings = arguments(node)[1]
+    return settings.get("format") is None and settings.get("layout") is None
 
 
 def _note_codes(gm: GraphModule, node: Node, known: dict[Node, _Sums]) -> None:
@@ -261,6 +267,8 @@ def _requantize(gm: GraphModule, node: Node, known: dict[Node, _Sums]) -> None:
         else:
             return
         source = first_argument(source)
+    if not _is_plain(node):
+        return
     sums = known[source]
     args, settings = arguments(node)
     grid = [tensor_of(gm, part) for part in args[1:]]

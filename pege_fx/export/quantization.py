@@ -10,6 +10,7 @@ from torch import Tensor
 from pege_fx.export import qonnx
 from pege_fx.export.steps import DEQUANTIZE, QUANTIZE
 from pege_fx.export.writer import CODE_TYPES, Codes, Pending, UnmappedError, Value, Writer, writes
+from pege_fx.numerics.layouts import PerGroup, ScaleLayout, layout_named
 from pege_fx.numerics.spec import bounds_of
 
 INT4_OPSET, INT2_OPSET = 21, 25
@@ -36,13 +37,19 @@ def _fixed(value: Value | None) -> Tensor | None:
 @writes(QUANTIZE)
 def quantize(
     w: Writer, x: Value, scale: Value, zero_point: Value | None = None, lower: Value | None = None, width: Value | None = None,
-    *, bits: int, signed: bool, narrow: bool = False,
+    inverse: Value | None = None, *, bits: int, signed: bool, narrow: bool = False, format: str | None = None,
+    layout: str | None = None, axis: int | None = None,
 ) -> Value:  # fmt: skip
     """QuantizeLinear rounds x / s half to even and saturates, Clip does the rest: the codes of ``functional.quantize``.
 
     Activations below 8 bits stay int8: ONNX Runtime moves a QuantizeLinear in front of a Reshape, for which it has no 2-bit
     kernel, and a narrower type would make nothing faster or smaller.
     """
+    if format is not None or layout is not None or inverse is not None:
+        what = layout if format is None else f"{format}, {layout}"
+        raise UnmappedError(
+            f"an activation in {what or 'a scale of its own'}: files are written of whole numbers with fixed scales"
+        )
     if x.dtype is torch.float64:
         raise UnmappedError("ONNX quantizes no float64, give the model and its inputs in float32")
     x = w.cast(x, torch.promote_types(x.dtype, torch.float32))
@@ -73,11 +80,17 @@ def _clipped(w: Writer, codes: Value, low: int, high: int) -> Value:
 
 @writes(DEQUANTIZE)
 def dequantize(
-    w: Writer, codes: Value, scale: Value, zero_point: Value | None = None, *, bits: int, dtype: torch.dtype | None = None
-) -> Value:
+    w: Writer, codes: Value, scale: Value, zero_point: Value | None = None, *, bits: int, dtype: torch.dtype | None = None,
+    format: str | None = None, layout: str | None = None, axis: int | None = None,
+) -> Value:  # fmt: skip
     """DequantizeLinear: (code - z) * s. A zero point between two codes is subtracted in float."""
+    if format is not None:
+        raise UnmappedError(f"{codes.name or 'codes'} in the number format {format}: files are written of whole numbers")
     step, zero = _fixed(scale), _fixed(zero_point)
-    assert step is not None
+    if step is None:
+        raise UnmappedError("a scale that is computed in each call: files are written with scales that are fixed")
+    if layout is not None:
+        return _blocked(w, codes, step, zero, bits, layout_named(layout), axis, dtype or step.dtype)
     wanted = dtype or step.dtype
     if w.opset < _HALF_OPSET or w.style == "qonnx":
         step, zero = (
@@ -92,6 +105,25 @@ def dequantize(
     if codes.pending is not None:
         return w.cast(qonnx.activation(w, codes.pending, step, zero), wanted)
     return _dequantized_activation(w, codes, step, zero, wanted)
+
+
+def _blocked(
+    w: Writer, codes: Value, scale: Tensor, zero: Tensor | None, bits: int, layout: ScaleLayout, axis: int | None,
+    dtype: torch.dtype,
+) -> Value:  # fmt: skip
+    """DequantizeLinear with a block size: a weight with one scale for each group of its inputs."""
+    made = codes.constant
+    if not isinstance(layout, PerGroup) or layout.pad or axis != 0 or made is None or made.ndim != 2:
+        raise UnmappedError(
+            f"{codes.name or 'codes'} with one scale per {layout}: a file has groups of a matrix's inputs alone"
+        )
+    if w.opset < _TYPED_OPSET or w.style != "qdq":
+        raise UnmappedError(f'{codes.name} with one scale per {layout}: needs style="qdq" and opset {_TYPED_OPSET} or later')
+    kind = CODE_TYPES[code_bits(w, bits), made.dtype is not torch.uint8]
+    stored = w.constant(made, onnx_type=kind, name=codes.name)
+    start = None if zero is None else w.constant(zero.to(made.dtype), onnx_type=kind)
+    value = w.op("DequantizeLinear", stored, w.constant(scale), start, dtype=scale.dtype, axis=1, block_size=layout.size)
+    return w.cast(value, dtype)
 
 
 def _dequantized_activation(w: Writer, codes: Value, step: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Value:

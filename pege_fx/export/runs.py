@@ -111,7 +111,7 @@ def _as_double(leaf: Any) -> Any:
 
 
 def _wide_dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None = None, **settings: Any) -> Tensor:
-    return dequantize(codes, scale, zero_point, bits=settings["bits"])
+    return dequantize(codes, scale, zero_point, **settings | {"dtype": None})
 
 
 def _position(

@@ -35,28 +35,34 @@ def _quantize(
     zero_point: Tensor | None = None,
     lower: Tensor | None = None,
     width: Tensor | None = None,
+    inverse: Tensor | None = None,
     *,
     bits: int,
     signed: bool,
     narrow: bool = False,
+    format: str | None = None,
+    layout: str | None = None,
+    axis: int | None = None,
 ) -> Tensor:
-    return functional.quantize(x, scale, zero_point, lower, width, bits=bits, signed=signed, narrow=narrow)
+    number_format: dict[str, Any] = {"bits": bits, "signed": signed, "narrow": narrow, "format": format}
+    return functional.quantize(x, scale, zero_point, lower, width, inverse, layout=layout, axis=axis, **number_format)
 
 
 @_quantize.register_fake
-def _(x: Tensor, *grid: Tensor | None, bits: int, signed: bool, narrow: bool = False) -> Tensor:
-    return torch.empty_like(x, dtype=torch.int8 if signed else torch.uint8)
+def _(x: Tensor, *grid: Tensor | None, signed: bool, format: str | None = None, **settings: Any) -> Tensor:
+    return torch.empty_like(x, dtype=torch.int8 if signed and format is None else torch.uint8)
 
 
 @torch.library.custom_op("pege_fx::dequantize", mutates_args=())
 def _dequantize(
-    codes: Tensor, scale: Tensor, zero_point: Tensor | None = None, *, bits: int, dtype: torch.dtype | None = None
-) -> Tensor:
-    return functional.dequantize(codes, scale, zero_point, bits=bits, dtype=dtype)
+    codes: Tensor, scale: Tensor, zero_point: Tensor | None = None, *, bits: int, dtype: torch.dtype | None = None,
+    format: str | None = None, layout: str | None = None, axis: int | None = None,
+) -> Tensor:  # fmt: skip
+    return functional.dequantize(codes, scale, zero_point, bits=bits, dtype=dtype, format=format, layout=layout, axis=axis)
 
 
 @_dequantize.register_fake
-def _(codes: Tensor, scale: Tensor, *rest: Tensor | None, bits: int, dtype: torch.dtype | None = None) -> Tensor:
+def _(codes: Tensor, scale: Tensor, *rest: Tensor | None, dtype: torch.dtype | None = None, **settings: Any) -> Tensor:
     return torch.empty_like(codes, dtype=scale.dtype if dtype is None else dtype)
 
 
@@ -84,8 +90,13 @@ def replacements(operators: Operators) -> dict[Any, Callable[..., Any]]:
 
 def _pt2e_quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor | None = None, lower: Tensor | None = None, width: Tensor | None = None,
-    *, bits: int, signed: bool, narrow: bool = False,
+    inverse: Tensor | None = None, *, bits: int, signed: bool, narrow: bool = False, **settings: Any,
 ) -> Tensor:  # fmt: skip
+    """Other formats, layouts and definitions than those operators have stay plain operations."""
+    if settings or inverse is not None:
+        return functional.quantize(
+            x, scale, zero_point, lower, width, inverse, bits=bits, signed=signed, narrow=narrow, **settings
+        )
     if lower is not None and width is not None:
         x = (x - lower) / width
     zero = torch.zeros_like(scale) if zero_point is None else zero_point
@@ -96,9 +107,12 @@ def _pt2e_quantize(
 
 
 def _pt2e_dequantize(
-    codes: Tensor, scale: Tensor, zero_point: Tensor | None = None, *, bits: int, dtype: torch.dtype | None = None
-) -> Tensor:
+    codes: Tensor, scale: Tensor, zero_point: Tensor | None = None, *, bits: int, dtype: torch.dtype | None = None,
+    **settings: Any,
+) -> Tensor:  # fmt: skip
     """A zero point may lie between two codes here and not there: with one, plain operations stay."""
+    if settings:
+        return functional.dequantize(codes, scale, zero_point, bits=bits, dtype=dtype, **settings)
     axes = [axis for axis, size in enumerate(scale.shape) if size > 1]
     if bits > 8 or dtype is not None or len(axes) > 1 or zero_point is not None:
         return functional.dequantize(codes, scale, zero_point, bits=bits, dtype=dtype)

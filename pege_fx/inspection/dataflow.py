@@ -151,7 +151,8 @@ def _site(module: torch.nn.Module | None) -> dict[str, Any]:
         names = ("bits", "signed", "kind", "method", "estimator", "granularity", "rule", "group", "scale")
         return dict.fromkeys(names)
     site, spec = module.site, module.site.spec
-    scale = float(module.method.step()[0].detach().float().mean()) if module.is_calibrated else None
+    is_known = module.is_calibrated and not module.method.is_dynamic
+    scale = float(module.method.grid_of().scale.detach().float().mean()) if is_known else None
     return {
         "bits": spec.bits,
         "signed": spec.signed,

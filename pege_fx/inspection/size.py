@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 
 from pege_fx.modules.batch_norm import FOLDED, BatchNorm, BiasFold, BiasFoldBehind, WeightFold
 from pege_fx.modules.fake_quant import FakeQuant
-from pege_fx.modules.methods import Encoding
+from pege_fx.modules.forward_method import Encoding
 from pege_fx.modules.stages import check_stage, unwrapped
 from pege_fx.numerics.functional import dequantize, quantize
 from pege_fx.numerics.packing import unpack
@@ -206,8 +206,11 @@ def _takes_constants(fq: FakeQuant) -> bool:
 @torch.no_grad()
 def _grid_bytes(fq: FakeQuant, weight: Tensor | None) -> int:
     """Constants that convert writes beside the codes: one grid, or two where codes mean something else than what made them."""
-    decoding = fq.decoding()
-    if fq.fold is not None and fq.method.channels is not None and fq.method.shape is not None:
+    if fq.method.is_dynamic and weight is None:
+        return 0  # found in each call
+    decoding = fq.decoding() if weight is None or not fq.method.is_dynamic else fq.evaluated(weight)[1]
+    one_axis = not fq.method.tiling.layout.of_matrix
+    if fq.fold is not None and fq.method.channels is not None and fq.method.shape is not None and one_axis:
         folded = decoding.scale * fq.fold.channels.broadcast(fq.fold.sign(), fq.method.shape)  # of its shape, once folded
         decoding = decoding._replace(scale=folded)
     grids: list[tuple[Tensor | None, ...]] = [decoding]

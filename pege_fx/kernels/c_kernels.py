@@ -28,7 +28,8 @@ from pege_fx.errors import PegeWarning
 from pege_fx.kernels.tensor_layout import layout_of
 
 DTYPES = (torch.float32, torch.bfloat16)
-_ESTIMATORS = {"ste": 0, "ewgs": 1, "pege": 2}
+_NUMBERS = {"ste": 0, "ewgs": 1, "pege": 2}
+ESTIMATORS = frozenset({*_NUMBERS, "pege-relative"})
 
 _SOURCE = Path(__file__).with_name("c_kernels.c")
 _FLAGS = ("-O3", "-std=c11", "-shared", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off")
@@ -160,9 +161,9 @@ def _compiled(command: list[str], folder: Path | None, version: str) -> ctypes.C
 
 
 def _with_types(kernels: ctypes.CDLL) -> ctypes.CDLL:
-    kernels.pege_fx_forward.argtypes = (*[_POINTER] * 6, _INT, *[_SIZE] * 3, _INT, *_GRID)
+    kernels.pege_fx_forward.argtypes = (*[_POINTER] * 7, _INT, *[_SIZE] * 3, _INT, *_GRID)
     kernels.pege_fx_forward.restype = None
-    kernels.pege_fx_backward.argtypes = (*[_POINTER] * 8, *[_SIZE] * 2, *_GRID, _INT)
+    kernels.pege_fx_backward.argtypes = (*[_POINTER] * 9, *[_SIZE] * 2, *_GRID, _INT)
     kernels.pege_fx_backward.restype = _INT
     return kernels
 
@@ -208,6 +209,7 @@ def forward(
     x: Tensor,
     scale: Tensor,
     zero_point: Tensor | None,
+    inverse: Tensor | None,
     rate: Tensor | None,
     key: Tensor | None,
     q_min: int,
@@ -218,7 +220,7 @@ def forward(
         rate = key = None
     elif rate.ndim or key.dtype is not torch.int32 or not key.is_contiguous():
         return None
-    layout = layout_of(x, scale, zero_point, DTYPES, rate, key)
+    layout = layout_of(x, (scale, zero_point, inverse), DTYPES, rate, key)
     kernels = None if layout is None else _library_or_warning()
     if layout is None or kernels is None:
         return None
@@ -226,7 +228,7 @@ def forward(
     if type(y) is not Tensor:  # under a mode that makes tensors without memory
         return None
     _, per_row, *sizes = layout
-    numbers = [_float(value) for value in (scale, zero_point, rate)]
+    numbers = [_float(value) for value in (scale, zero_point, inverse, rate)]
     kernels.pege_fx_forward(
         x.data_ptr(),
         y.data_ptr(),
@@ -249,12 +251,13 @@ def backward(
     y: Tensor,
     scale: Tensor,
     zero_point: Tensor | None,
+    inverse: Tensor | None,
     strength: Tensor,
     q_min: int,
     q_max: int,
 ) -> tuple[Tensor, Tensor] | None:
-    """Return dL/dx_c and dL/ds; None if the kernels do not serve this. ``estimator``: ste, ewgs, pege or pege-relative."""
-    layout = layout_of(x, scale, zero_point, DTYPES, grad, y, strength) if strength.ndim == 0 else None
+    """Return dL/dx_c and dL/ds; None if the kernels do not serve this. ``estimator``: one of ``ESTIMATORS``."""
+    layout = layout_of(x, (scale, zero_point, inverse), DTYPES, grad, y, strength) if strength.ndim == 0 else None
     kernels = None if layout is None else _library_or_warning()
     if layout is None or kernels is None:
         return None
@@ -263,7 +266,7 @@ def backward(
     grad, y = (t.contiguous(memory_format=layout.memory) for t in (grad, y))
     grad_x, grad_scale = torch.empty_like(x), torch.empty_like(scale, dtype=torch.float32)
     rows = layout.rows if layout.per_row else 1
-    numbers = [_float(value) for value in (scale, zero_point, strength)]
+    numbers = [_float(value) for value in (scale, zero_point, inverse, strength)]
     failed = kernels.pege_fx_backward(
         *map(_address, (grad, x, y, grad_x, grad_scale, *numbers)),
         rows,
@@ -272,7 +275,7 @@ def backward(
         q_max,
         torch.get_num_threads(),
         x.dtype is torch.bfloat16,
-        _ESTIMATORS[estimator],
+        _NUMBERS[estimator],
     )
     if failed:
         raise torch.OutOfMemoryError(f"no memory for the sums of a tensor of shape {tuple(x.shape)}.")

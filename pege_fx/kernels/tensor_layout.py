@@ -23,22 +23,25 @@ class Layout(NamedTuple):
 
 
 def layout_of(
-    x: Tensor, scale: Tensor, zero_point: Tensor | None, dtypes: tuple[torch.dtype, ...], *numbers: Tensor | None
+    x: Tensor, grid: tuple[Tensor | None, ...], dtypes: tuple[torch.dtype, ...], *numbers: Tensor | None
 ) -> Layout | None:
     """Return how kernels see ``x``, or None if they do not serve it.
 
     Args:
         x: one of ``dtypes``.
-        scale, zero_point: of float32 or a half type, one number, or one for each index of the first dimension.
+        grid: the scale and what goes with it, of float32 or a half type, each one number, or one for each index of the first
+            dimension.
         numbers: what else they read, from the same device.
     """
     if x.dtype not in dtypes or not 0 < x.numel() < TOO_LARGE:
         return None
-    for other in (scale, zero_point, *numbers):
+    for other in (*grid, *numbers):
         if other is not None and (other.device != x.device or type(other) not in (Tensor, nn.Parameter)):
             return None
-    for grid in (scale, scale if zero_point is None else zero_point):
-        if grid.shape != scale.shape or grid.dtype not in _OF_SCALES or not grid.is_contiguous():
+    scale = grid[0]
+    assert scale is not None
+    for part in grid:
+        if part is not None and (part.shape != scale.shape or part.dtype not in _OF_SCALES or not part.is_contiguous()):
             return None
     per_row = scale.numel() != 1
     if scale.ndim > x.ndim or (per_row and not (scale.ndim == x.ndim and scale.numel() == scale.shape[0] == x.shape[0])):

@@ -18,6 +18,7 @@ from pege_fx.errors import PegeWarning
 from pege_fx.kernels.tensor_layout import Layout, layout_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ESTIMATORS = frozenset({"ste", "ewgs", "pege", "pege-relative"})
 LARGEST_TILE = 2048
 
 _usable = True
@@ -202,6 +203,7 @@ def forward(
     x: Tensor,
     scale: Tensor,
     zero_point: Tensor | None,
+    inverse: Tensor | None,
     rate: Tensor | None,
     key: Tensor | None,
     q_min: int,
@@ -212,7 +214,7 @@ def forward(
         rate = key = None
     elif rate.ndim or key.dtype is not torch.int32 or not key.is_contiguous():
         return None
-    layout = layout_of(x, scale, zero_point, DTYPES, rate, key) if _usable else None
+    layout = layout_of(x, (scale, zero_point), DTYPES, rate, key) if _usable and inverse is None else None
     if layout is None:
         return None
     y, tile = torch.empty_like(x), _tile_of(layout)
@@ -228,12 +230,14 @@ def backward(
     y: Tensor,
     scale: Tensor,
     zero_point: Tensor | None,
+    inverse: Tensor | None,
     strength: Tensor,
     q_min: int,
     q_max: int,
 ) -> tuple[Tensor, Tensor] | None:
-    """Return dL/dx_c and dL/ds; None if the kernels do not serve this. ``estimator``: ste, ewgs, pege or pege-relative."""
-    layout = layout_of(x, scale, zero_point, DTYPES, grad, y, strength) if _usable and strength.ndim == 0 else None
+    """Return dL/dx_c and dL/ds; None if the kernels do not serve this. ``estimator``: one of ``ESTIMATORS``."""
+    serves = _usable and inverse is None and strength.ndim == 0
+    layout = layout_of(x, (scale, zero_point), DTYPES, grad, y, strength) if serves else None
     if layout is None:
         return None
     if estimator == "pege-relative":

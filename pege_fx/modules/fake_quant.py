@@ -1,12 +1,10 @@
 """The module behind every fake-quant node: a forward method, an estimator, and the schedule it shares with others."""
 
-import copy
 import itertools
 import weakref
 from dataclasses import dataclass
 from functools import partial
-from types import NoneType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,124 +14,17 @@ from torch.utils.checkpoint import checkpoint
 from pege_fx._utils.collectives import is_shared
 from pege_fx.errors import CheckpointError, ModelError
 from pege_fx.kernels.inductor import has_memory, is_traced
+from pege_fx.modules import dynamic_methods, methods  # noqa: F401 (what they define registers itself)
 from pege_fx.modules.batch_norm import Fold
+from pege_fx.modules.deployed_weights import deployed_once, forget
+from pege_fx.modules.forward_method import Decoding, ForwardMethod, Statistics
 from pege_fx.modules.method_check import check_method, is_own
-from pege_fx.modules.methods import Decoding, ForwardMethod, Statistics
-from pege_fx.numerics import functional
-from pege_fx.numerics.spec import ESTIMATORS, METHODS, Channels, Kind, QuantSpec
+from pege_fx.modules.schedule_state import ScheduleState, version_of
+from pege_fx.numerics import discretizer, functional
+from pege_fx.numerics.functional import codes_of
+from pege_fx.numerics.layouts import Channels, Kind
+from pege_fx.numerics.spec import ESTIMATORS, METHODS, QuantSpec
 from pege_fx.policy.plan import Plan
-
-
-class ScheduleState(nn.Module):
-    """Where a group of sites stands: 0-d tensors on the model's device, updated in place by the scheduler.
-
-    ``rate`` p; ``weight_lambda`` and ``activation_lambda`` λ (absolute units), float32; ``refresh_key`` (int32, from the
-    refresh count). ``is_complete`` knows p = 1 without asking the device, if ``set_rate`` wrote it last.
-    They start fully quantized with λ = 0 and are not part of a ``state_dict``: the scheduler's is.
-
-    ``loss_scale`` is the factor of a ``GradScaler`` that the scheduler follows, if it follows one (``is_scaled``).
-
-    They are kept as bits, since ``half()`` rounds whatever is floating point, and float16 has no 1e-8.
-
-    An average of a model (``AveragedModel``, an EMA of a ``state_dict``) is a copy that somebody writes into. It stands where
-    its model does, whether buffers are copied, averaged, or left out as a ``state_dict`` leaves these: a copy without a
-    scheduler, whose buffers or whose sites' somebody wrote, takes the values of the state that it was copied from.
-    """
-
-    rate_bits: Tensor
-    weight_lambda_bits: Tensor
-    activation_lambda_bits: Tensor
-    loss_scale_bits: Tensor
-    refresh_key: Tensor
-    touched: Tensor
-
-    def __init__(self, group: str) -> None:
-        super().__init__()
-        self.group = group
-        self.rank = 0  # which part of a global batch this process sees; no buffer, or DDP would make it the first one's
-        self.is_scaled = False
-        for name, value in (("rate", 1.0), ("weight_lambda", 0.0), ("activation_lambda", 0.0), ("loss_scale", 1.0)):
-            self.register_buffer(f"{name}_bits", torch.tensor(value).view(torch.int32), persistent=False)
-        self._complete_version = version_of(self.rate_bits)
-        key = torch.tensor(functional.refresh_key(0), dtype=torch.int32)
-        self.register_buffer("refresh_key", key, persistent=False)
-        self.register_buffer("touched", torch.tensor(0, dtype=torch.int32), persistent=False)  # which nobody here writes
-        self._original: weakref.ref[ScheduleState] | None = None
-        self._touched_version: int | None = None
-
-    @property
-    def rate(self) -> Tensor:
-        self._follow_original()
-        return self.rate_bits.view(torch.float32)
-
-    def set_rate(self, rate: float) -> None:
-        self._original = None  # there is a schedule of its own
-        self.rate.fill_(rate)
-        self._complete_version = version_of(self.rate_bits) if rate == 1 else None
-
-    @property
-    def is_complete(self) -> bool:
-        self._follow_original()
-        return self._complete_version is not None and self._complete_version == version_of(self.rate_bits)
-
-    def notice_writes(self) -> None:
-        """Somebody wrote buffers of a site: if this is a copy, the model is an average."""
-        self._touched_version = None
-
-    def _follow_original(self) -> None:
-        """Take the values of the state that this one was copied from, if somebody wrote buffers since."""
-        if self._original is None or is_traced() or version_of(self.touched) == self._touched_version:
-            return
-        self._touched_version = version_of(self.touched)
-        if (original := self._original()) is None:
-            return
-        self._complete_version = None
-        is_complete = original.is_complete
-        with torch.no_grad():
-            for mine, other in zip(self.buffers(), original.buffers(), strict=True):
-                if mine is not self.touched:
-                    mine.copy_(other)
-        if is_complete:
-            self._complete_version = version_of(self.rate_bits)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy's tensors count their versions anew, and what it was copied from is nothing to save.
-        return {**vars(self), "_complete_version": None, "_original": None, "_touched_version": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if "touched" not in self._buffers:  # pickled before there was one
-            self.register_buffer("touched", torch.zeros_like(self.refresh_key), persistent=False)
-            self._original = self._touched_version = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "ScheduleState":
-        copied = memo[id(self)] = type(self).__new__(type(self))
-        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        copied._original, copied._touched_version = weakref.ref(self), version_of(copied.touched)
-        return copied
-
-    @property
-    def weight_lambda(self) -> Tensor:
-        return self.weight_lambda_bits.view(torch.float32)
-
-    @property
-    def activation_lambda(self) -> Tensor:
-        return self.activation_lambda_bits.view(torch.float32)
-
-    @property
-    def loss_scale(self) -> Tensor:
-        return self.loss_scale_bits.view(torch.float32)
-
-    def extra_repr(self) -> str:
-        return f"group={self.group!r}"
-
-
-def version_of(tensor: Tensor) -> int | None:
-    """How often a tensor was written, or None where nobody counts."""
-    try:
-        return None if tensor.is_inference() else tensor._version
-    except RuntimeError:  # under vmap
-        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,23 +45,6 @@ class Site:
 # The autograd nodes of each site's last training forward (one for each of its inputs), for discretization_loss: they hold
 # x_c and y. Weak, so that nothing lives longer than training needs.
 _LAST_FORWARD: "weakref.WeakKeyDictionary[FakeQuant, list[weakref.ref[Any]]]" = weakref.WeakKeyDictionary()
-
-
-class _Deployed(NamedTuple):
-    """What a weight is in evaluation, and what it was made from: aliases, so that no address is used again, with versions."""
-
-    decisions: tuple[Any, ...]
-    sources: list[tuple[Tensor, int]]
-    value: Tensor
-
-    def is_of(self, decisions: tuple[Any, ...], sources: list[tuple[Tensor, int]]) -> bool:
-        return decisions == self.decisions and all(
-            now == before and a.data_ptr() == b.data_ptr() and a.dtype == b.dtype
-            for (a, now), (b, before) in zip(sources, self.sources, strict=True)
-        )
-
-
-_DEPLOYED: "weakref.WeakKeyDictionary[FakeQuant, _Deployed]" = weakref.WeakKeyDictionary()
 
 
 class FakeQuant(nn.Module):
@@ -221,18 +95,17 @@ class FakeQuant(nn.Module):
         self.site, self.schedule, self.fold = site, schedule, fold
         self.estimator = ESTIMATORS[str(spec.estimator)]
         shape = None if weight is None else tuple(weight.shape)
-        by_channel = channels if spec.granularity == "channel" else None
-        self.method: ForwardMethod = METHODS[str(spec.method)](spec, site.kind, shape, by_channel)
+        self.method: ForwardMethod = METHODS[str(spec.method)](spec, site.kind, shape, channels)
         self.register_buffer(
             "site_key", torch.tensor(functional.site_key(seed, site.name), dtype=torch.int32), persistent=False
         )
         if self.estimator.strength != "lambda":
             self.register_buffer("strength", torch.tensor(float(self.estimator.strength)))
         # A number, not a bool, which no average can subtract: above 0 if the grid, or one that it is an average of, was set.
-        self.register_buffer("calibrated", torch.tensor(0.0))
+        self.register_buffer("calibrated", torch.tensor(1.0 if self.method.is_dynamic else 0.0))
         # What the method was found to deploy as it trains; None: nothing to find out.
         self._checked: set[tuple[torch.dtype, int | None]] | None = None if is_own(self.method) else set()
-        self._calibrated, self._read = False, (self.calibrated, version_of(self.calibrated))
+        self._calibrated, self._read = self.method.is_dynamic, (self.calibrated, version_of(self.calibrated))
         self.register_load_state_dict_pre_hook(_follow_loaded_state)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_has_loaded_state)  # type: ignore[no-untyped-call]
 
@@ -249,7 +122,7 @@ class FakeQuant(nn.Module):
                 self._calibrated = bool(tensor > 0)
                 self.schedule.notice_writes()
             self._read = tensor, version
-        return self._calibrated
+        return bool(self._calibrated)
 
     @is_calibrated.setter
     def is_calibrated(self, value: bool) -> None:
@@ -319,7 +192,7 @@ class FakeQuant(nn.Module):
                     f"{self.site.name} got a {value.dtype} tensor, and quantizes floating-point ones.\n"
                     "  give prepare example_inputs, which tell where whole numbers are; or leave that operation out by a rule."
                 )
-        return sum(map(Statistics.of, others), start=Statistics.of(self.enter(x), self.method.channels))
+        return sum(map(Statistics.of, others), start=Statistics.of(self.enter(x), self.method.tiling))
 
     def share_observations(self) -> None:
         """Add what other processes observed; all of them take part, those too that saw nothing."""
@@ -351,8 +224,8 @@ class FakeQuant(nn.Module):
             return self.leave(x, self.enter(x))
         self.check_method(x.dtype, x.ndim)
         if not self.training and not torch.is_grad_enabled():
-            return self._deployed_once(x) if self.site.kind == "weight" else self.deployed(x)
-        if self.fold is not None and self.fold.live and self.method.channels is not None and self.method.is_plain:
+            return self._deployed_weight(x) if self.site.kind == "weight" else self.deployed(x)
+        if self.fold is not None and self.fold.live and self._takes_sign and self.method.is_plain:
             # A grid of step -s over w is the grid of step s over -w: one pass over the weight instead of three.
             return self._discretize(x, sign=self.fold.broadcast(self.fold.sign(), x))
         result = self.leave(x, self.method.restore(self._discretize(self.enter(x), number, others))).to(x.dtype)
@@ -371,8 +244,8 @@ class FakeQuant(nn.Module):
     def _discretize(self, x: Tensor, number: int = 0, others: tuple[Tensor, ...] = (), sign: Tensor | None = None) -> Tensor:
         if self.training and number == 0:
             self._show_method(torch.cat([value.flatten() for value in (x, *others)]) if others else x, sign)
-        continuous = self.method.transform(x)
-        scale, zero_point = self.method.step()
+        continuous, tiling = self.method.transform(x), self.method.tiling
+        scale, zero_point, inverse = self.method.grid_of(continuous)
         # Compiled code and captured graphs outlive p = 1, and do not ask. Eager mode saves itself the hash.
         masked = self.training and (_is_recorded(x) or not self.schedule.is_complete)
         recompute, quantized = self.recompute and self.training, functional.fake_quantize
@@ -380,10 +253,11 @@ class FakeQuant(nn.Module):
             quantized = partial(checkpoint, functional.fake_quantize, use_reentrant=False, preserve_rng_state=False)
             recompute = False
         replaced = quantized(
-            continuous,
+            tiling.tiles(continuous),
             scale if sign is None else scale * sign,
             self.site.spec,
             zero_point=zero_point,
+            inverse=inverse,
             rate=self.schedule.rate if masked else None,
             key=self._key_of(x, number) if masked else None,
             strength=self._strength(),
@@ -393,7 +267,7 @@ class FakeQuant(nn.Module):
         if self.training and not torch.compiler.is_compiling() and hasattr(replaced.grad_fn, "recompute"):
             before = _LAST_FORWARD.get(self, []) if number else []
             _LAST_FORWARD[self] = [*before, weakref.ref(replaced.grad_fn)]
-        return replaced
+        return tiling.untiled(replaced, continuous)
 
     def _show_method(self, x: Tensor, sign: Tensor | None) -> None:
         """Let the method see a training batch, as evaluation will quantize it: a weight with the sign of its fold."""
@@ -401,64 +275,74 @@ class FakeQuant(nn.Module):
             x = x * sign.to(x.dtype)
         self.method.observe(x)
 
+    def evaluated(self, x: Tensor) -> tuple[Tensor, Decoding]:
+        """Return the levels of ``x`` in units of the scale and what they stand for, as evaluation and ``convert`` use them.
+
+        Both are laid out as the tiles of the site's layout; of whole numbers the levels are the codes, as floating point.
+        """
+        method, number_format = self.method, self.site.spec.number_format
+        if method.is_dynamic or self.site.kind == "weight":
+            continuous = method.transform(self.enter(x))
+            scale, zero_point, inverse = method.grid_of(continuous)
+            levels = codes_of(method.tiling.tiles(continuous), scale, number_format, zero_point, inverse=inverse)
+            return levels, Decoding(scale, zero_point) if method.is_dynamic else self.decoding()
+        encoding = method.encoding()
+        interval = None if encoding.lower is None or encoding.width is None else (encoding.lower, encoding.width)
+        return codes_of(x, encoding.scale, number_format, encoding.zero_point, interval), self.decoding()
+
     def codes(self, x: Tensor) -> Tensor:
-        """Return the integer codes of ``x`` (as floating point), as evaluation and ``convert`` use them."""
-        if self.site.kind == "activation":
-            encoding = self.method.encoding()
-            interval = None if encoding.lower is None or encoding.width is None else (encoding.lower, encoding.width)
-            return functional.codes_of(x, encoding.scale, self.site.spec.bounds, encoding.zero_point, interval)
-        scale, zero_point = self.method.step()
-        return functional.codes_of(self.method.transform(self.enter(x)), scale, self.site.spec.bounds, zero_point)
+        """Return the level of each element in units of the scale, as floating point; of whole numbers these are the codes."""
+        return self.method.tiling.untiled(self.evaluated(x)[0], x)
 
     def decoding(self) -> Decoding:
-        """What the codes stand for, with the BatchNorm folded in."""
+        """What the codes of a method that is not dynamic stand for, with the BatchNorm folded in."""
         scale, zero_point = self.method.decoding()
-        if self.fold is not None and not self.fold.live and self.method.channels is not None:
+        if self.fold is not None and not self.fold.live and self._takes_sign:
+            tiling, factor = self.method.tiling, self.fold.factor().abs()
             assert self.method.shape is not None
-            factor = self.fold.factor().abs()
-            scale = scale * self.fold.channels.broadcast(factor, self.method.shape)
+            if tiling.layout.of_matrix:
+                scale = tiling.broadcast(scale.reshape(tiling.scale_shape) * factor[:, None])
+            else:
+                scale = scale * self.fold.channels.broadcast(factor, self.method.shape)
         return Decoding(scale, zero_point)
+
+    @property
+    def _takes_sign(self) -> bool:
+        """Whether a folded weight is quantized with the sign of its BatchNorm's factor alone.
+
+        Its size then multiplies the scale: no two output channels share one, and a scale may be any number.
+        """
+        return self.method.tiling.by_channel and not self.method.is_dynamic and self.site.spec.scale == "float32"
 
     def span(self, x: Tensor) -> Tensor:
         """The width of the grid in units of what comes out in training; broadcasts to ``x``."""
-        q_min, q_max = self.site.spec.bounds
-        width = self.decoding().scale.detach().abs() * (q_max - q_min)
-        if self.fold is not None and self.fold.live and self.method.channels is None:
+        tiling, limits = self.method.tiling, self.site.spec.number_format.limits
+        step = self.evaluated(x.detach())[1].scale
+        width = step.detach().abs() * (limits[1] - limits[0])
+        if tiling.layout.of_matrix:
+            width = tiling.untiled(width.expand_as(tiling.tiles(x)), x)
+        if self.fold is not None and self.fold.live and not self._takes_sign:
             width = width / self.fold.broadcast(self.fold.factor().abs(), x)  # the grid is that of k * w
         return width
 
     def deployed(self, x: Tensor) -> Tensor:
         """Return what a converted model computes for ``x``: the value of its code, without a BatchNorm that is live."""
-        scale, zero_point = self.decoding()
-        codes = self.codes(x).to(functional.compute_dtype(x))
-        value = (codes if zero_point is None else codes - zero_point) * scale.to(codes.dtype)
+        levels, (scale, zero_point) = self.evaluated(x)
+        levels = levels.to(functional.compute_dtype(x))
+        value = (levels if zero_point is None else levels - zero_point) * scale.to(levels.dtype)
+        value = self.method.tiling.untiled(value, x)
         if self.fold is not None and self.fold.live:  # a BatchNorm that normalises while its layer is in evaluation
             value = self.leave(x, value)
         return value.to(x.dtype)
 
-    def _deployed_once(self, x: Tensor) -> Tensor:
-        """``deployed(x)``, computed anew when something that it depends on has changed since."""
-        if self.is_computed or _is_recorded(x) or type(x) not in (Tensor, nn.Parameter) or x.is_meta or not has_memory(x):
+    def _deployed_weight(self, x: Tensor) -> Tensor:
+        if self.is_computed or _is_recorded(x):
             return self.deployed(x)
-        settings = _settings_of(self.method)
-        if settings is None:
-            return self.deployed(x)
-        norm, folded = ((), ()) if self.fold is None else (self.fold.tensors, (self.fold.live, self.fold.bn.eps))
-        tensors = (x, *norm, *self.method.parameters(), *self.method.buffers())
-        try:
-            sources = [(t.detach(), t._version) for t in tensors if t is not None]
-            decisions = (self.site, self.method, settings, folded, len(sources))
-            known = _DEPLOYED.get(self)
-            if known is None or not known.is_of(decisions, sources):
-                with torch.inference_mode(mode=False), torch.no_grad():
-                    known = _DEPLOYED[self] = _Deployed(decisions, sources, self.deployed(x))
-        except RuntimeError:  # tensors of inference mode have no version, those under vmap no memory of their own
-            return self.deployed(x)
-        return known.value
+        return deployed_once(self, x, self.method, self.fold, self.deployed)
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode; what was kept for evaluation goes, and ``is_calibrated`` is asked before a compiler may."""
-        _DEPLOYED.pop(self, None)
+        forget(self)
         self._calibrated = self.is_calibrated
         self._checked = None if is_own(self.method) else set()
         return super().train(mode)
@@ -471,14 +355,14 @@ class FakeQuant(nn.Module):
         """What the forward method sees of ``x``: a folded weight with the sign of k (or times k)."""
         if self.fold is None:
             return x
-        factor = self.fold.sign() if self.method.channels is not None else self.fold.factor()
+        factor = self.fold.sign() if self._takes_sign else self.fold.factor()
         return x * self.fold.broadcast(factor, x).to(x.dtype)
 
     def leave(self, x: Tensor, y: Tensor) -> Tensor:
         """Undo ``enter`` while the BatchNorm is live; else complete the fold to k * w."""
         if self.fold is None:
             return y
-        factor = self.fold.sign() if self.method.channels is not None else self.fold.factor()
+        factor = self.fold.sign() if self._takes_sign else self.fold.factor()
         if self.fold.live:
             return y / self.fold.broadcast(factor, x).to(y.dtype)
         return y * self.fold.broadcast(self.fold.factor() / factor, x).to(y.dtype)
@@ -519,7 +403,7 @@ class FakeQuant(nn.Module):
     def last_forward(self) -> tuple[Tensor, Tensor] | None:
         """x_c and y of the last training forward, while autograd still keeps them; else None. Several inputs come flat."""
         try:
-            seen = [functional.continuous_and_replaced(node) for node in self.last_nodes()]
+            seen = [discretizer.continuous_and_replaced(node) for node in self.last_nodes()]
         except RuntimeError:  # backward has freed them
             return None
         if len(seen) < 2:
@@ -529,8 +413,9 @@ class FakeQuant(nn.Module):
 
     def extra_repr(self) -> str:
         spec = self.site.spec
-        sign = "signed" if spec.signed else "unsigned"
-        words = [f"{spec.bits} bits", sign, f"per {spec.granularity}", str(spec.method), str(spec.estimator)]
+        sign = [] if spec.format is not None else ["signed" if spec.signed else "unsigned"]
+        words = [f"{spec.bits} bits" if spec.format is None else str(spec.format), *sign, f"per {spec.granularity}"]
+        words += [str(spec.method), str(spec.estimator)]
         if self.site.inputs:
             words.append(f"one scale for {', '.join(self.site.inputs)}")
         if self.recompute:
@@ -543,20 +428,6 @@ class FakeQuant(nn.Module):
 def below_transforms(x: Tensor) -> Tensor:
     """Return the tensor that ``torch.func``'s vmap and grad have wrapped: all samples of a batch."""
     return x if has_memory(x) else torch.func.debug_unwrap(x)
-
-
-_OF_EVERY_MODULE = vars(nn.Module()).keys() - {"training"}
-_FIXED = (bool, int, float, str, NoneType, torch.dtype, torch.device, QuantSpec, Channels)
-
-
-def _settings_of(method: ForwardMethod) -> tuple[Any, ...] | None:
-    """What a method's grid may depend on beside its tensors; None if some of it may change without anybody noticing."""
-    held = [(name, value) for part in method.modules() for name, value in vars(part).items() if name not in _OF_EVERY_MODULE]
-    is_fixed = all(
-        isinstance(value, _FIXED) or (type(value) is tuple and all(isinstance(item, _FIXED) for item in value))
-        for _, value in held
-    )
-    return tuple(held) if is_fixed else None
 
 
 def _is_recorded(x: Tensor) -> bool:

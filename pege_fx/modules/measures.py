@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from pege_fx.modules.fake_quant import FakeQuant
-from pege_fx.modules.methods import ForwardMethod
-from pege_fx.numerics.functional import compute_dtype
+from pege_fx.modules.forward_method import ForwardMethod
+from pege_fx.numerics.discretizer import divided
+from pege_fx.numerics.formats import compute_dtype
+from pege_fx.numerics.functional import codes_of
 
 
 def squares(fq: FakeQuant, x: Tensor) -> Tensor:
@@ -20,10 +22,10 @@ def squares(fq: FakeQuant, x: Tensor) -> Tensor:
         x: as the forward method sees it, see ``FakeQuant.enter``.
     """
     wide, method = x.to(compute_dtype(x)), fq.method
-    scale, zero_point = method.step()
-    shift = 0.0 if zero_point is None else zero_point
-    codes = torch.round(method.transform(x) / scale + shift).clamp(method.q_min, method.q_max)
-    x_q = method.restore((codes - shift) * scale)
+    continuous, tiling = method.transform(x), method.tiling
+    scale, zero_point, inverse = method.grid_of(continuous)
+    levels = codes_of(tiling.tiles(continuous), scale, fq.site.spec.number_format, zero_point, inverse=inverse)
+    x_q = method.restore(tiling.untiled((levels if zero_point is None else levels - zero_point) * scale, continuous))
     return torch.stack([(wide - x_q.to(wide.dtype)).square().sum(), wide.square().sum()])
 
 
@@ -34,9 +36,11 @@ def distance(fq: FakeQuant, x: Tensor) -> Tensor:
         fq: a calibrated site.
         x: as the forward method sees it, see ``FakeQuant.enter``.
     """
-    scale, zero_point = fq.method.step()
-    position = fq.method.transform(x) / scale + (0.0 if zero_point is None else zero_point)
-    return (position - torch.round(position).clamp(fq.method.q_min, fq.method.q_max)).abs().sum()
+    continuous, tiling = fq.method.transform(x), fq.method.tiling
+    scale, zero_point, inverse = fq.method.grid_of(continuous)
+    place, shift = divided(tiling.tiles(continuous), scale, inverse), 0.0 if zero_point is None else zero_point
+    number_format = fq.site.spec.number_format
+    return (place + shift - number_format.round(place + shift)).abs().sum()
 
 
 def relative_error(of_squares: Tensor) -> Tensor:
@@ -52,18 +56,19 @@ def is_clipped(fq: FakeQuant, x: Tensor) -> Tensor:
         fq: a calibrated site.
         x: as the forward method sees it, see ``FakeQuant.enter``.
     """
-    method = fq.method
-    scale, zero_point = method.step()
+    method, tiling = fq.method, fq.method.tiling
+    scale, zero_point, inverse = method.grid_of(method.transform(x))
     if type(method).transform is ForwardMethod.transform:
-        position = x / scale
+        place = divided(tiling.tiles(x), scale, inverse)
     elif type(method).encoding is ForwardMethod.encoding or (fq.site.kind == "weight" and _bends(method)):
-        position = method.transform(x) / scale
+        place = divided(tiling.tiles(method.transform(x)), scale, inverse)
     else:
         encoding = method.encoding()
         inside = x if encoding.lower is None or encoding.width is None else (x - encoding.lower) / encoding.width
-        position = inside / encoding.scale
-    codes = position if zero_point is None else position + zero_point
-    return (codes < method.q_min - 0.5) | (codes > method.q_max + 0.5)
+        place, zero_point = tiling.tiles(inside) / encoding.scale, encoding.zero_point
+    lowest, highest = fq.site.spec.number_format.reach
+    codes = place if zero_point is None else place + zero_point
+    return tiling.untiled((codes < lowest) | (codes > highest), x)
 
 
 def _bends(method: ForwardMethod) -> bool:

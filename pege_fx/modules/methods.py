@@ -1,254 +1,30 @@
-"""Forward methods: how the grid of one edge is found and learned.
-
-A method turns x into the discretizer's input x_c (``transform``, ordinary autograd), gives the grid's scale and zero
-point (``step``), and maps the discretizer's result back (``restore``, affine). Replacement, masks and gradients are
-``functional.fake_quantize``'s and the same for every method.
-"""
+"""The forward methods with a grid that is learned or observed, each with its paper's initialisation."""
 
 import math
-from abc import ABC, abstractmethod
-from functools import cached_property
-from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pege_fx._utils.collectives import range_of_all, total
-from pege_fx.errors import ConvertError
+from pege_fx._utils.collectives import range_of_all
+from pege_fx.modules.forward_method import (
+    LARGEST_SCALE,
+    SMALLEST_SCALE,
+    Decoding,
+    Encoding,
+    ForwardMethod,
+    Statistics,
+    safe_scale,
+)
 from pege_fx.numerics import functional
-from pege_fx.numerics.spec import METHODS, Channels, Kind, QuantSpec
+from pege_fx.numerics.layouts import Channels, Kind, PerTensor
+from pege_fx.numerics.spec import QuantSpec
 
-SMALLEST_SCALE = 2.0**-100
-LARGEST_SCALE = 2.0**100
-
-
-def safe_scale(scale: Tensor) -> Tensor:
-    """A positive scale that neither divides by zero nor overflows: |s| in [2**-100, 2**100], in float32 at least."""
-    return scale.abs().to(functional.compute_dtype(scale)).clamp(SMALLEST_SCALE, LARGEST_SCALE)
-
-
-class Statistics:
-    """What initialisation needs to know of the data: one value per row (output channel), or for the whole tensor.
-
-    Elements that are not finite are left out; ``low`` and ``high`` include 0. Each figure is computed when it is first
-    asked for, summed in float32 at least and kept in float64. Statistics of several batches add up.
-    """
-
-    _SUMS = ("count", "total", "total_abs", "total_square")
-
-    def __init__(self, rows: Tensor) -> None:
-        rows = rows.to(functional.compute_dtype(rows))
-        self._finite: Tensor | None = None
-        if not bool(torch.isfinite(rows.sum())):  # a finite sum has finite terms, and is one pass without a copy
-            self._finite = torch.isfinite(rows)
-            rows = torch.where(self._finite, rows, 0.0)
-        self._rows = rows
-
-    @classmethod
-    def of(cls, x: Tensor, channels: Channels | None = None) -> "Statistics":
-        """Look at a tensor: row by output channel, or (channels None) as a whole; figures have shape (rows,) or ()."""
-        x = x.detach()
-        return cls(x.reshape(-1) if channels is None else channels.rows(x))
-
-    @property
-    def all_finite(self) -> bool:
-        """Whether no element had to be left out."""
-        return self._finite is None or bool(self._finite.all())
-
-    @cached_property
-    def count(self) -> Tensor:
-        """How many elements are finite."""
-        if self._finite is None:
-            return torch.full(self._rows.shape[:-1], float(self._rows.shape[-1]), dtype=torch.float64, device=self._rows.device)
-        return self._finite.sum(-1, dtype=torch.float64)
-
-    @cached_property
-    def total(self) -> Tensor:
-        """Their sum."""
-        return self._rows.sum(-1).double()
-
-    @cached_property
-    def total_abs(self) -> Tensor:
-        """Sum of their absolute values."""
-        return self._norm(1)
-
-    @cached_property
-    def total_square(self) -> Tensor:
-        """Sum of their squares."""
-        return self._norm(2).square()
-
-    def _norm(self, order: int) -> Tensor:
-        norm: Tensor = torch.linalg.vector_norm(self._rows, order, dim=-1)  # one pass, no copy
-        return norm.double()
-
-    @cached_property
-    def low(self) -> Tensor:
-        """The smallest, or 0 if that is smaller."""
-        return self._rows.amin(-1).clamp(max=0).double() if self._rows.numel() else self.total
-
-    @cached_property
-    def high(self) -> Tensor:
-        """The largest, or 0 if that is larger."""
-        return self._rows.amax(-1).clamp(min=0).double() if self._rows.numel() else self.total
-
-    def _with(self, values: dict[str, Tensor]) -> "Statistics":
-        made = object.__new__(Statistics)
-        made.__dict__.update(values)
-        return made
-
-    def __add__(self, other: "Statistics") -> "Statistics":
-        values = {name: getattr(self, name) + getattr(other, name) for name in self._SUMS}
-        extremes = {"low": torch.minimum(self.low, other.low), "high": torch.maximum(self.high, other.high)}
-        return self._with(values | extremes)
-
-    def reduced(self) -> "Statistics":
-        """The same figures, without the tensor they came from."""
-        return self._with({name: getattr(self, name) for name in (*self._SUMS, "low", "high")})
-
-    def of_all(self) -> "Statistics":
-        """The statistics of what all processes see; each of them takes part."""
-        sums = total(torch.stack([getattr(self, name) for name in self._SUMS]))
-        low, high = range_of_all(self.low, self.high)
-        return self._with(dict(zip(self._SUMS, sums, strict=True)) | {"low": low, "high": high})
-
-    @cached_property
-    def whole(self) -> "Statistics":
-        """The statistics of all rows together."""
-        if "_rows" in self.__dict__:
-            return Statistics(self._rows.reshape(-1))
-        sums = {name: getattr(self, name).sum() for name in self._SUMS}
-        return self._with(sums | {"low": self.low.amin(), "high": self.high.amax()})
-
-    @property
-    def mean_abs(self) -> Tensor:
-        """Mean absolute value."""
-        return self.total_abs / self.count.clamp(min=1)
-
-    @property
-    def std(self) -> Tensor:
-        """Standard deviation, of the population."""
-        count = self.count.clamp(min=1)
-        return (self.total_square / count - (self.total / count).square()).clamp(min=0).sqrt()
-
-    @property
-    def max_abs(self) -> Tensor:
-        """Largest absolute value."""
-        return torch.maximum(self.high, -self.low)
-
-
-class Encoding(NamedTuple):
-    """How a deployed quantizer makes codes: clamp(round(((x - lower) / width) / scale) + zero_point)."""
-
-    scale: Tensor
-    zero_point: Tensor | None = None
-    lower: Tensor | None = None
-    width: Tensor | None = None
-
-
-class Decoding(NamedTuple):
-    """What codes stand for: scale * (code - zero_point); the zero point may lie between two codes."""
-
-    scale: Tensor
-    zero_point: Tensor | None = None
-
-
-class ForwardMethod(nn.Module, ABC):
-    """The grid of one edge. A subclass names itself and is then known to every policy:
-
-    >>> class FixedStep(ForwardMethod, name="fixed-step-example"):
-    ...     def initialize(self, statistics):
-    ...         pass
-    ...     def step(self):
-    ...         return torch.tensor(0.25), None
-
-    Args:
-        spec: resolved: sign and granularity are set.
-        kind: "weight" or "activation".
-        shape: of the weight; None for activations.
-        channels: where a weight keeps its output channels; None for one scale per tensor.
-    """
-
-    def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if name is not None:
-            METHODS.add(name, cls)
-
-    def __init__(self, spec: QuantSpec, kind: Kind, shape: tuple[int, ...] | None, channels: Channels | None) -> None:
-        super().__init__()
-        self.spec, self.kind, self.shape, self.channels = spec, kind, shape, channels
-        self.q_min, self.q_max = spec.bounds
-
-    symmetric_clip: ClassVar[bool] = False  # signed edges are clipped alike on both sides: their grid is narrow
-
-    @classmethod
-    def signed_by_default(cls, kind: Kind, non_negative: bool) -> bool:
-        """The sign of the codes where neither a rule nor the graph's proof of x >= 0 decides."""
-        return not non_negative
-
-    def new_parameter(self, value: float) -> nn.Parameter:
-        """One value per channel, shape ``(channels.count,)``, or one per tensor, shape ``(1,)``: FSDP refuses 0-d ones."""
-        return nn.Parameter(torch.full((1 if self.channels is None else self.channels.count,), value))
-
-    def broadcast(self, values: Tensor) -> Tensor:
-        """Lay out what ``new_parameter`` holds so that it broadcasts to the tensor, 0-d ones too."""
-        if self.channels is None or self.shape is None:
-            return values.reshape(()) if values.numel() == 1 else values
-        return self.channels.broadcast(values, self.shape)
-
-    @abstractmethod
-    def initialize(self, statistics: Statistics) -> None:
-        """Set parameters from data (no gradient). Statistics are per channel if the spec is."""
-
-    def observe(self, x: Tensor) -> None:
-        """See a training batch before it is quantized; for running statistics."""
-
-    def transform(self, x: Tensor) -> Tensor:
-        """Return x_c, the discretizer's input."""
-        return x
-
-    @abstractmethod
-    def step(self) -> tuple[Tensor, Tensor | None]:
-        """Return (scale, zero point or None for 0), broadcastable to the tensor; the scale is positive and finite."""
-
-    def scale_gradient(self, x: Tensor) -> float:
-        """Factor of the scale's gradient."""
-        return 1.0
-
-    def restore(self, y: Tensor) -> Tensor:
-        """Map the discretizer's result back; affine in ``y``."""
-        return y
-
-    @property
-    def is_plain(self) -> bool:
-        """Neither ``transform`` nor ``restore`` does anything: the grid is over x itself."""
-        cls = type(self)
-        return cls.transform is ForwardMethod.transform and cls.restore is ForwardMethod.restore
-
-    def encoding(self) -> Encoding:
-        """How deployed code finds an activation's codes without ``transform``."""
-        if type(self).transform is not ForwardMethod.transform:
-            raise ConvertError(
-                f"{type(self).__name__} transforms its input and does not say how deployed code does it: override encoding()."
-            )
-        return Encoding(*self.step())
-
-    def decoding(self) -> Decoding:
-        """What codes stand for once ``restore`` is folded in."""
-        scale, zero_point = self.step()
-        if type(self).restore is ForwardMethod.restore:
-            return Decoding(scale, zero_point)
-        zero = -scale * zero_point if zero_point is not None else torch.zeros_like(scale)
-        first = self.restore(zero)
-        width = self.restore(zero + scale) - first
-        return Decoding(width, -first / width)
-
-    def extra_repr(self) -> str:
-        return ""
+__all__ = ["LSQ", "PACT", "DoReFa", "LSQPlus", "LearnedInterval", "MovingMinMax"]
 
 
 def _set(parameter: Tensor, value: Tensor) -> None:
     with torch.no_grad():
-        parameter.copy_(value.clamp(-LARGEST_SCALE, LARGEST_SCALE))
+        parameter.copy_(value.clamp(-LARGEST_SCALE, LARGEST_SCALE).view(parameter.shape))
 
 
 def _where_positive(value: Tensor, *fallbacks: Tensor | float) -> Tensor:
@@ -274,7 +50,7 @@ class LSQ(ForwardMethod, name="lsq"):
             mean = _where_positive(mean, statistics.whole.mean_abs, 0.5 * self.q_max**-0.5)
         _set(self.scale, (2.0 * mean / math.sqrt(self.q_max)).clamp(min=SMALLEST_SCALE))
 
-    def step(self) -> tuple[Tensor, Tensor | None]:
+    def qparams(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         return self.broadcast(safe_scale(self.scale)), None
 
     def scale_gradient(self, x: Tensor) -> float:
@@ -294,6 +70,7 @@ class PACT(ForwardMethod, name="pact"):
     less (beyond it a clip does nothing), and at 3 standard deviations for signed edges.
     """
 
+    takes_every_layout = False
     FIRST_CLIP = 6.0
     symmetric_clip = True
 
@@ -314,11 +91,11 @@ class PACT(ForwardMethod, name="pact"):
         clipped = torch.where(x >= bound, bound, x)
         return torch.where(x < 0, 0.0, clipped) if self.q_min == 0 else torch.where(x <= -bound, -bound, clipped)
 
-    def step(self) -> tuple[Tensor, Tensor | None]:
+    def qparams(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         return (self._bound().detach() / self.q_max), None
 
     def encoding(self) -> Encoding:
-        return Encoding(*self.step())  # the codes' own clamp does what the clip does
+        return Encoding(*self.grid_of()[:2])  # the codes' own clamp does what the clip does
 
 
 class DoReFa(ForwardMethod, name="dorefa"):
@@ -328,6 +105,7 @@ class DoReFa(ForwardMethod, name="dorefa"):
     """
 
     symmetric_clip = True
+    takes_every_format = takes_every_layout = False
 
     @classmethod
     def signed_by_default(cls, kind: Kind, non_negative: bool) -> bool:
@@ -352,14 +130,14 @@ class DoReFa(ForwardMethod, name="dorefa"):
             return bent / (2.0 * largest) + 0.5
         return bent / largest
 
-    def step(self) -> tuple[Tensor, Tensor | None]:
+    def qparams(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         return self.one.float() / self.q_max, None
 
     def restore(self, y: Tensor) -> Tensor:
         return 2.0 * y - 1.0 if self.kind == "weight" and self.q_min == 0 else y
 
     def encoding(self) -> Encoding:
-        return Encoding(*self.step())  # the codes' own clamp does what the clip does
+        return Encoding(*self.grid_of()[:2])  # the codes' own clamp does what the clip does
 
 
 class LearnedInterval(ForwardMethod, name="interval"):
@@ -370,10 +148,12 @@ class LearnedInterval(ForwardMethod, name="interval"):
     the half-normal that a ReLU leaves (unsigned); a starts at u, where the map is the identity inside the interval.
     """
 
+    takes_every_format = takes_every_layout = False
+
     def __init__(self, spec: QuantSpec, kind: Kind, shape: tuple[int, ...] | None, channels: Channels | None) -> None:
         super().__init__(spec, kind, shape, channels)
         self.symmetric = kind == "weight" or bool(spec.signed)
-        self.levels = self.q_max - self.q_min
+        self.levels: int = self.q_max - self.q_min
         self.lower = self.new_parameter(-1.0 if self.symmetric else 0.0)
         self.upper = self.new_parameter(1.0)
         self.output_scale = self.new_parameter(1.0)
@@ -398,7 +178,7 @@ class LearnedInterval(ForwardMethod, name="interval"):
         wide = x.to(functional.compute_dtype(x))
         return ((wide - self.broadcast(self.lower)) / self._width()).clamp(0.0, 1.0)
 
-    def step(self) -> tuple[Tensor, Tensor | None]:
+    def qparams(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         width = self._width().detach()
         zero_point = torch.full_like(width, self.q_min) if self.q_min else None
         return torch.full_like(width, 1.0 / self.levels), zero_point
@@ -407,7 +187,7 @@ class LearnedInterval(ForwardMethod, name="interval"):
         return (2.0 * y - 1.0 if self.symmetric else y) * self.broadcast(safe_scale(self.output_scale))
 
     def encoding(self) -> Encoding:
-        return Encoding(*self.step(), self.broadcast(self.lower), self._width())
+        return Encoding(*self.grid_of()[:2], self.broadcast(self.lower), self._width())
 
 
 class MovingMinMax(ForwardMethod, name="minmax"):
@@ -421,7 +201,7 @@ class MovingMinMax(ForwardMethod, name="minmax"):
     def __init__(self, spec: QuantSpec, kind: Kind, shape: tuple[int, ...] | None, channels: Channels | None) -> None:
         super().__init__(spec, kind, shape, channels)
         values = self.new_parameter(1.0).detach()
-        values = values if channels is not None else values.reshape(())  # buffers may be 0-d
+        values = values.reshape(()) if isinstance(self.tiling.layout, PerTensor) else values  # buffers may be 0-d
         self.register_buffer("low", -values if self.q_min else torch.zeros_like(values))
         self.register_buffer("high", values.clone())
 
@@ -435,7 +215,7 @@ class MovingMinMax(ForwardMethod, name="minmax"):
 
     def observe(self, x: Tensor) -> None:
         with torch.no_grad():
-            rows = x.detach().reshape(1, -1) if self.channels is None else self.channels.rows(x.detach())
+            rows = self.tiling.rows(x.detach())
             rows = torch.nan_to_num(rows.to(self.low.dtype), 0.0, 0.0, 0.0)
             if rows.numel() == 0:
                 return
@@ -447,14 +227,70 @@ class MovingMinMax(ForwardMethod, name="minmax"):
             self.low.lerp_(low.clamp(min=-largest), share)
             self.high.lerp_(high.clamp(max=largest), share)
 
-    def step(self) -> tuple[Tensor, Tensor | None]:
+    @property
+    def _is_asymmetric(self) -> bool:
+        return bool(self.q_min) and self.kind == "activation" and self.spec.number_format.is_integer
+
+    def qparams(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         low, high = self.low.to(functional.compute_dtype(self.low)), self.high.to(functional.compute_dtype(self.high))
-        if self.q_min and self.kind == "activation":
+        if self._is_asymmetric:
             scale = (high - low) / (self.q_max - self.q_min)
         else:
             scale = torch.maximum(high, -low if self.q_min else torch.zeros_like(low)) / self.q_max
         scale = torch.where(scale > 0, scale, 1.0 / self.q_max).clamp(SMALLEST_SCALE, LARGEST_SCALE)
-        if not (self.q_min and self.kind == "activation"):
+        if not self._is_asymmetric:
             return self.broadcast(scale), None
         zero_point = (self.q_min - torch.round(low / scale)).clamp(self.q_min, self.q_max)
         return self.broadcast(scale), self.broadcast(zero_point)
+
+
+class LSQPlus(ForwardMethod, name="lsq+"):
+    """LSQ+ (Bhalgat et al., CVPRW 2020): a learned step size with a learned zero point, for what lies to one side of zero.
+
+    The zero point is rounded, with a straight-through gradient: an element beyond the grid moves it by its own gradient times
+    -s. Both start from the range of what is seen.
+    """
+
+    takes_every_format = False
+
+    @classmethod
+    def signed_by_default(cls, kind: Kind, non_negative: bool) -> bool:
+        return kind == "weight"
+
+    def __init__(self, spec: QuantSpec, kind: Kind, shape: tuple[int, ...] | None, channels: Channels | None) -> None:
+        super().__init__(spec, kind, shape, channels)
+        self.scale = self.new_parameter(1.0 / max(self.q_max, 1))
+        self.zero_point = self.new_parameter(0.0)
+
+    def initialize(self, statistics: Statistics) -> None:
+        low, high = statistics.low, statistics.high
+        scale = _where_positive((high - low) / (self.q_max - self.q_min), statistics.whole.max_abs / max(self.q_max, 1), 1.0)
+        _set(self.scale, scale.clamp(min=SMALLEST_SCALE))
+        _set(self.zero_point, (self.q_min - torch.round(low / scale)).clamp(self.q_min, self.q_max))
+
+    def _zero_point(self) -> Tensor:
+        zero = self.zero_point.to(functional.compute_dtype(self.zero_point))
+        return zero + (zero.round().clamp(self.q_min, self.q_max) - zero).detach()
+
+    def _shift(self) -> Tensor:
+        """What moves x so that its grid has no zero point; the step learns from the discretizer alone."""
+        return self.broadcast(self._zero_point() * safe_scale(self.scale).detach())
+
+    def transform(self, x: Tensor) -> Tensor:
+        return self.tiling.untiled(self.tiling.tiles(x.to(functional.compute_dtype(x))) + self._shift(), x)
+
+    def qparams(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.broadcast(safe_scale(self.scale)), None
+
+    def restore(self, y: Tensor) -> Tensor:
+        return self.tiling.untiled(self.tiling.tiles(y) - self._shift(), y)
+
+    def scale_gradient(self, x: Tensor) -> float:
+        sharing = math.prod(x.shape[1:]) if self.kind == "activation" and x.ndim > 1 else x.numel() // self.scale.numel()
+        return float((max(sharing, 1) * max(self.q_max, 1)) ** -0.5)
+
+    def encoding(self) -> Encoding:
+        return Encoding(self.grid_of().scale, self.broadcast(self._zero_point().detach()))
+
+    def decoding(self) -> Decoding:
+        return Decoding(*self.encoding()[:2])

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pege_fx.numerics.functional import can_be_made_again, made_again
+from pege_fx.numerics.discretizer import can_be_made_again, made_again
 
 
 class _Recipe(NamedTuple):

@@ -23,10 +23,10 @@ def transformed(
 
     Args:
         name: of the estimator.
-        quantized: y of (x, scale, zero point, rate, key, q_min, q_max).
-        gradients: dL/dx_c and dL/ds of (gradient, x, y, scale, zero point, strength, q_min, q_max).
-        kept: where dy is dx_c, of (x, y, scale, zero point, q_min, q_max); None for an estimator that is no linear map, and has
-            no forward-mode derivative.
+        quantized: y of (x, scale, zero point, inverse, rate, key, q_min, q_max).
+        gradients: dL/dx_c and dL/ds of (gradient, x, y, scale, zero point, inverse, strength, q_min, q_max).
+        kept: where dy is dx_c, of (x, y, scale, zero point, inverse, q_min, q_max); None for an estimator that is no linear
+            map, and has no forward-mode derivative.
     """
 
     class TransformedFakeQuantize(torch.autograd.Function):
@@ -37,6 +37,7 @@ def transformed(
             x: Tensor,
             scale: Tensor,
             zero_point: Tensor | None,
+            inverse: Tensor | None,
             rate: Tensor | None,
             key: Tensor | None,
             strength: Tensor,
@@ -44,20 +45,20 @@ def transformed(
             q_max: int,
             scale_gradient: float,
         ) -> Tensor:
-            return quantized(x, scale, zero_point, rate, key, q_min, q_max)
+            return quantized(x, scale, zero_point, inverse, rate, key, q_min, q_max)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-            x, scale, zero_point, _, _, strength, q_min, q_max, scale_gradient = inputs
-            ctx.save_for_backward(x, output, scale, zero_point, strength)
-            ctx.save_for_forward(x, output, scale, zero_point, strength)  # the same: vmap notes one list alone
+            x, scale, zero_point, inverse, _, _, strength, q_min, q_max, scale_gradient = inputs
+            ctx.save_for_backward(x, output, scale, zero_point, inverse, strength)
+            ctx.save_for_forward(x, output, scale, zero_point, inverse, strength)  # the same: vmap notes one list alone
             ctx.bounds, ctx.scale_gradient = (q_min, q_max), scale_gradient
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-            x, y, scale, zero_point, strength = ctx.saved_tensors
-            grad_x, grad_scale = gradients(grad, x, y, scale, zero_point, strength, *ctx.bounds)
-            return grad_x, grad_scale * ctx.scale_gradient, *(None,) * 7
+            x, y, scale, zero_point, inverse, strength = ctx.saved_tensors
+            grad_x, grad_scale = gradients(grad, x, y, scale, zero_point, inverse, strength, *ctx.bounds)
+            return grad_x, grad_scale * ctx.scale_gradient, *(None,) * 8
 
         @staticmethod
         def jvp(ctx: Any, x_tangent: Tensor | None, scale_tangent: Tensor | None, *_: None) -> Tensor:
@@ -67,9 +68,9 @@ def transformed(
                     f"the estimator {name} has no forward-mode derivative: it is no linear map of a gradient.\n"
                     "  use reverse mode (torch.func.grad, vjp, jacrev), or train with another estimator."
                 )
-            x, y, scale, zero_point, _ = ctx.saved_tensors
+            x, y, scale, zero_point, inverse, _ = ctx.saved_tensors
             wide = torch.promote_types(x.dtype, torch.float32)
-            keep = kept(x, y, scale, zero_point, *ctx.bounds)
+            keep = kept(x, y, scale, zero_point, inverse, *ctx.bounds)
             tangent = torch.zeros_like(x, dtype=wide)
             if x_tangent is not None:
                 tangent = tangent + torch.where(keep, x_tangent.to(wide), 0.0)

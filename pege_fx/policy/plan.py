@@ -20,7 +20,9 @@ def in_words(spec: QuantSpec) -> str:
     '4 bits signed per channel, lsq, pege'
     """
     sign = "signed" if spec.signed else "unsigned"
-    return f"{spec.bits} bits {sign} per {spec.granularity}, {spec.method}, {spec.estimator}"
+    what = f"{spec.bits} bits {sign}" if spec.format is None else f"{spec.format} ({spec.bits} bits)"
+    stored = "" if spec.scale == "float32" else f", scales in {spec.scale}"
+    return f"{what} per {spec.granularity}, {spec.method}, {spec.estimator}{stored}"
 
 
 class Part(NamedTuple):

@@ -1,183 +1,33 @@
-"""Which edges are quantized, and how: an ordered list of rules, the last rule that sets a field wins."""
+"""A policy: which edges are quantized, and how. An ordered list of rules, the last rule that sets a field wins."""
 
 import dataclasses
-import enum
-import functools
 import json
 import os
-import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Final, Literal, TypeAlias
-
-from torch import nn
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from pege_fx._utils.files import atomic_write, path_to_read
 from pege_fx.errors import PolicyError, closest
 from pege_fx.numerics.spec import QuantSpec
-from pege_fx.policy.patterns import PathPattern
+from pege_fx.policy.records import DEEP_KEY, rule_from_dict, rule_to_dict, without_repeats
+from pege_fx.policy.rule import (
+    EDGES,
+    NO_RULE,
+    ROLES,
+    UNSET,
+    Op,
+    Rule,
+    Setting,
+    Unset,
+    as_spec,
+    class_names,
+    would_select,
+)
+from pege_fx.policy.shorthand import POLICIES, policy_named
 
-
-class Unset(enum.Enum):
-    """The value of a rule's field that the rule leaves to the rules before it."""
-
-    UNSET = enum.auto()
-
-    def __repr__(self) -> str:
-        return "UNSET"
-
-
-UNSET: Final = Unset.UNSET
-
-Setting: TypeAlias = QuantSpec | str | int | Literal[Unset.UNSET] | None
-EDGES: Final = ("weight", "input", "output")
-NO_RULE: Final = "no rule sets it"
-ROLES: Final = ("first", "last")
-_FIELDS: Final = (*EDGES, "schedule", "shared_scale", "recompute")
-
-
-@dataclass(frozen=True)
-class Op:
-    """What a rule can see of one operation of the graph.
-
-    ``aliases`` are further names of its function. ``on_request``: only rules that name the function are about it.
-    """
-
-    path: str
-    function: str
-    classes: frozenset[str] = field(default_factory=frozenset)
-    roles: frozenset[str] = field(default_factory=frozenset)
-    aliases: frozenset[str] = field(default_factory=frozenset)
-    on_request: bool = False
-
-
-def _class_name(cls: type[nn.Module] | str) -> str:
-    return cls if isinstance(cls, str) else f"{cls.__module__}.{cls.__qualname__}"
-
-
-def class_names(module: nn.Module) -> frozenset[str]:
-    """Return the names that ``Rule(module=...)`` may use for a module: of its class and bases, qualified and bare."""
-    bases = [cls for cls in type(module).__mro__ if issubclass(cls, nn.Module) and cls is not nn.Module]
-    return frozenset(name for cls in bases for name in (_class_name(cls), cls.__name__))
-
-
-def _setting(edge: str, value: Setting) -> QuantSpec | None:
-    if value is None or value == "float":
-        return None
-    if isinstance(value, QuantSpec):
-        return value
-    if isinstance(value, int) and not isinstance(value, bool):
-        return QuantSpec(bits=value)
-    if isinstance(value, str) and value.strip().isdecimal():
-        return QuantSpec(bits=int(value))
-    raise PolicyError(
-        f"{edge}={value!r} is not a number format.\n"
-        f'  give bits ("4"), a QuantSpec, None (or "float"), or leave the field out;'
-        f' "W4A4" is for QuantPolicy.parse.'
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rule:
-    """Select operations and set fields for them.
-
-    Selection; what is left out selects everything, what is given must all hold:
-        match: module path, a glob (``*`` also crosses dots) or ``re:`` and a regular expression for the whole path.
-        module: class (or its name) of the module that holds the operation, or of one that contains that module.
-        function: name of the operation (``"conv2d"``, ``"matmul"``), or the function itself. Additions, subtractions, products
-            element by element, concatenations and stacks (``"add"``, ``"sub"``, ``"mul"``, ``"cat"``, ``"stack"``) are selected
-            by rules that name them, and by no other.
-        role: "first" or "last" operation with a weight.
-
-    Fields; what is left out stays as the rules before have it, None (or ``"float"``) means float:
-        weight, input, output: a ``QuantSpec``, or bits as ``"4"``.
-        schedule: name of the schedule group.
-        shared_scale: True gives all inputs of an operation with several one scale, as integer hardware needs it.
-        recompute: True makes quantized weights and inputs of an operation again in backward instead of keeping them: the
-            bytes of float training, for one more run of the quantizer.
-
-    Raises:
-        PolicyError: if the rule sets nothing or contradicts itself.
-
-    >>> Rule(match="layer1.*", weight="2")
-    Rule(match='layer1.*', weight='2')
-    """
-
-    match: str | None = None
-    module: type[nn.Module] | str | None = None
-    function: Callable[..., Any] | str | None = None
-    role: str | None = None
-    weight: Setting = UNSET
-    input: Setting = UNSET
-    output: Setting = UNSET
-    schedule: str | Literal[Unset.UNSET] = UNSET
-    shared_scale: bool | Literal[Unset.UNSET] = UNSET
-    recompute: bool | Literal[Unset.UNSET] = UNSET
-
-    def __post_init__(self) -> None:
-        if self.module is not None:
-            if not isinstance(self.module, str) and not (isinstance(self.module, type) and issubclass(self.module, nn.Module)):
-                raise PolicyError(f"module={self.module!r} is not a class of modules: give nn.Conv2d, or its name.")
-            object.__setattr__(self, "module", _class_name(self.module))
-        if self.function is not None and not isinstance(self.function, str):
-            name = getattr(self.function, "__name__", None)
-            if name is None:
-                raise PolicyError(f"function={self.function!r} has no name: give the function, or its name.")
-            object.__setattr__(self, "function", name)
-        if self.role is not None and self.role not in ROLES:
-            raise PolicyError(f'role={self.role!r}: give "first" or "last".')
-        for edge in EDGES:
-            value = getattr(self, edge)
-            if value is UNSET:
-                continue
-            spec = _setting(edge, value)
-            if edge != "weight" and spec is not None and spec.granularity == "channel":
-                raise PolicyError(f'{self!r}: {edge} granularity="channel": activations have one scale per tensor, drop it.')
-            object.__setattr__(self, edge, spec)
-        if not (self.schedule is UNSET or (isinstance(self.schedule, str) and self.schedule)):
-            raise PolicyError(f"schedule={self.schedule!r}: give the name of a schedule group.")
-        for name in ("shared_scale", "recompute"):
-            if not ((value := getattr(self, name)) is UNSET or isinstance(value, bool)):
-                raise PolicyError(f"{name}={value!r}: give True or False.")
-        if self.shared_scale is True and self.input is None:
-            raise PolicyError(f"{self!r}: inputs in float have no scale to share: drop shared_scale, or give input a format.")
-        if all(getattr(self, name) is UNSET for name in _FIELDS):
-            raise PolicyError(f"{self!r} sets nothing: give weight, input, output, schedule, shared_scale or recompute.")
-        if self.match is not None:
-            object.__setattr__(self, "_pattern", PathPattern(self.match))
-
-    def selects(self, op: Op) -> bool:
-        """Tell whether the rule is about this operation."""
-        return (
-            (self._pattern is None or self._pattern.fullmatch(op.path))
-            and (self.module is None or self.module in op.classes)
-            and (not op.on_request if self.function is None else self.function in (op.function, *op.aliases))
-            and (self.role is None or self.role in op.roles)
-        )
-
-    _pattern: PathPattern | None = field(init=False, repr=False, compare=False, default=None)
-
-    def __repr__(self) -> str:
-        return self._text  # every edge that is planned names its rule
-
-    @functools.cached_property
-    def _text(self) -> str:
-        names = ("match", "module", "function", "role")
-        words = [f"{name}={getattr(self, name)!r}" for name in names if getattr(self, name) is not None]
-        words += [f"{name}={_short(getattr(self, name))}" for name in _FIELDS if getattr(self, name) is not UNSET]
-        return f"Rule({', '.join(words)})"
-
-
-def _would_select(rule: Rule, op: Op) -> bool:
-    """Whether a rule would be about an operation if that did not have to be named."""
-    return rule.function is None and rule.selects(dataclasses.replace(op, on_request=False))
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, QuantSpec) and value == QuantSpec(bits=value.bits):
-        return repr(str(value.bits))
-    return repr(value)
+__all__ = ["EDGES", "NO_RULE", "ROLES", "UNSET", "Choice", "Op", "QuantPolicy", "Rule", "Setting", "Unset", "class_names"]
 
 
 @dataclass(frozen=True)
@@ -193,9 +43,6 @@ class Choice:
     schedule: str = "default"
     shared_scale: str = ""
     recompute: bool = False
-
-
-_SHORTHAND = re.compile(r"(?:W(?P<weight>\d+))?(?:A(?P<input>\d+))?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -218,30 +65,35 @@ class QuantPolicy:
                 raise PolicyError(f"{rule!r} is not a Rule: QuantPolicy takes a sequence of rules.")
 
     @classmethod
-    def parse(cls, text: str, *, first: Setting = "8", last: Setting = "8", **spec: Any) -> "QuantPolicy":
-        """Read the shorthand: ``"W4A4"``, ``"W8"`` (weights alone), ``"A8"`` (inputs alone); 32 means float.
+    def parse(cls, text: str, *, first: Setting = UNSET, last: Setting = UNSET, **spec: Any) -> "QuantPolicy":
+        """Read a policy in short.
+
+        ``"W4A4"``, ``"W8"`` (weights alone), ``"A8"`` (inputs alone), 32 and 16 mean float; these have eight bits for the first
+        and last operation with a weight. The field's names, ``"8da4w-g32"``, ``"w4a16"``, ``"fp8"``, ``"mxfp4"``, ``"nvfp4"``,
+        ``"int4-g32"``, ``"nf4"``, are about linear layers, all of them. ``"ternary"``, ``"binary"`` and ``"seq2"`` are about
+        weights, with eight bits for the first and the last.
 
         Args:
             first, last: formats of the first and last operation with a weight; None leaves it in float.
             spec: further fields of ``QuantSpec`` for all edges, ``method="pact"`` or ``estimator="ste"``.
         """
-        found = _SHORTHAND.fullmatch(text.strip()) if isinstance(text, str) else None
-        bits = {edge: int(value) for edge, value in found.groupdict().items() if value is not None} if found else {}
-        if not bits:
-            raise PolicyError(
-                f'{text!r} is not a policy in short: write weight bits, then input bits, each once, as in "W4A4",'
-                f' "W8" or "A8".\n  for anything else give rules: QuantPolicy((Rule(...), ...)).'
-            )
         try:
-            specs: dict[str, Any] = {
-                edge: None if value == 32 else QuantSpec(bits=value, **spec) for edge, value in bits.items()
-            }
-            rules = [Rule(**specs)]
+            found = policy_named(text, **spec)
+            if found is None:
+                raise PolicyError(
+                    f'{text!r} is not a policy in short: write weight bits, then input bits, each once, as in "W4A4",'
+                    f' "W8" or "A8",\n  or a name: {", ".join(POLICIES)}.'
+                    "\n  for anything else give rules: QuantPolicy((Rule(...), ...))."
+                )
+            edges: dict[str, Any] = dict(found.edges)
+            rules = [Rule(function=found.function, **edges)]
             for role, setting in (("first", first), ("last", last)):
-                chosen = _setting(role, setting)
+                chosen = found.ends if setting is UNSET else as_spec(role, setting)
+                if setting is UNSET and found.ends is None:
+                    continue
                 if chosen is not None and not isinstance(setting, QuantSpec):
-                    chosen = QuantSpec(bits=chosen.bits, **spec)
-                rules.append(Rule(role=role, **dict.fromkeys(specs, chosen)))
+                    chosen = dataclasses.replace(chosen, **spec)
+                rules.append(Rule(role=role, **dict.fromkeys(found.edges, chosen)))
         except TypeError as error:
             raise PolicyError(f"QuantPolicy.parse: {error}; known fields are those of QuantSpec.") from error
         return cls(tuple(rules))
@@ -276,7 +128,7 @@ class QuantPolicy:
             if any(rule.selects(op) for op in seen):
                 continue
             lines = [f"{rule!r} decides for none of {sum(not op.on_request for op in seen)} operations."]
-            if unnamed := {op.function for op in seen if op.on_request and _would_select(rule, op)}:
+            if unnamed := {op.function for op in seen if op.on_request and would_select(rule, op)}:
                 names = " or ".join(f"function={name!r}" for name in sorted(unnamed))
                 lines.append(f"  it reaches an operation that only a rule with {names} is about: give that too.")
             wanted: tuple[tuple[str, Any, set[str]], ...] = (
@@ -291,14 +143,14 @@ class QuantPolicy:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data: ``{"rules": [{...}, ...]}``; float is written as ``"float"``."""
-        return {"rules": [_rule_to_dict(rule) for rule in self.rules]}
+        return {"rules": [rule_to_dict(rule) for rule in self.rules]}
 
     @classmethod
     def from_dict(cls, data: Any) -> "QuantPolicy":
         """Read what ``to_dict`` returns; a ``PolicyError`` says which rule and field is wrong."""
         if not isinstance(data, Mapping) or set(data) != {"rules"} or not isinstance(data["rules"], list):
             raise PolicyError("a policy file holds a list of rules under the one key 'rules', and nothing else.")
-        return cls(tuple(_rule_from_dict(number, entry) for number, entry in enumerate(data["rules"])))
+        return cls(tuple(rule_from_dict(number, entry) for number, entry in enumerate(data["rules"])))
 
     def to_json(self) -> str:
         """Return the policy as JSON text."""
@@ -308,7 +160,7 @@ class QuantPolicy:
     def from_json(cls, text: str) -> "QuantPolicy":
         """Read a policy from JSON text."""
         try:
-            data = json.loads(text, object_pairs_hook=_without_repeats)
+            data = json.loads(text, object_pairs_hook=without_repeats)
         except (ValueError, RecursionError) as error:
             raise PolicyError(f"not JSON: {error}.") from error
         return cls.from_dict(data)
@@ -332,7 +184,7 @@ class QuantPolicy:
             text = path.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise PolicyError(f"can not read the policy {path}: {error}.") from error
-        if _DEEP_KEY.search(text):
+        if DEEP_KEY.search(text):
             raise PolicyError(f"{path} is no policy: it has a key of more than 50 parts.")
         try:
             data = tomllib.loads(text)
@@ -342,61 +194,3 @@ class QuantPolicy:
             return cls.from_dict(data)
         except PolicyError as error:
             raise PolicyError(f"{path}: {error}") from error
-
-
-# Python's reader takes time by the square of how many parts a key has.
-_DEEP_KEY = re.compile(r"""(?:[\w"'-]{1,64}[ \t]{0,64}\.[ \t]{0,64}){50}""")
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, in which one key twice is an error, as it is in TOML."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError(f"one of the keys {', '.join(map(repr, found))} is there twice")
-    return found
-
-
-def _rule_to_dict(rule: Rule) -> dict[str, Any]:
-    entry: dict[str, Any] = {
-        name: value for name in ("match", "module", "function", "role") if (value := getattr(rule, name)) is not None
-    }
-    for edge in EDGES:
-        value = getattr(rule, edge)
-        if value is None:
-            entry[edge] = "float"
-        elif value is not UNSET:
-            entry[edge] = _spec_to_dict(value)
-    for name in ("schedule", "shared_scale", "recompute"):
-        if (value := getattr(rule, name)) is not UNSET:
-            entry[name] = value
-    return entry
-
-
-def _spec_to_dict(spec: QuantSpec) -> dict[str, Any] | str:
-    plain = QuantSpec(bits=spec.bits)
-    if spec == plain:
-        return str(spec.bits)
-    changed = {
-        f.name: getattr(spec, f.name) for f in dataclasses.fields(spec) if getattr(spec, f.name) != getattr(plain, f.name)
-    }
-    return {"bits": spec.bits} | changed
-
-
-def _rule_from_dict(number: int, entry: Any) -> Rule:
-    known = {f.name for f in dataclasses.fields(Rule) if f.init}
-    if not isinstance(entry, Mapping):
-        raise PolicyError(f"rule {number} is {entry!r}: a rule is a table of {', '.join(sorted(known))}.")
-    if unknown := set(entry) - known:
-        names = ", ".join(f"{name!r} (closest: {closest(str(name), known, 1)})" for name in sorted(map(str, unknown)))
-        raise PolicyError(f"rule {number} has unknown fields: {names}.")
-    fields = dict(entry)
-    try:
-        for name in ("match", "module", "function", "role"):
-            if name in fields and not isinstance(fields[name], str):
-                raise PolicyError(f"{name}={fields[name]!r} is not text.")
-        for edge in EDGES:
-            if isinstance(fields.get(edge), Mapping):
-                fields[edge] = QuantSpec(**fields[edge])
-        return Rule(**fields)
-    except (TypeError, ValueError) as error:
-        raise PolicyError(f"rule {number}: {error}") from error

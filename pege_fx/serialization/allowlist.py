@@ -22,7 +22,7 @@ from pege_fx.decompositions import attention
 from pege_fx.decompositions.recurrent import recurrent
 from pege_fx.modules.autocast import SWITCHES
 from pege_fx.modules.mode import CHECKS, contains, length, written
-from pege_fx.numerics.functional import dequantize, quantize
+from pege_fx.numerics.functional import dequantize, dynamic_qparams, quantize
 from pege_fx.numerics.packing import unpack
 from pege_fx.passes.graph import is_foreign
 from pege_fx.passes.operators import FUNCTIONS
@@ -56,7 +56,7 @@ _TORCHVISION = {  # functions that torchvision keeps whole in a trace
     "torchvision.models.swin_transformer": ("_get_relative_position_bias", "_patch_merging_pad", "shifted_window_attention"),
 }
 _OWN: dict[str, tuple[Callable[..., Any], ...]] = {  # names in files outlive the modules that they once were
-    "pege_fx.functional": (quantize, dequantize),
+    "pege_fx.functional": (quantize, dequantize, dynamic_qparams),
     "pege_fx.packing": (unpack,),
     "pege_fx.mode": (written, *CHECKS, length, contains),
     "pege_fx.autocast": SWITCHES,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pege_fx.modules.fake_quant import FakeQuant
-from pege_fx.numerics.functional import parts_of_gradient
+from pege_fx.numerics.discretizer import parts_of_gradient
 from pege_fx.training.quantized_weights import QuantizedWeight
 
 

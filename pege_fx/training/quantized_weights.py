@@ -43,12 +43,15 @@ class QuantizedWeight:
     def ends(self) -> tuple[Tensor, Tensor]:
         """The lowest and the highest value of the grid of ``continuous``, without gradient; they broadcast to the weight."""
         with torch.no_grad():
-            low, high = (self._values(torch.tensor(float(code))) for code in self.fq.site.spec.bounds)
+            limits = self.fq.site.spec.number_format.limits
+            low, high = (self._values(torch.full_like(self.parameter, level)) for level in limits)
             return torch.minimum(low, high), torch.maximum(low, high)
 
     def _values(self, codes: Tensor) -> Tensor:
-        scale, zero_point = self.fq.method.step()
-        return (codes.to(scale) if zero_point is None else codes.to(scale) - zero_point) * scale
+        scale, zero_point, _ = self.fq.method.grid_of(self.continuous())
+        tiling = self.fq.method.tiling
+        levels = tiling.tiles(codes.to(scale))
+        return tiling.untiled((levels if zero_point is None else levels - zero_point) * scale, codes)
 
     @property
     def is_direct(self) -> bool:

@@ -9,7 +9,8 @@ from torch.fx import GraphModule
 
 from pege_fx._utils.collectives import rank_and_size
 from pege_fx.errors import CheckpointError, ModelError, ScheduleError, closest
-from pege_fx.modules.fake_quant import FakeQuant, ScheduleState, fake_quants
+from pege_fx.modules.fake_quant import FakeQuant, fake_quants
+from pege_fx.modules.schedule_state import ScheduleState
 from pege_fx.modules.stages import check_stage, refuse_sharded_grids
 from pege_fx.numerics.functional import refresh_key
 from pege_fx.policy.plan import Plan

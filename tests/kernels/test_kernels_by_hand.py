@@ -19,6 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pege_fx import PegeWarning, QuantSpec, functional, kernels
 from pege_fx.kernels import c_kernels, inductor
+from pege_fx.numerics.discretizer import discretizers_of
 from pege_fx.numerics.functional import Estimator
 
 IS_TRITON = "TRITON_INTERPRET" in os.environ
@@ -339,8 +340,8 @@ def test_what_they_do_not_serve_is_as_before(case: str) -> None:
 
 
 def test_another_estimator_has_its_own_backward() -> None:
-    gradient = Same.discretizer.apply(
-        x := numbers((4, 6)).requires_grad_(), torch.tensor(0.3), None, None, None, torch.tensor(0.1), -4, 3, 1.0, False
+    gradient = discretizers_of(Same, None).ordinary.apply(
+        x := numbers((4, 6)).requires_grad_(), torch.tensor(0.3), None, None, None, None, torch.tensor(0.1), -4, 3, 1.0, False
     )
     gradient.sum().backward()
     assert x.grad is not None

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pege_fx.numerics import functional
+from pege_fx.kernels import backends
 
 triton = pytest.importorskip("triton")
 HERE = Path(__file__).parent
@@ -71,8 +71,8 @@ assert "pege_fx.kernels.triton_kernels" not in sys.modules"""
 def test_without_triton_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pege_fx.kernels.triton_kernels", None)
     monkeypatch.delattr("pege_fx.kernels.triton_kernels", raising=False)
-    functional._triton_kernels.cache_clear()
+    backends._backend_of.cache_clear()
     try:
-        assert functional._triton_kernels() is None
+        assert backends._backend_of("cuda") is None
     finally:
-        functional._triton_kernels.cache_clear()
+        backends._backend_of.cache_clear()

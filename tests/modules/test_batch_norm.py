@@ -275,7 +275,7 @@ def test_the_output_of_a_layer_is_that_of_the_norm_folded_into_it(form: str, bet
     assert isinstance(live.get_submodule(str(node.all_input_nodes[0].target)), Folded)
     assert torch.equal(pege_fx.convert(live)(IMAGE), live(IMAGE))
     if len(between) == 0 or isinstance(between[0], nn.Identity):
-        step = float(site.method.step()[0].detach())
+        step = float(site.method.grid_of()[0].detach())
         torch.testing.assert_close(live(IMAGE), frozen(IMAGE), rtol=0, atol=step * 1.01)
     pege_fx.PEGEScheduler(
         live, 1, *[pege_fx.Constant(0.0)] * 3

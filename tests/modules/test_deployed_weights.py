@@ -202,7 +202,7 @@ class Tempered(pege_fx.ForwardMethod, name="tempered-example"):
     def initialize(self, statistics: Any) -> None:
         pass
 
-    def step(self) -> tuple[torch.Tensor, None]:
+    def qparams(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
         value = self.temperature[0] if isinstance(self.temperature, list) else self.temperature
         return torch.tensor(0.1 * value), None
 

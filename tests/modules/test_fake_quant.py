@@ -14,9 +14,10 @@ from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
 import pege_fx
-from pege_fx import Constant, PEGEScheduler, QuantPolicy, QuantSpec, Rule, Statistics, fake_quants, functional
+from pege_fx import Constant, PEGEScheduler, QuantPolicy, QuantSpec, Rule, Statistics, fake_quants
 from pege_fx.kernels.inductor import eager_kernels
 from pege_fx.modules.fake_quant import FakeQuant, ScheduleState, Site
+from pege_fx.numerics import discretizer
 from pege_fx.numerics.functional import refresh_key, replacement_mask, site_key
 from pege_fx.numerics.spec import Channels
 
@@ -66,7 +67,7 @@ def test_training_replaces_what_the_hash_of_seed_site_and_refresh_says(
     fq.schedule.rate.fill_(rate)
     fq.schedule.refresh_key.fill_(refresh_key(refresh))
     y = fq(x)
-    scale, zero = fq.method.step()
+    scale, zero, _ = fq.method.grid_of()
     zero = torch.tensor(0.0) if zero is None else zero
     x_q = (torch.clamp(torch.round(x / scale) + zero, -4, 3) - zero) * scale
     key = site_key(seed, name) ^ refresh_key(refresh)
@@ -77,9 +78,9 @@ def test_training_replaces_what_the_hash_of_seed_site_and_refresh_says(
 def hashes(module: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether a training forward asks for random numbers."""
     asked: list[Any] = []
-    is_replaced = functional._is_replaced
+    is_replaced = discretizer.is_replaced
     with monkeypatch.context() as patch, eager_kernels():
-        patch.setattr(functional, "_is_replaced", lambda *args: (asked.append(args), is_replaced(*args))[1])
+        patch.setattr(discretizer, "is_replaced", lambda *args: (asked.append(args), is_replaced(*args))[1])
         module.train()(x)
     return bool(asked)
 
@@ -384,7 +385,9 @@ def test_autocast_leaves_grids_in_float32(method: str) -> None:
     gm, x = prepared(method=method), inputs(4, 3, 6, 6)
     seen: dict[str, tuple[torch.dtype, torch.dtype]] = {}
     for name, fq in fake_quants(gm).items():
-        fq.register_forward_hook(lambda fq, args, y, name=name: seen.update({name: (args[0].dtype, fq.method.step()[0].dtype)}))
+        fq.register_forward_hook(
+            lambda fq, args, y, name=name: seen.update({name: (args[0].dtype, fq.method.grid_of().scale.dtype)})
+        )
     with torch.autocast("cpu", torch.bfloat16):
         loss = gm(x).float().square().sum()
     loss.backward()

@@ -12,8 +12,9 @@ from torch.fx import GraphModule
 
 import pege_fx
 from pege_fx import ConvertError, ForwardMethod, QuantPolicy, QuantSpec, Rule, fake_quants
+from pege_fx.modules.forward_method import Encoding
 from pege_fx.modules.method_check import is_own
-from pege_fx.modules.methods import LSQ, Encoding
+from pege_fx.modules.methods import LSQ
 from pege_fx.numerics.spec import METHODS
 
 X = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
@@ -32,7 +33,7 @@ class Affine(ForwardMethod, name="affine-example"):
         with torch.no_grad():
             self.scale.copy_(statistics.max_abs / self.q_max)
 
-    def step(self) -> tuple[Tensor, Tensor | None]:
+    def qparams(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         scale = self.broadcast(self.scale)
         return scale, torch.full_like(scale, 1.0)
 
@@ -44,7 +45,7 @@ class Affine(ForwardMethod, name="affine-example"):
 
     def encoding(self) -> Encoding:
         shift = self.broadcast(self.shift)
-        return Encoding(*self.step(), shift, torch.full_like(shift, 2.0))
+        return Encoding(*self.grid_of()[:2], shift, torch.full_like(shift, 2.0))
 
 
 class Squared(Affine, name="squared-restore"):
@@ -60,7 +61,7 @@ class OddAtOneEnd(Affine, name="odd-at-one-end"):
 
 
 class HalfZero(Affine, name="half-zero"):
-    def step(self) -> tuple[Tensor, Tensor | None]:
+    def qparams(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         scale = self.broadcast(self.scale)
         return scale, torch.full_like(scale, 0.5)
 
@@ -74,7 +75,7 @@ class OtherShift(Affine, name="other-shift"):
 
 class OtherWidth(Affine, name="other-width"):
     def encoding(self) -> Encoding:
-        return Encoding(*self.step(), self.broadcast(self.shift))
+        return Encoding(*self.grid_of()[:2], self.broadcast(self.shift))
 
 
 class InheritedEncoding(METHODS["pact"], name="inherited-encoding"):  # type: ignore[misc]
@@ -90,8 +91,8 @@ class ClippedLate(LSQ, name="clipped-late"):
 
 
 class NoScale(LSQ, name="no-scale"):
-    def step(self) -> tuple[Tensor, Tensor | None]:
-        return torch.full_like(super().step()[0], float("nan")), None
+    def qparams(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return torch.full_like(super().qparams(x)[0], float("nan")), None
 
 
 def prepared(method: str, kind: str, dtype: torch.dtype = torch.float32, bits: int = 4, **more: Any) -> GraphModule:

@@ -13,7 +13,7 @@ import pege_fx
 from pege_fx import Constant, ForwardMethod, PEGEScheduler, QuantPolicy, QuantSpec, Rule, Statistics
 from pege_fx.errors import ConvertError
 from pege_fx.modules.fake_quant import FakeQuant, ScheduleState, Site
-from pege_fx.modules.methods import LARGEST_SCALE, SMALLEST_SCALE, safe_scale
+from pege_fx.modules.forward_method import LARGEST_SCALE, SMALLEST_SCALE, safe_scale
 from pege_fx.numerics.spec import METHODS, Channels
 
 METHOD_NAMES = ["lsq", "pact", "dorefa", "interval", "minmax"]
@@ -179,7 +179,7 @@ def test_dorefa_activations_are_clipped_to_the_unit_interval() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_grid_of_dorefa_ends_at_one_in_half_types_too(dtype: torch.dtype) -> None:
     fq = make("dorefa", POSITIVE, bits=2).to(dtype)
-    scale, _ = fq.method.step()
+    scale = fq.method.grid_of().scale
     assert scale.dtype == torch.float32
     assert scale.item() == pytest.approx(1 / 3, rel=1e-6)
 
@@ -293,7 +293,7 @@ DATA = {
 
 def positive_and_finite(fq: FakeQuant) -> bool:
     scales = (
-        fq.method.step()[0],
+        fq.method.grid_of()[0],
         fq.method.decoding().scale,
         fq.method.encoding().scale if fq.method.channels is None else None,
     )
@@ -487,7 +487,7 @@ def test_minmax_starts_at_the_range_of_each_channel_and_of_the_whole_where_one_i
 @pytest.mark.parametrize("kind", ["weight", "activation"])
 def test_minmax_of_nothing_but_zeros_has_a_scale_of_one_over_the_codes(kind: str) -> None:
     method = make("minmax", torch.zeros(4, 4), kind, bits=4).method
-    assert method.step()[0].unique().tolist() == pytest.approx([1 / (15 if method.q_min == 0 else 7)])
+    assert method.grid_of()[0].unique().tolist() == pytest.approx([1 / (15 if method.q_min == 0 else 7)])
 
 
 def test_a_method_of_the_user_trains_and_converts_by_its_name_or_class() -> None:
@@ -501,7 +501,7 @@ def test_a_method_of_the_user_trains_and_converts_by_its_name_or_class() -> None
         def initialize(self, statistics: Statistics) -> None:
             self.exponent.copy_(torch.log2(statistics.max_abs.clamp(min=1e-12) / self.q_max))
 
-        def step(self) -> tuple[Tensor, Tensor | None]:
+        def qparams(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
             return self.broadcast(torch.exp2(rounded(self.exponent))), None
 
     for choice in ("power-of-two-test", PowerOfTwo):
@@ -512,7 +512,7 @@ def test_a_method_of_the_user_trains_and_converts_by_its_name_or_class() -> None
         for site in sites:
             assert site.method.exponent.grad is not None
             assert site.method.exponent.grad.abs().sum() > 0
-            scale = site.method.step()[0]
+            scale = site.method.grid_of()[0]
             assert torch.equal(torch.log2(scale), torch.log2(scale).round())
         for site in sites:
             site.schedule.rate.fill_(1.0)
@@ -529,7 +529,7 @@ def test_a_method_that_bends_its_input_has_to_say_how_it_is_deployed() -> None:
         def transform(self, x: Tensor) -> Tensor:
             return torch.tanh(x)
 
-        def step(self) -> tuple[Tensor, Tensor | None]:
+        def qparams(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
             return torch.tensor(0.25), None
 
     gm = train_one_step(QuantPolicy((Rule(input=QuantSpec(bits=4, method="bent-test")), Rule(weight="4"))))

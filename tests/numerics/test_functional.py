@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from pege_fx import QuantSpec, SpecError
 from pege_fx.kernels.inductor import eager_kernels
+from pege_fx.numerics.formats import Integer
 from pege_fx.numerics.functional import (
     Estimator,
     codes_of,
@@ -332,7 +333,7 @@ def test_codes_and_their_values_are_fake_quantize(case: tuple[Tensor, Tensor, Te
     assert codes.dtype == (torch.int8 if signed else torch.uint8)
     assert spec.bounds[0] <= int(codes.min())
     assert int(codes.max()) <= spec.bounds[1]
-    assert torch.equal(codes, codes_of(x, scale, spec.bounds, zero).to(codes.dtype))
+    assert torch.equal(codes, codes_of(x, scale, spec.number_format, zero).to(codes.dtype))
     wide = scale.to(torch.promote_types(x.dtype, torch.float32))
     value = dequantize(codes, wide, zero, bits=spec.bits, dtype=x.dtype)
     assert torch.equal(value, fake_quantize(x, scale, spec, zero_point=zero))
@@ -383,7 +384,7 @@ def test_an_estimator_without_a_name_is_known_to_no_policy(monkeypatch: pytest.M
 def test_an_interval_shifts_and_scales_before_rounding() -> None:
     x = torch.linspace(-3, 3, 41, dtype=torch.float64)
     lower, width = torch.tensor(-1.0), torch.tensor(2.0)
-    got = codes_of(x, torch.tensor(1 / 3), (0, 3), interval=(lower, width))
+    got = codes_of(x, torch.tensor(1 / 3), Integer(2, signed=False), interval=(lower, width))
     want = torch.clamp(torch.round((x + 1) / 2 / float(torch.tensor(1 / 3))), 0, 3)
     assert torch.equal(got, want)
     assert torch.equal(quantize(x, torch.tensor(1 / 3), None, lower, width, bits=2, signed=False), want.to(torch.uint8))

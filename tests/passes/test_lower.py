@@ -242,7 +242,7 @@ class Bent(ForwardMethod, name="bent-for-this-test"):
     def transform(self, x: Tensor) -> Tensor:
         return torch.tanh(x)
 
-    def step(self) -> tuple[Tensor, None]:
+    def qparams(self, x: Tensor) -> tuple[Tensor, None]:
         return torch.tensor(0.25), None
 
 

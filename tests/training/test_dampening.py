@@ -43,7 +43,7 @@ def grid(gm: GraphModule, name: str) -> tuple[Any, Any, Any]:
         bn = fq.fold.bn
         factor = (bn.weight / (bn.running_var + bn.eps).sqrt()).detach().view(-1, 1, 1, 1)
         factor = factor if fq.site.spec.granularity == "tensor" else torch.sign(factor)
-    w, s = weight * factor, fq.method.step()[0].detach()
+    w, s = weight * factor, fq.method.grid_of().scale.detach()
     return w, (w.detach() / s).round().clamp(-4, 3) * s, (-4 * s, 3 * s)
 
 

@@ -80,7 +80,7 @@ def test_a_frozen_weight_keeps_its_code_while_the_scale_and_the_sign_of_its_batc
         freezing.step()
         for sign in (1, -1, 1):
             with torch.no_grad():
-                weight.add_(sign * 3 * fq.method.step()[0].amax() / (1 if granularity == "channel" else 0.5))
+                weight.add_(sign * 3 * fq.method.grid_of().scale.amax() / (1 if granularity == "channel" else 0.5))
             freezing.step()
         assert freezing.frozen > 0.5
         (state,) = freezing.state_dict()["sites"].values()

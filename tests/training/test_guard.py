@@ -162,7 +162,7 @@ def test_of_a_single_value_and_of_equal_ones_one_code_is_no_finding(features: in
 def test_the_clipped_share_counts_what_rounds_beyond_the_ends() -> None:
     gm = prepared(nn.Conv2d(4, 4, 1))
     site = pege_fx.fake_quants(gm)["tanh_fq"]
-    (q_min, q_max), scale = site.site.spec.bounds, site.method.step()[0].detach()
+    (q_min, q_max), scale = site.site.spec.bounds, site.method.grid_of()[0].detach()
     inside = torch.tensor([q_min - 0.49, *range(q_min, q_max + 1), q_max + 0.49]) * scale
     beyond = torch.tensor([q_min - 0.51, q_max + 0.51, q_max + 5.0]) * scale
     assert clipped_share(site, inside) == 0.0

@@ -45,7 +45,7 @@ def weight_and_input(gm: GraphModule, conv: str, granularity: str) -> Any:
     w, bn = gm.get_parameter(f"{conv}.weight").detach(), gm.get_submodule(conv.replace("conv", "bn"))
     fq = pege_fx.fake_quants(gm)[f"{conv}.weight_fq"]
     k = (bn.weight / (bn.running_var + bn.eps).sqrt()).detach().view(-1, 1, 1, 1)  # type: ignore[union-attr, operator, arg-type]
-    s = fq.method.step()[0].detach()
+    s = fq.method.grid_of().scale.detach()
     k = torch.sign(k) if granularity == "channel" else k
     return (k * w / s).round().clamp(-4, 3) * s / k
 
