@@ -81,7 +81,8 @@ def _add_export(commands: Any) -> None:
     added.add_argument("file", metavar="FILE", help="what save_deployed wrote")
     shapes = "1x3x224x224; repeat for each argument; its values are random"
     added.add_argument("--input", action="append", type=_input, required=True, metavar="SHAPE", help=shapes)
-    added.add_argument("--style", default="qdq", metavar="STYLE", help="qdq, qcdq or qonnx (default: %(default)s)")
+    added.add_argument("--style", metavar="STYLE", help="qdq, qcdq or qonnx (default: the engine's, or qdq)")
+    added.add_argument("--engine", metavar="NAME", help="written and verified for this engine, as onnxruntime")
     added.add_argument("--opset", type=int, help="version of the operators (default: what the style and the bits need)")
     added.add_argument("--no-verify", dest="verify", action="store_false", help="only write the file")
     added.add_argument("-o", "--output", metavar="ONNX", help="default: FILE with the ending .onnx")

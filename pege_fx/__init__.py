@@ -6,10 +6,11 @@ scheduler = pege_fx.PEGEScheduler(gm, total_steps=epochs)
 deployed = pege_fx.convert(gm)
 """
 
-from pege_fx import passes
+from pege_fx import engines, passes
 from pege_fx._utils import moved
 from pege_fx._utils.listing import Listing
 from pege_fx.api import convert, convert_passes, explain, prepare, prepare_passes, trace_passes
+from pege_fx.engines import verify
 from pege_fx.engines.integer import IntegerCoverage, integer_coverage, integer_engine
 from pege_fx.errors import (
     CheckpointError,
@@ -158,6 +159,7 @@ __all__ = [
     "diff",
     "discretization_loss",
     "draw",
+    "engines",
     "explain",
     "export_onnx",
     "fake_quants",
@@ -185,5 +187,6 @@ __all__ = [
     "to_program",
     "trace_passes",
     "update_ewgs",
+    "verify",
     "verify_export",
 ]

@@ -207,10 +207,14 @@ def _export(options: argparse.Namespace) -> None:
     inputs, path = tuple(options.input), path_of(options.output or Path(options.file).with_suffix(".onnx"), OutputError)
     if path.resolve() == Path(options.file).resolve():
         raise OutputError(f"{path} is the model itself: give another file with --output.")
-    size = pege_fx.export_onnx(deployed, path, inputs, style=options.style, opset=options.opset)
-    print(f"{path}: {size:,} bytes, {options.style}")
+    given = {name: value for name in ("style", "opset") if (value := getattr(options, name)) is not None}
+    if options.engine is None:
+        size = pege_fx.export_onnx(deployed, path, inputs, **given)
+    else:
+        size = pege_fx.engines.export(deployed, path, inputs, engine=options.engine, **given)
+    print(f"{path}: {size:,} bytes, {options.engine or options.style or 'qdq'}")
     if options.verify:
-        report = pege_fx.verify_export(deployed, path, [inputs])
+        report = pege_fx.verify(deployed, path, [inputs], engine=options.engine or "onnxruntime")
         print(report)
         if not report.ok:
             raise pege_fx.ExportError(f"{path} does not compute what {options.file} does: see the verdict.")

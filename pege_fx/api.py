@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from pege_fx import passes as graph_passes
 from pege_fx._utils.collectives import is_shared
+from pege_fx.engines.engine import Engine, answered, engine_of
 from pege_fx.errors import ModelError, PegeWarning, PolicyError
 from pege_fx.inspection.diff import PassTrace
 from pege_fx.inspection.summary import Explanation, other_nodes
@@ -275,6 +276,7 @@ def explain(
     *,
     batch_norm: BatchNormMode = "train",
     blocks: Iterable[str] = (),
+    engine: Engine | str | None = None,
 ) -> Explanation:
     """Return what ``prepare`` would do, without doing it: each node, the rule that decided, the bits, or why not.
 
@@ -285,6 +287,7 @@ def explain(
         example_kwargs: keyword arguments of ``forward``.
         batch_norm: "train", "freeze" or "keep", as for ``prepare``.
         blocks: as for ``prepare``.
+        engine: an engine, or its name: of each operation it is said whether that engine runs it in integers, and why not.
 
     Raises:
         PegeError: as ``prepare`` does.
@@ -303,7 +306,8 @@ def explain(
     assert program.plan is not None
     graphs = [(gm.meta.get("prefix", ""), gm) for gm in program.graphs]
     title = f"{type(model).__name__}: dry run"
-    return Explanation(program.plan, title, tuple(other_nodes(model, graphs, program.plan)))
+    plan = program.plan if engine is None else answered(engine_of(engine), program.plan)
+    return Explanation(plan, title, tuple(other_nodes(model, graphs, plan)))
 
 
 def trace_passes(

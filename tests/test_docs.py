@@ -17,8 +17,10 @@ from urllib.parse import unquote
 import pytest
 
 import pege_fx
+from pege_fx.engines import engine
 from pege_fx.export import writer
 from pege_fx.numerics.spec import ESTIMATORS, METHODS
+from pege_fx.policy import engine_policies
 
 ROOT = Path(__file__).parents[1]
 DOCS, RESULTS = ROOT / "docs", ROOT / "benchmarks" / "results"
@@ -33,6 +35,8 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for registry in (METHODS, ESTIMATORS):
         monkeypatch.setattr(registry, "_classes", dict(registry._classes))
     monkeypatch.setattr(writer, "TABLE", dict(writer.TABLE))
+    monkeypatch.setattr(engine, "_ENGINES", dict(engine._ENGINES))
+    monkeypatch.setattr(engine_policies, "_POLICIES", dict(engine_policies._POLICIES))
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

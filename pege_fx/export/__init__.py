@@ -5,7 +5,7 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
     from pege_fx.export.verify import ExportReport
+    from pege_fx.export.writer import OnnxStyle
 
-Style: TypeAlias = Literal["qdq", "qcdq", "qonnx"]
-MIN_OPSET = 17
-_DEFAULT_OPSETS = {"qdq": 21, "qcdq": 17, "qonnx": 17}
+Style: TypeAlias = "Literal['qdq', 'qcdq', 'qonnx'] | OnnxStyle"
+STYLES = ("qdq", "qcdq", "qonnx")
 _BFLOAT16_OPSET = 22
 
 __all__ = ["export_onnx", "to_program", "verify_export"]
@@ -61,6 +61,7 @@ def export_onnx(
         style: "qdq": weights of 3 and 4 bits are INT4 (from opset 21), of 2 bits INT2 (from opset 25), really packed; other
             weights and all activations are int8, activations below 8 bits with a Clip. "qcdq": int8 and Clip, for any
             runtime. "qonnx": ``Quant`` nodes that say the bits, for FINN, hls4ml and their kin; weights are stored in float.
+            Or one of your own, an object as ``pege_fx.export.writer.OnnxStyle`` describes it.
         opset: version of the operators, from 17; by default 17, for "qdq" 21, or 25 if something has 2 bits; for bfloat16 at
             least 22.
         dynamic_batch: leave the first dimension of every input free, and the number of tokens (the second one of whole numbers
@@ -91,9 +92,7 @@ def export_onnx(
     ...     verify_export(deployed, f"{folder}/model.onnx", [torch.randn(8, 4)]).ok
     True
     """
-    if style not in get_args(Style):
-        raise ExportError(f'style={style!r}: give "qdq", "qcdq" or "qonnx".')
-    need_onnx()
+    found = _style_of(style)
     target = path_of(path)
     deployed = graph_of(deployed, "converted", error=ExportError)
     refuse_sparse(deployed, ExportError, made_dense=True)
@@ -102,7 +101,7 @@ def export_onnx(
     outputs = names_of_results(try_call(deployed, call))
     inputs = None if input_names is None else given_names("input_names", input_names, len(tensors_of(call)))
     outputs = outputs if output_names is None else given_names("output_names", output_names, len(outputs), inputs or ())
-    chosen = _opset(opset, style, deployed)
+    chosen = _opset(opset, found, deployed)
     if (rate := deployed.meta.get("replacement", 1.0)) < 1.0:
         warnings.warn(
             f"the model was converted at p = {rate:.3f}, before its training was finished; it is deployed fully quantized.",
@@ -110,7 +109,7 @@ def export_onnx(
             stacklevel=2,
         )
     sizes = {"dynamic_batch": dynamic_batch, "dynamic_shapes": dynamic_shapes}
-    model, notes = _written(deployed, call, sizes, inputs, outputs, chosen, style)
+    model, notes = _written(deployed, call, sizes, inputs, outputs, chosen, found)
     for note in notes:
         warnings.warn(note, PegeWarning, stacklevel=2)
     with atomic_write(target) as temporary:
@@ -169,7 +168,7 @@ def _written(
     inputs: list[str] | None,
     outputs: list[str],
     opset: int,
-    style: Style,
+    style: "OnnxStyle",
 ) -> tuple["ModelProto", list[str]]:
     """Return the model in ONNX, with its number of tokens free where everything allows it, and what a user should know."""
     from pege_fx.export.model import build
@@ -184,15 +183,33 @@ def _written(
     return write(free_lengths=False)
 
 
-def _opset(opset: int | None, style: str, deployed: GraphModule) -> int:
+def _style_of(style: Any) -> "OnnxStyle":
+    if isinstance(style, str) and style not in STYLES:
+        raise ExportError(f'style={style!r}: give "qdq", "qcdq" or "qonnx".')
+    need_onnx()
+    from pege_fx.export.qonnx import QONNX
+    from pege_fx.export.styles import QCDQ, QDQ
+
+    if not isinstance(style, str):
+        if missing := [
+            name for name in dir(QDQ) if not name.startswith("_") and not hasattr(style, name) and hasattr(QONNX, name)
+        ]:
+            raise ExportError(f"style={style!r} has no {', '.join(missing)}: see pege_fx.export.writer.OnnxStyle.")
+        own: OnnxStyle = style
+        return own
+    known: dict[str, OnnxStyle] = {known.name: known for known in (QDQ, QCDQ, QONNX)}
+    return known[style]
+
+
+def _opset(opset: int | None, style: "OnnxStyle", deployed: GraphModule) -> int:
     import onnx
 
-    from pege_fx.export.quantization import INT2_OPSET
+    from pege_fx.export.styles import MIN_OPSET
 
     newest = onnx.defs.onnx_opset_version()
     in_bfloat16 = any(value.dtype is torch.bfloat16 for value in (*deployed.parameters(), *deployed.buffers()))
     if opset is None:
-        usual = INT2_OPSET if style == "qdq" and has_two_bits(deployed) else _DEFAULT_OPSETS[style]
+        usual = style.default_opset(widths_of(deployed))
         return max(usual, _BFLOAT16_OPSET) if in_bfloat16 else usual
     if isinstance(opset, bool) or not isinstance(opset, int) or not MIN_OPSET <= opset <= newest:
         raise ExportError(f"opset={opset!r}: give a whole number from {MIN_OPSET} to {newest}, what the installed onnx knows.")
@@ -204,8 +221,8 @@ def _opset(opset: int | None, style: str, deployed: GraphModule) -> int:
     return opset
 
 
-def has_two_bits(deployed: GraphModule) -> bool:
-    """Tell whether any code of a converted model has two bits."""
+def widths_of(deployed: GraphModule) -> set[int]:
+    """Return the bits of the codes of a converted model."""
     graphs = [module for module in deployed.modules() if isinstance(module, GraphModule)]
     nodes = [node for gm in graphs for node in gm.graph.find_nodes(op="call_function", target=dequantize)]
-    return any(arguments(node)[1]["bits"] == 2 for node in nodes)
+    return {int(arguments(node)[1]["bits"]) for node in nodes}

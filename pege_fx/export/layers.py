@@ -62,7 +62,7 @@ def _with_bias(w: Writer, kind: str, x: Value, weight: Value, bias: Value | None
     ONNX Runtime's optimizer would round it to the unit of the accumulators (input scale times weight scale), which is
     coarse in few bits: ``convert(..., integer_bias=True)`` does that before anyone relies on the outputs.
     """
-    if weight.constant is not None and w.style != "qonnx" and w.is_quantized(x, LAID_OUT | _MOVED):
+    if weight.constant is not None and w.style.has_codes and w.is_quantized(x, LAID_OUT | _MOVED):
         weight = _kept_in_float(w, weight)
     if bias is None or weight.codes is None or bias.codes is not None:
         return w.op(kind, x, weight, bias, **settings)
@@ -122,7 +122,7 @@ def matmul(w: Writer, a: Value, b: Value) -> Value:
     ONNX Runtime's optimizer makes a MatMulNBits of a MatMul that reads codes directly, and that rounds the other operand to
     8 bits (unless a session sets ``session.qdq_matmulnbits_accuracy_level``).
     """
-    if b.codes is not None and w.style != "qonnx" and not w.is_quantized(a):
+    if b.codes is not None and w.style.has_codes and not w.is_quantized(a):
         b = w.op("Reshape", b, w.constant(list(b.codes.codes.shape)))
     return w.op("MatMul", a, b)
 

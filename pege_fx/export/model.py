@@ -21,15 +21,14 @@ import pege_fx.export.quantization
 import pege_fx.export.recurrent
 import pege_fx.export.shapes  # noqa: F401 (these fill the table)
 from pege_fx.errors import ExportError
-from pege_fx.export import qonnx
 from pege_fx.export.free_sizes import sizes_of
 from pege_fx.export.numbers import SIZES
 from pege_fx.export.program import Exported, constants, origin
-from pege_fx.export.writer import TABLE, TYPES, UnmappedError, Value, Writer
+from pege_fx.export.writer import TABLE, TYPES, OnnxStyle, UnmappedError, Value, Writer
 from pege_fx.passes.graph import arguments, first_argument
 
 
-def build(exported: Exported, inputs: list[str] | None, outputs: list[str], opset: int, style: str) -> onnx.ModelProto:
+def build(exported: Exported, inputs: list[str] | None, outputs: list[str], opset: int, style: OnnxStyle) -> onnx.ModelProto:
     """Return a program as an ONNX model, checked.
 
     Args:
@@ -37,7 +36,7 @@ def build(exported: Exported, inputs: list[str] | None, outputs: list[str], opse
         inputs: names of the inputs, in order; None: those of ``forward``'s parameters.
         outputs: names of the results, in order.
         opset: version of the operators.
-        style: "qdq", "qcdq" or "qonnx".
+        style: how codes are written.
 
     Raises:
         ExportError: for an operator that has no entry, with node, operator and line; a model that writes into a buffer or
@@ -111,10 +110,8 @@ class _Build:
         stored = [tensor for name, tensor in self.w.initializers.items() if name in read]
         made = helper.make_graph(kept, "pege_fx", inputs, outputs, stored)
         opsets = [helper.make_opsetid("", self.w.opset)]
-        functions = []
-        if self.w.style == "qonnx":
-            functions = [qonnx.definition(self.w.opset)]
-            opsets.append(helper.make_opsetid(qonnx.DOMAIN, qonnx.VERSION))
+        functions = self.w.style.functions(self.w.opset)
+        opsets += [helper.make_opsetid(domain, 1) for domain in {function.domain for function in functions}]
         model = helper.make_model(made, opset_imports=opsets, functions=functions, producer_name="pege_fx")
         model.ir_version = helper.find_min_ir_version_for(opsets, ignore_unknown=True)
         try:

@@ -5,6 +5,7 @@ no operator of ONNX. The file brings its definition along as a function in ONNX'
 its shapes and any runtime runs it; tools that know ``Quant``, such as FINN, see the node and pass over the function.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 import onnx
@@ -12,7 +13,8 @@ import torch
 from onnx import parser
 from torch import Tensor
 
-from pege_fx.export.writer import Codes, Pending, Value, Writer
+from pege_fx.export.styles import MIN_OPSET
+from pege_fx.export.writer import Codes, Grid, Pending, UnmappedError, Value, Writer
 from pege_fx.numerics.functional import dequantize
 
 DOMAIN, VERSION = "qonnx.custom_op.general", 1
@@ -51,23 +53,50 @@ def definition(opset: int) -> onnx.FunctionProto:
     return parser.parse_function(_DEFINITION.format(domain=DOMAIN, opset=opset))
 
 
-def activation(w: Writer, codes: Pending, scale: Tensor, zero_point: Tensor | None) -> Value:
-    """Write the value of an activation's codes; where that lies on a grid of its own, the codes come in between."""
-    if torch.equal(codes.scale, scale) and _same(codes.zero_point, zero_point):
-        return _quant(w, codes.x, scale, zero_point, codes.bits, codes.signed, codes.narrow)
-    steps = w.op("Div", codes.x, w.constant(codes.scale))
-    value = _quant(w, steps, torch.ones(()), codes.zero_point, codes.bits, codes.signed, codes.narrow)
-    shift = _or_zero(codes.zero_point) - _or_zero(zero_point)
-    if bool(shift.any()):
-        value = w.op("Add", value, w.constant(shift.to(scale.dtype)))
-    return w.op("Mul", value, w.constant(scale))
+class QuantStyle:
+    """``Quant`` nodes: a quantize and its dequantize together. Codes are no tensors of the file."""
+
+    name = "qonnx"
+    has_codes = False
+
+    def default_opset(self, widths: Collection[int]) -> int:
+        """The oldest: the types of codes do not matter."""
+        return MIN_OPSET
+
+    def functions(self, opset: int) -> list[onnx.FunctionProto]:
+        """The definition of ``Quant``."""
+        return [definition(opset)]
+
+    def quantize(self, w: Writer, x: Value, grid: Grid) -> Value:
+        """Write nothing: what is dequantized says from where."""
+        dtype = torch.int8 if grid.signed else torch.uint8
+        pending = Pending(x, grid.scale, grid.zero_point, grid.bits, grid.signed, grid.narrow)
+        return Value("", dtype, x.shape, pending=pending)
+
+    def dequantize(self, w: Writer, codes: Value, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Value:
+        """Write the value of an activation's codes; where that lies on a grid of its own, the codes come in between."""
+        pending = codes.pending
+        if pending is None:
+            raise UnmappedError("it reads codes that are an input, and QONNX has none")
+        if torch.equal(pending.scale, scale) and _same(pending.zero_point, zero_point):
+            value = _quant(w, pending.x, scale, zero_point, pending.bits, pending.signed, pending.narrow)
+            return w.cast(value, dtype)
+        steps = w.op("Div", pending.x, w.constant(pending.scale))
+        value = _quant(w, steps, torch.ones(()), pending.zero_point, pending.bits, pending.signed, pending.narrow)
+        shift = _or_zero(pending.zero_point) - _or_zero(zero_point)
+        if bool(shift.any()):
+            value = w.op("Add", value, w.constant(shift.to(scale.dtype)))
+        return w.cast(w.op("Mul", value, w.constant(scale)), dtype)
+
+    def weight(self, w: Writer, made: Codes, name: str) -> Value:
+        """Write a weight's values, which ``Quant`` maps to themselves."""
+        values = dequantize(made.codes, made.scale, made.zero_point, bits=made.bits)
+        stored = w.constant(values, name=name.removesuffix("_codes"))
+        signed = made.codes.dtype is not torch.uint8
+        return w.cast(_quant(w, stored, made.scale, made.zero_point, made.bits, signed, False), made.dtype)
 
 
-def weight(w: Writer, made: Codes, name: str) -> Value:
-    """Write a weight's values, which ``Quant`` maps to themselves."""
-    values = dequantize(made.codes, made.scale, made.zero_point, bits=made.bits)
-    stored = w.constant(values, name=name.removesuffix("_codes"))
-    return _quant(w, stored, made.scale, made.zero_point, made.bits, made.codes.dtype is not torch.uint8, False)
+QONNX = QuantStyle()
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

@@ -1,13 +1,14 @@
 """Writing an ONNX graph: values, operators, initializers, and the table of ATen operators that the families fill."""
 
 import itertools
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import onnx
 import torch
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from pege_fx.numerics.packing import pack
@@ -74,6 +75,44 @@ class Pending:
     narrow: bool
 
 
+@dataclass(frozen=True)
+class Grid:
+    """What an activation is rounded to: code = clamp(round(x / scale) + zero_point), of so many bits."""
+
+    scale: Tensor
+    zero_point: Tensor | None
+    bits: int
+    signed: bool
+    narrow: bool
+
+
+class OnnxStyle(Protocol):
+    """A way to write codes. ``export_onnx(style=...)`` takes the name of one of ours, or any object with these members."""
+
+    @property
+    def name(self) -> str:
+        """What the style is called."""
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether codes are tensors of the file, between QuantizeLinear and DequantizeLinear."""
+
+    def default_opset(self, widths: Collection[int]) -> int:
+        """Return the version of the operators for codes of these bits."""
+
+    def functions(self, opset: int) -> list[onnx.FunctionProto]:
+        """Return what the file defines beside its graph."""
+
+    def quantize(self, w: "Writer", x: Value, grid: Grid) -> Value:
+        """Write the codes of an activation, float32."""
+
+    def dequantize(self, w: "Writer", codes: Value, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Value:
+        """Write the value of an activation's codes."""
+
+    def weight(self, w: "Writer", made: Codes, name: str) -> Value:
+        """Write a weight's codes under this name, and their value."""
+
+
 class UnmappedError(Exception):
     """An operator, or a setting of one, that is not written in ONNX."""
 
@@ -105,11 +144,11 @@ class Writer:
 
     Args:
         opset: version of the ONNX operators.
-        style: "qdq", "qcdq" or "qonnx".
+        style: how codes are written, an ``OnnxStyle``.
     """
 
     opset: int
-    style: str
+    style: OnnxStyle
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     initializers: dict[str, TensorProto] = field(default_factory=dict)
     scope: str = ""  # of names
@@ -186,6 +225,29 @@ class Writer:
         while node is not None and node.op_type in through:
             node = makers.get(node.input[0])
         return node is not None and node.op_type == "DequantizeLinear"
+
+    def clipped(self, value: Value) -> tuple[Value, float, float] | None:
+        """Return what a value is without the Clip that it comes from, and the Clip's constant bounds; None for any other.
+
+        Operators that lay it out anew in between are written again.
+        """
+        makers = {name: node for node in self.nodes for name in node.output}
+        node, laid_out = makers.get(value.name), []
+        while node is not None and node.op_type in LAID_OUT:
+            laid_out.append(node)
+            node = makers.get(node.input[0])
+        if node is None or node.op_type != "Clip" or any(end and end not in self.initializers for end in node.input[1:]):
+            return None
+        name, *ends = node.input
+        known = [float(numpy_helper.to_array(self.initializers[end])) if end else None for end in (*ends, "", "")[:2]]
+        low, high = (default if end is None else end for end, default in zip(known, (-math.inf, math.inf), strict=True))
+        for layout in reversed(laid_out):
+            again = onnx.NodeProto()
+            again.CopyFrom(layout)
+            again.input[0], name = name, self.unique(f"{self.scope}.{layout.op_type}")
+            again.output[0] = again.name = name
+            self.nodes.append(again)
+        return Value(name, value.dtype, value.shape), low, high
 
     def vector(self, sizes: Sequence[Any]) -> Value:
         """Return sizes (numbers, or values computed in the graph) as one int64 tensor."""

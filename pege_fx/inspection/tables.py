@@ -121,7 +121,7 @@ def operation_to_dict(operation: Operation) -> dict[str, Any]:
         }
         for edge in operation.edges
     ]
-    names = ("path", "node", "function", "parameters", "macs", "batch_norm", "reason", "format")
+    names = ("path", "node", "function", "parameters", "macs", "batch_norm", "reason", "format", "engine")
     return {name: getattr(operation, name) for name in names} | {"edges": edges}
 
 

@@ -102,6 +102,7 @@ class Operation:
         parameters: number of elements of its weight and bias, or of the module.
         reason: why it has no edges; "" if it has.
         macs: multiply-accumulates on the example inputs; None if their shapes are not known.
+        engine: how an engine will run it, "" if none was asked.
     """
 
     node: str
@@ -112,6 +113,7 @@ class Operation:
     parameters: int = 0
     reason: str = ""
     macs: int | None = None
+    engine: str = ""
 
     def __str__(self) -> str:
         """Everything that was decided for it, and why, in a few lines."""
@@ -120,6 +122,7 @@ class Operation:
         facts += [f"BatchNorm: {self.batch_norm}"] if self.batch_norm else []
         lines = [f"{self.path or self.node}: {', '.join(facts)}"]
         lines += [f"  {self.reason}"] if self.reason else [f"  {edge}" for edge in self.edges]
+        lines += [f"  {self.engine}"] if self.engine else []
         return "\n".join(lines)
 
     def edge(self, operand: str) -> Edge | None:

@@ -35,7 +35,7 @@ def rule_to_dict(rule: Rule) -> dict[str, Any]:
     for name in ("schedule", "shared_scale", "recompute"):
         if (value := getattr(rule, name)) is not UNSET:
             entry[name] = value
-    return entry
+    return entry | ({"optional": True} if rule.optional else {})
 
 
 def _spec_to_dict(spec: QuantSpec) -> dict[str, Any] | str:

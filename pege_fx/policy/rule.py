@@ -99,6 +99,7 @@ class Rule:
         shared_scale: True gives all inputs of an operation with several one scale, as integer hardware needs it.
         recompute: True makes quantized weights and inputs of an operation again in backward instead of keeping them: the
             bytes of float training, for one more run of the quantizer.
+        optional: the rule may decide for nothing, as those of an engine's policy for operations that not every model has.
 
     Raises:
         PolicyError: if the rule sets nothing or contradicts itself.
@@ -117,6 +118,7 @@ class Rule:
     schedule: str | Literal[Unset.UNSET] = UNSET
     shared_scale: bool | Literal[Unset.UNSET] = UNSET
     recompute: bool | Literal[Unset.UNSET] = UNSET
+    optional: bool = False
 
     def __post_init__(self) -> None:
         if self.module is not None:
@@ -140,7 +142,7 @@ class Rule:
             object.__setattr__(self, edge, spec)
         if not (self.schedule is UNSET or (isinstance(self.schedule, str) and self.schedule)):
             raise PolicyError(f"schedule={self.schedule!r}: give the name of a schedule group.")
-        for name in ("shared_scale", "recompute"):
+        for name in ("shared_scale", "recompute", "optional"):
             if not ((value := getattr(self, name)) is UNSET or isinstance(value, bool)):
                 raise PolicyError(f"{name}={value!r}: give True or False.")
         if self.shared_scale is True and self.input is None:
@@ -169,6 +171,7 @@ class Rule:
         names = ("match", "module", "function", "role")
         words = [f"{name}={getattr(self, name)!r}" for name in names if getattr(self, name) is not None]
         words += [f"{name}={short(getattr(self, name))}" for name in _FIELDS if getattr(self, name) is not UNSET]
+        words += ["optional=True"] if self.optional else []
         return f"Rule({', '.join(words)})"
 
 

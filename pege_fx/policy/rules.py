@@ -11,6 +11,7 @@ from typing import Any
 from pege_fx._utils.files import atomic_write, path_to_read
 from pege_fx.errors import PolicyError, closest
 from pege_fx.numerics.spec import QuantSpec
+from pege_fx.policy.engine_policies import policy_of
 from pege_fx.policy.records import DEEP_KEY, rule_from_dict, rule_to_dict, without_repeats
 from pege_fx.policy.rule import (
     EDGES,
@@ -65,7 +66,9 @@ class QuantPolicy:
                 raise PolicyError(f"{rule!r} is not a Rule: QuantPolicy takes a sequence of rules.")
 
     @classmethod
-    def parse(cls, text: str, *, first: Setting = UNSET, last: Setting = UNSET, **spec: Any) -> "QuantPolicy":
+    def parse(
+        cls, text: str, *, first: Setting = UNSET, last: Setting = UNSET, engine: str | None = None, **spec: Any
+    ) -> "QuantPolicy":
         """Read a policy in short.
 
         ``"W4A4"``, ``"W8"`` (weights alone), ``"A8"`` (inputs alone), 32 and 16 mean float; these have eight bits for the first
@@ -75,8 +78,12 @@ class QuantPolicy:
 
         Args:
             first, last: formats of the first and last operation with a weight; None leaves it in float.
+            engine: name of an engine, whose policy puts quantizers where its integer kernels need them.
             spec: further fields of ``QuantSpec`` for all edges, ``method="pact"`` or ``estimator="ste"``.
         """
+        if engine is not None:
+            made: QuantPolicy = policy_of(engine)(text, first=first, last=last, **spec)
+            return made
         try:
             found = policy_named(text, **spec)
             if found is None:
@@ -125,7 +132,7 @@ class QuantPolicy:
         """Raise ``PolicyError`` for a rule that selects none of the operations, and name the closest."""
         seen = list(ops)
         for rule in self.rules:
-            if any(rule.selects(op) for op in seen):
+            if rule.optional or any(rule.selects(op) for op in seen):
                 continue
             lines = [f"{rule!r} decides for none of {sum(not op.on_request for op in seen)} operations."]
             if unnamed := {op.function for op in seen if op.on_request and would_select(rule, op)}:
