@@ -72,6 +72,16 @@ def verify(
     Raises:
         ExportError: an engine that is not known or not installed, or a file that is not of this model.
         InputError: no batch, or one that does not fit.
+
+    >>> import tempfile
+    >>> import torch
+    >>> import pege_fx
+    >>> x = torch.randn(2, 4)
+    >>> deployed = pege_fx.convert(pege_fx.prepare(torch.nn.Linear(4, 2), "W8A8", x), integer_bias=True)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     size = export(deployed, f"{folder}/model.onnx", x)
+    ...     verify(deployed, f"{folder}/model.onnx", [x]).verdict in ("exact", "ties")
+    True
     """
     return engine_of(engine).verify(graph_of(deployed, "converted", error=ExportError), path, batches)
 
