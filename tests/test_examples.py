@@ -105,3 +105,20 @@ def test_the_deployment_example_ends_in_verdicts(tmp_path: Path, capsys: pytest.
     assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors"} | styles
     accuracies = {line.split()[-2] for line in printed.splitlines()[1:6]}
     assert len(accuracies) == 1  # the same wherever it runs
+
+
+@pytest.mark.filterwarnings("ignore:replacement is not complete")
+def test_eight_formats_are_trained_compared_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for package in ("sklearn", "matplotlib"):
+        pytest.importorskip(package)
+    formats = load("formats")
+    formats.main(["--output", str(tmp_path), "--seeds", "1", "--epochs", "1"])
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert list(results) == ["float", *(format_.name for format_ in formats.FORMATS)]
+    printed = capsys.readouterr().out
+    for name, (row,) in list(results.items())[1:]:
+        assert name in printed
+        assert row["converted_equals_eval"], name
+        assert 0 < row["bytes"] < results["float"][0]["bytes"]
+        assert 0 < row["error"] < 1
+    assert (tmp_path / "levels.png").stat().st_size > 10_000
