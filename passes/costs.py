@@ -12,7 +12,7 @@ def multiply_accumulates(gm: GraphModule, node: Node) -> int | None:
     >>> from torch import nn
     >>> from torch.fx import symbolic_trace
     >>> from pege_fx.passes import normalize, run
-    >>> run(gm := symbolic_trace(nn.Sequential(nn.Linear(5, 3))), [normalize])
+    >>> _ = run(gm := symbolic_trace(nn.Sequential(nn.Linear(5, 3))), [normalize])
     >>> (node,) = (node for node in gm.graph.nodes if node.op == "call_function")
     >>> node.meta["shape"] = (2, 3)
     >>> multiply_accumulates(gm, node)

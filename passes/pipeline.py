@@ -19,7 +19,7 @@ class Pipeline(list[Pass]):
     """A list of passes, to print, extend and reorder.
 
     >>> print(Pipeline([run]))
-    1. run: Apply each pass in place, to every graph before the next pass; an error names its pass.
+    1. run: Apply each pass in place, to every graph before the next pass; an error names its pass. Return the program.
     """
 
     def __str__(self) -> str:

@@ -80,8 +80,8 @@ def _reads_from_outside(modules: set[nn.Module], running: Counter[nn.Module], se
             own_forward = getattr(type(module).forward, "__code__", None)  # called as a function it is a call all the same
             if name in module._parameters or name in module._buffers:
                 seen.read.setdefault(module, set()).add(name)
-            elif sys._getframe(1).f_code is not own_forward:
-                seen.opened.add(module)
+            elif sys._getframe(1).f_code is not own_forward and not name.startswith("__"):
+                seen.opened.add(module)  # but for what functools.wraps asks of anything that can be called: ``__name__``
         return look_up(module, name)
 
     with TRACING, mock.patch.object(nn.Module, "__getattr__", noting):

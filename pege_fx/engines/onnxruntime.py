@@ -16,6 +16,7 @@ from pege_fx._utils.files import path_to_read
 from pege_fx.engines.engine import Profile, Refusal
 from pege_fx.errors import ExportError
 from pege_fx.export import export_onnx, need_onnx, verify_export
+from pege_fx.passes.operators import operators
 from pege_fx.policy.plan import Operation, Plan
 from pege_fx.policy.rules import UNSET, QuantPolicy, Rule
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from pege_fx.export.verify import ExportReport
 
 _JOINS = ("add", "sub", "mul", "cat", "stack")  # between layers in integers; in float they would part them
-_TAKEN = {"conv1d", "conv2d", "conv3d", "linear", "matmul", "mm", "bmm"}
+_TAKEN = {entry.name for entry in operators() if entry.integer is not None and not entry.transposed}
 _MULTIPLIES = {"QLinearConv", "QLinearMatMul", "QGemm", "MatMulIntegerToFloat", "ConvInteger", "MatMulInteger"}
 _MULTIPLIES |= {"DynamicQuantizeMatMul", "QAttention"}
 _IN_FLOAT = {"Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"}

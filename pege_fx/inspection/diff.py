@@ -276,7 +276,7 @@ class PassTrace:
     >>> from torch import nn
     >>> from pege_fx.passes import normalize, run
     >>> trace = PassTrace()
-    >>> run(torch.fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2))), trace.watching([normalize]))
+    >>> _ = run(torch.fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2))), trace.watching([normalize]))
     >>> print(trace)
     1. normalize: 2 added, 1 replaced; 2 nodes as before
     + _0_weight = 0.weight: float32[2, 2]

@@ -98,8 +98,8 @@ class ScaleLayout(ABC):
 class PerTensor(ScaleLayout):
     """One scale.
 
-    >>> PerTensor().rows(torch.ones(2, 3), None).shape
-    torch.Size([1, 6])
+    >>> PerTensor().scale_shape((64, 256), None)
+    (1,)
     """
 
     name = "tensor"

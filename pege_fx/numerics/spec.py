@@ -1,7 +1,7 @@
 """What is asked of one edge: number format, scale layout, forward method, estimator."""
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
 from pege_fx.errors import SpecError
@@ -16,8 +16,26 @@ ScaleDtype: TypeAlias = Literal["float32", "bfloat16", "e8m0", "e4m3"]
 SCALE_BITS: dict[str, int] = {"float32": 32, "bfloat16": 16, "e8m0": 8, "e4m3": 8}
 
 
+class _Values:
+    """What a spec's names stand for, beside its fields: compilers that trace a fake-quant ask for the values.
+
+    Attributes:
+        number_format: a sign left open counts as signed.
+        layout: what is left open counts as one scale.
+        grid: of the format.
+        discretizers: of estimator and format.
+    """
+
+    __slots__ = ("discretizers", "grid", "layout", "number_format")
+
+    number_format: Format
+    layout: ScaleLayout
+    grid: Grid
+    discretizers: Discretizers
+
+
 @dataclass(frozen=True, kw_only=True)
-class QuantSpec:
+class QuantSpec(_Values):
     """The number format of one edge.
 
     Args:
@@ -52,10 +70,6 @@ class QuantSpec:
     estimator: str | type[Any] = "pege"
     format: str | Format | None = None
     scale: ScaleDtype = "float32"
-    number_format: Format = field(init=False, repr=False, compare=False)  # as a value; a sign left open counts as signed
-    layout: ScaleLayout = field(init=False, repr=False, compare=False)  # as a value; what is left open counts as one scale
-    grid: Grid = field(init=False, repr=False, compare=False)
-    discretizers: Discretizers = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.format is not None:
@@ -89,7 +103,6 @@ class QuantSpec:
         method.check_spec(self)
 
     def _set_values(self) -> None:
-        """Read the names once: compilers that trace a fake-quant ask for the values."""
         plain = Integer(self.bits, self.signed is not False, self.narrow)
         object.__setattr__(self, "number_format", plain if self.format is None else format_of(self.format))
         layout = PerTensor() if self.granularity is None else layout_named(self.granularity)
@@ -98,7 +111,7 @@ class QuantSpec:
         object.__setattr__(self, "discretizers", discretizers_of(ESTIMATORS[str(self.estimator)], self.grid.levels))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
+        return dict(vars(self))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

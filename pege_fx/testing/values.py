@@ -7,6 +7,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from pege_fx.errors import SpecError
 from pege_fx.numerics.spec import MAX_BITS, MIN_BITS, QuantSpec
 from pege_fx.policy.rules import QuantPolicy, Rule
 
@@ -50,29 +51,65 @@ def tensors(
     return fillings[filling](torch.randn(tuple(shape), generator=generator).to(dtype))
 
 
-def specs(**fixed: Any) -> st.SearchStrategy[QuantSpec]:
-    """Number formats over every field; ``specs(method="lsq", granularity="tensor")`` takes those as they are.
+_WHOLE = {
+    "bits": st.integers(MIN_BITS, MAX_BITS),
+    "signed": st.sampled_from([None, True, False]),
+    "granularity": st.sampled_from(["channel", "tensor"]),
+    "narrow": st.booleans(),
+    "method": st.sampled_from(["lsq", "pact", "dorefa", "interval", "minmax"]),
+    "estimator": st.sampled_from(["pege", "ste", "ewgs", "pege-relative"]),
+}
+_LAYOUTS = st.sampled_from(["channel", "tensor", "group-3-pad", "group-4-pad"])
+_OTHERS: tuple[dict[str, st.SearchStrategy[Any]], ...] = (
+    {"bits": st.integers(MIN_BITS, MAX_BITS), "method": st.sampled_from(["lsq", "minmax", "dynamic", "absmean", "lsq+"])},
+    {"bits": st.integers(MIN_BITS, MAX_BITS), "signed": st.booleans(), "method": st.just("dynamic-asymmetric")},
+    {
+        "format": st.sampled_from(["e4m3", "e5m2", "e3m2", "e2m3", "e2m1", "nf4", "seq2", "binary", "levels(-2,-1,0,3)"]),
+        "method": st.sampled_from(["lsq", "minmax", "dynamic", "absmean"]),
+    },
+    {"format": st.just("ternary"), "method": st.sampled_from(["lsq", "absmean", "twn"])},
+)
+_BLOCKS = st.sampled_from(["group-3-pad", "group-4-pad"])
+_STANDARDS: tuple[dict[str, st.SearchStrategy[Any]], ...] = (
+    {"format": st.sampled_from(["e4m3", "e5m2", "e3m2", "e2m3", "e2m1"]), "method": st.just("mx"), "granularity": _BLOCKS},
+    {"format": st.just("e2m1"), "method": st.just("nvfp4"), "granularity": _BLOCKS},
+)
+
+
+def specs(*, every_format: bool = False, **fixed: Any) -> st.SearchStrategy[QuantSpec]:
+    """Specs over every field; ``specs(method="lsq", granularity="tensor")`` takes those as they are.
+
+    Args:
+        every_format: not only whole numbers per tensor and channel, which every file and engine takes, but floats, lists of
+            levels, ternary, MX and NVFP4, over groups too, with learned, observed and dynamic scales. For weights.
+        fixed: fields of ``QuantSpec``.
 
     Raises:
         SpecError, TypeError: if a fixed field does not exist or has a wrong value, at once.
     """
-    QuantSpec(**{"bits": MAX_BITS} | fixed)
-    drawn: dict[str, st.SearchStrategy[Any]] = {
-        "bits": st.integers(MIN_BITS, MAX_BITS),
-        "signed": st.sampled_from([None, True, False]),
-        "granularity": st.sampled_from(["channel", "tensor"]),
-        "narrow": st.booleans(),
-        "method": st.sampled_from(["lsq", "pact", "dorefa", "interval", "minmax"]),
-        "estimator": st.sampled_from(["pege", "ste", "ewgs", "pege-relative", "pege-share"]),
-    }
-    fields = st.fixed_dictionaries(drawn | {name: st.just(value) for name, value in fixed.items()})
-    return fields.filter(lambda f: not (f["narrow"] and f["signed"] is False)).map(lambda f: QuantSpec(**f))
+    QuantSpec(**({} if "format" in fixed else {"bits": MAX_BITS}) | fixed)
+    others = [{"granularity": _LAYOUTS} | fields for fields in _OTHERS] + [*_STANDARDS] if every_format else []
+    drawn = [_WHOLE, *({"estimator": _WHOLE["estimator"]} | fields for fields in others)]
+    chosen = [fields | {name: st.just(value) for name, value in fixed.items()} for fields in drawn]
+    return st.one_of([st.fixed_dictionaries(fields).filter(_go_together).map(_spec) for fields in chosen])
+
+
+def _go_together(fields: dict[str, Any]) -> bool:
+    try:
+        _spec(fields)
+    except SpecError:
+        return False
+    return True
+
+
+def _spec(fields: dict[str, Any]) -> QuantSpec:
+    return QuantSpec(**fields)
 
 
 @st.composite
-def policies(draw: st.DrawFn, /, **fixed: Any) -> QuantPolicy:
-    """A default rule, and sometimes float or eight bits for the first and the last operation; ``fixed`` as for ``specs``."""
-    weight = draw(specs(**fixed))
+def policies(draw: st.DrawFn, /, *, every_format: bool = False, **fixed: Any) -> QuantPolicy:
+    """A default rule, and sometimes float or eight bits for the first and the last operation; arguments as for ``specs``."""
+    weight = draw(specs(every_format=every_format, **fixed))
     activation = draw(specs(**fixed | {"granularity": "tensor"}))
     rules = [Rule(weight=weight, input=draw(st.sampled_from([activation, None])))]
     for role in ("first", "last"):

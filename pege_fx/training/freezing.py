@@ -36,7 +36,8 @@ class WeightFreezing:
         ScheduleError: for a threshold or momentum out of range.
 
     >>> import pege_fx
-    >>> gm = pege_fx.prepare(torch.nn.Sequential(torch.nn.Linear(4, 4)), "W3A3", torch.randn(2, 4))
+    >>> policy = pege_fx.QuantPolicy.parse("W3A3", last="3")
+    >>> gm = pege_fx.prepare(torch.nn.Sequential(torch.nn.Linear(4, 4)), policy, torch.randn(2, 4))
     >>> freezing = WeightFreezing(gm, pege_fx.Cosine(0.1, 0.01, steps=100))
     >>> freezing.step()  # after optimizer.step()
     >>> freezing.frozen

@@ -316,7 +316,7 @@ def test_a_mode_that_makes_tensors_without_memory_is_left_to_plain_operations(mo
     made = torch.empty_like
     with monkeypatch.context() as patch:
         patch.setattr(torch, "empty_like", lambda *args, **kwargs: made(*args, **kwargs).as_subclass(Fake))
-        arguments = (torch.randn(30), torch.tensor(0.3), None, None, None, -4, 3)
+        arguments = (torch.randn(30), torch.tensor(0.3), None, None, None, None, -4, 3)
         with torch.no_grad():
             assert c_kernels.forward(*arguments) is None
             assert functional.fake_quantize(arguments[0], arguments[1], QuantSpec(bits=3)).shape == (30,)

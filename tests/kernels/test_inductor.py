@@ -15,13 +15,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pege_fx import PegeWarning, QuantSpec, functional
 from pege_fx.kernels import inductor
+from pege_fx.numerics import discretizer
 
 KEY = torch.tensor(99, dtype=torch.int32)
 
 
 @pytest.fixture(autouse=True)
 def _none_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functional, "_by_hand", lambda _: None)
+    monkeypatch.setattr(discretizer, "backend_for", lambda _: None)
 
 
 def run(x: Tensor, scale: Tensor, rate: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

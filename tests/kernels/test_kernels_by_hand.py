@@ -19,6 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pege_fx import PegeWarning, QuantSpec, functional, kernels
 from pege_fx.kernels import c_kernels, inductor
+from pege_fx.numerics import discretizer
 from pege_fx.numerics.discretizer import discretizers_of
 from pege_fx.numerics.functional import Estimator
 
@@ -76,7 +77,7 @@ def interpret(patch: pytest.MonkeyPatch) -> None:
     ran = triton_kernels._ran
     patch.setattr(interpreter.InterpreterBuilder, "create_fma", fused)
     patch.setattr(interpreter.InterpreterBuilder, "create_fp_trunc", truncated)
-    patch.setattr(functional, "_by_hand", lambda x: triton_kernels if inductor.fits_a_kernel(x) else None)
+    patch.setattr(discretizer, "backend_for", lambda x: triton_kernels if inductor.fits_a_kernel(x) else None)
     patch.setattr(triton_kernels, "_ran", noted)
 
 

@@ -14,7 +14,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def seen(x: Tensor, scale: Tensor, zero_point: Tensor | None = None, *numbers: Tensor | None) -> Layout | None:
-    return layout_of(x, scale, zero_point, (torch.float32, torch.bfloat16), *numbers)
+    return layout_of(x, (scale, zero_point), (torch.float32, torch.bfloat16), *numbers)
 
 
 SERVED: dict[str, tuple[Tensor, Tensor, tuple[object, ...]]] = {

@@ -60,6 +60,9 @@ TAKES: dict[str, tuple[set[Stage], Callable[[Any, Path], Any]]] = {
     "PEGEScheduler": ({"prepared"}, lambda model, _: pege_fx.PEGEScheduler(model, 4)),
     "Telemetry": ({"prepared"}, lambda model, _: pege_fx.Telemetry(model)),
     "Guard": ({"prepared"}, lambda model, _: pege_fx.Guard(model)),
+    "WeightFreezing": ({"prepared"}, lambda model, _: pege_fx.WeightFreezing(model, pege_fx.Constant(0.1), max_bits=8)),
+    "DecoupledLambda": ({"prepared"}, lambda model, _: pege_fx.DecoupledLambda(model, pege_fx.Constant(0.1))),
+    "dampening_loss": ({"prepared"}, lambda model, _: pege_fx.dampening_loss(model)),
     "parameter_groups": ({"prepared"}, lambda model, _: pege_fx.parameter_groups(model, 0.1)),
     "size_report": ({"prepared", "converted", "float"}, lambda model, _: pege_fx.size_report(model)),
     "integer_engine": ({"converted"}, lambda model, _: pege_fx.integer_engine(model)),
@@ -67,6 +70,7 @@ TAKES: dict[str, tuple[set[Stage], Callable[[Any, Path], Any]]] = {
     "save_deployed": ({"converted"}, lambda model, folder: pege_fx.save_deployed(model, folder / "d")),
     "to_program": ({"converted"}, lambda model, _: pege_fx.to_program(model, (X,))),
     "export_onnx": ({"converted"}, lambda model, folder: pege_fx.export_onnx(model, folder / "m.onnx", (X,))),
+    "verify": ({"converted"}, lambda model, folder: pege_fx.verify(model, exported(folder), [X], engine="onnxruntime")),
     "verify_export": ({"converted"}, lambda model, folder: pege_fx.verify_export(model, exported(folder), [X])),
 }
 MISSING: dict[tuple[Stage, Stage], str] = {
@@ -112,15 +116,17 @@ def test_every_public_function_of_a_model_is_in_the_table() -> None:
         if callable(value := getattr(pege_fx, name)) and not (inspect.isclass(value) and issubclass(value, Exception))
     }
     models = {name for name, parameter in first.items() if parameter in ("gm", "model", "deployed", "engine")}
-    # any module has fake-quants or none; shard wants processes; these two want more than a model, and are below
-    assert models - set(TAKES) - {"CheckpointInfo"} == {"shard", "update_ewgs", "discretization_loss"}
+    # any module has fake-quants or none; shard wants processes; these want more than a model, and are below
+    others = {"shard", "update_ewgs", "discretization_loss", "reestimate_batch_norm"}
+    assert models - set(TAKES) - {"CheckpointInfo"} == others
 
 
 @pytest.mark.parametrize("stage", ["float", "converted", "engine"])
 def test_what_wants_a_loss_or_processes_asks_for_the_stage_first(stage: Stage) -> None:
     with pytest.raises(pege_fx.ModelError, match="no training forward of a prepared model"):
         pege_fx.discretization_loss(made(stage))
-    for call in (pege_fx.shard, lambda model: pege_fx.update_ewgs(model, torch.sum, [X])):
+    reestimate = lambda model: pege_fx.reestimate_batch_norm(model, [X])  # noqa: E731 (a call like the others)
+    for call in (pege_fx.shard, lambda model: pege_fx.update_ewgs(model, torch.sum, [X]), reestimate):
         with pytest.raises(pege_fx.ModelError, match="was not prepared"):
             call(made(stage))  # type: ignore[operator]
 

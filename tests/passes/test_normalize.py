@@ -27,7 +27,9 @@ def test_the_function_is_kept_in_both_modes(case: tuple[Network, tuple[Tensor, .
     network, inputs = case
     for mode in (True, False):
         network.train(mode)
-        assert_same_function(network, normalized(network), inputs, tolerance=0)
+        # Attention is written out, in products of other sizes than torch's own, which some processors round another way.
+        exactly = {} if network.contains("attention") else {"tolerance": 0}
+        assert_same_function(network, normalized(network), inputs, **exactly)
 
 
 LAYERS: list[tuple[nn.Module, Tensor]] = [

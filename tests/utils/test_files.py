@@ -45,6 +45,7 @@ TAKES_A_PATH: dict[str, Callable[[Any], object]] = {
     "load_deployed": pege_fx.load_deployed,
     "export_onnx": lambda path: pege_fx.export_onnx(deployed(), path, X),
     "verify_export": lambda path: pege_fx.verify_export(deployed(), path, [X]),
+    "verify": lambda path: pege_fx.verify(deployed(), path, [X], engine="onnxruntime"),
     "to_toml": pege_fx.QuantPolicy.parse("W4A4").to_toml,
     "from_toml": pege_fx.QuantPolicy.from_toml,
     "draw": lambda path: pege_fx.draw(prepared(), path),
