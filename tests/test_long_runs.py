@@ -39,7 +39,7 @@ def test_steps_leave_nothing_behind(watched: bool) -> None:
     per_step = (third.objects - second.objects) / 50
     rows = 5 * 100 / 3 if watched else 0  # telemetry keeps its rows: five sites, a third of a hundred looks
     assert per_step * 50 <= rows + 20
-    assert third.allocated - second.allocated < 20_000 + 1_000 * rows
+    assert third.allocated - second.allocated < 20_000 + 1_200 * rows  # of some twenty columns
 
 
 def test_schedulers_step_in_the_same_memory() -> None:

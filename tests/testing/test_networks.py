@@ -220,7 +220,7 @@ def test_a_hundred_thousandth_does_not_pass(case: Case) -> None:
         for parameter in other.parameters():
             parameter.mul_(1 + 2e-5)
         exact, moved = (copy.deepcopy(n).double()(*(x.double() for x in case.inputs)) for n in (network, other))
-    assume(float((exact - moved).abs().max() / exact.abs().max()) > 1e-5)
+    assume(float((exact - moved).abs().max() / exact.abs().max()) > 2e-5)  # a deep one cancels more of it than of rounding
     with pytest.raises(AssertionError, match="differs by"):
         assert_same_function(network, other, case.inputs)
 
