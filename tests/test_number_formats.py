@@ -167,6 +167,41 @@ def test_a_rule_takes_the_same_words_for_one_edge(name: str, spec: QuantSpec) ->
     )
 
 
+@pytest.mark.parametrize("text", ["8da4w-g32", "mxfp4", "4-g8"])
+def test_what_is_recomputed_has_the_same_gradients_and_keeps_less(text: str) -> None:
+    policy = QuantPolicy((Rule(weight=text),)) if text == "4-g8" else QuantPolicy.parse(text)
+    found = []
+    for recompute in (False, True):
+        rules = (*policy.rules, Rule(function="linear", recompute=recompute))
+        gm = pege_fx.prepare(network(), QuantPolicy(rules), (batch(),), check=False)
+        PEGEScheduler(gm, 2, replacement=Constant(0.5), weight_lambda=Constant(0.1))
+        kept: dict[int, int] = {}
+
+        def keep(value: Tensor, kept: dict[int, int] = kept) -> Tensor:
+            kept[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+            return value
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+            loss = gm(batch(2)).square().sum()
+        loss.backward()
+        found.append(({name: p.grad for name, p in gm.named_parameters()}, sum(kept.values())))
+    (plain, more), (again, less) = found
+    assert all(torch.equal(plain[name], again[name]) for name in plain)  # type: ignore[arg-type]
+    assert less < 0.8 * more
+
+
+@pytest.mark.parametrize("text", ["8da4w-g32", "mxfp4"])
+def test_it_is_one_graph_for_the_compiler_with_the_same_gradients(text: str) -> None:
+    gm = pege_fx.prepare(nn.Sequential(nn.Linear(32, 32), nn.GELU()), text, (batch(),), check=False)
+    PEGEScheduler(gm, 2, replacement=Constant(0.5), weight_lambda=Constant(0.1))
+    gradients = []
+    for model in (gm, torch.compile(gm, fullgraph=True)):
+        gm.zero_grad()
+        model(batch(2)).square().sum().backward()
+        gradients.append(gm.get_parameter("0.weight").grad)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
 def test_rules_without_a_function_do_not_say_what_lies_along_a_convolutions_last_dimension() -> None:
     convolution = nn.Sequential(nn.Conv2d(8, 8, 3))
     x = torch.randn(1, 8, 5, 5)

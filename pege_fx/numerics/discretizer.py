@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pege_fx.kernels.backends import backend_for
+from pege_fx.kernels.compiled_view import view_of
 from pege_fx.kernels.inductor import LocalKernel, fits_a_kernel, has_memory, worth_compiling
 from pege_fx.numerics.estimators import Estimator, nothing_if_nan
 from pege_fx.numerics.formats import Format, compute_dtype
@@ -126,45 +127,6 @@ def _backward(
 # --- by kernels ----------------------------------------------------------------------------------------------
 
 
-class _View(NamedTuple):
-    """A dense tensor as a compiled kernel sees it: flat, one row per scale, or (batch, positions, channels)."""
-
-    shape: tuple[int, ...]
-    order: tuple[int, ...] | None  # permutation that makes the memory contiguous
-    scale_shape: tuple[int, ...]
-
-    def of(self, x: Tensor) -> Tensor:
-        # ``data``: the compiler would guard on the base of a view, and compile anew for each.
-        return (x if self.order is None else x.permute(self.order)).reshape(self.shape).data
-
-    def of_scale(self, scale: Tensor) -> Tensor:
-        return scale.reshape(self.scale_shape).data
-
-    def of_scales(self, *scales: Tensor | None) -> tuple[Tensor | None, ...]:
-        return tuple(None if scale is None else self.of_scale(scale) for scale in scales)
-
-    def back(self, y: Tensor, like: Tensor) -> Tensor:
-        if self.order is None:
-            return y.view(like.shape)
-        shape = [like.shape[i] for i in self.order]
-        inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
-        return y.view(shape).permute(inverse)
-
-
-def _view_of(x: Tensor, scale: Tensor, *others: Tensor | None) -> _View | None:
-    """Return how a compiled kernel may see ``x`` without a copy, or None."""
-    if any(other is not None and other.numel() != scale.numel() for other in others):
-        return None
-    if scale.numel() == 1:
-        if x.is_contiguous():
-            return _View((-1,), None, ())
-        if x.ndim == 4 and min(x.shape) > 1 and x.is_contiguous(memory_format=torch.channels_last):
-            return _View((x.shape[0], -1, x.shape[1]), (0, 2, 3, 1), ())
-    elif x.is_contiguous() and scale.ndim == x.ndim and scale.numel() == scale.shape[0] == x.shape[0] < x.numel():
-        return _View((x.shape[0], -1), None, (-1, 1))
-    return None
-
-
 @functools.cache
 def _forward_kernel(levels: Format | None) -> LocalKernel:
     if levels is None:
@@ -201,7 +163,7 @@ def quantized(
         y = backend.forward(x, scale, zero_point, inverse, rate, key, q_min, q_max)
         if y is not None:
             return y
-    view = _view_of(x, scale, zero_point, inverse) if worth_compiling(x) else None
+    view = view_of(x, scale, zero_point, inverse) if worth_compiling(x) else None
     if view is None:
         return _forward(x, scale, zero_point, inverse, rate, key, False, q_min, q_max, levels)
     numbers = view.of_scales(scale, zero_point, inverse)
@@ -209,9 +171,22 @@ def quantized(
     return view.back(kernel(view.of(x), *numbers, rate, key, view.order is not None, q_min, q_max), x)
 
 
-def can_be_made_again(y: Tensor) -> bool:
-    """Tell whether a tensor comes right from a discretizer that did not keep it."""
-    return type(y) is Tensor and y.numel() > 0 and not y.is_meta and getattr(y.grad_fn, "recompute", False)
+_VIEWS = {
+    "ViewBackward0",
+    "UnsafeViewBackward0",
+    "ReshapeAliasBackward0",
+    "TransposeBackward0",
+}  # of tiles, back in their places
+
+
+def node_to_make_again(y: Tensor) -> Any:
+    """Return the autograd node of the discretizer that made a tensor and did not keep it; None for any other tensor."""
+    if type(y) is not Tensor or y.numel() == 0 or y.is_meta:
+        return None
+    node: Any = y.grad_fn
+    while node is not None and node.name() in _VIEWS:
+        node = node.next_functions[0][0]
+    return node if getattr(node, "recompute", False) else None
 
 
 def made_again(node: Any) -> Tensor:
@@ -329,7 +304,7 @@ def _discretizers(estimator: type[Estimator], levels: Format | None) -> Discreti
             made = backend.backward(name, grad, x, y, scale, zero_point, inverse, size, q_min, q_max)
             if made is not None:
                 return made
-        view = _view_of(x, scale, zero_point, inverse) if worth_compiling(x) else None
+        view = view_of(x, scale, zero_point, inverse) if worth_compiling(x) else None
         if view is None:
             return backward_of(grad, x, y, *args)
         numbers = view.of_scales(scale, zero_point, inverse)

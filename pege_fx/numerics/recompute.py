@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pege_fx.numerics.discretizer import can_be_made_again, made_again
+from pege_fx.numerics.discretizer import made_again, node_to_make_again
 
 
 class _Recipe(NamedTuple):
@@ -40,7 +40,8 @@ def _remaking(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args, **kwargs)
         tensors = [y for y in (*args, *kwargs.values()) if isinstance(y, Tensor)]
         # Their nodes, and not the tensors: autograd keeps the function below.
-        nodes = {y.untyped_storage().data_ptr(): y.grad_fn for y in tensors if can_be_made_again(y)}
+        made_by = [(y, node) for y in tensors if (node := node_to_make_again(y)) is not None]
+        nodes = {y.untyped_storage().data_ptr(): node for y, node in made_by}
         if not nodes:
             return function(*args, **kwargs)
 
