@@ -67,6 +67,8 @@ def test_a_sparse_operand_stays_float_and_the_plan_says_so(product: str, layout:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_is_made_dense_is_computed_before_a_file_is_written(layout: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
+    if torch.__version__ < "2.12" and layout != "coo":
+        pytest.skip("torch.export of 2.11 fails on tensors of this layout")
     x = torch.linspace(-1.0, 1.0, 24).view(6, 4)
     model = GraphLayer(layout, lambda adjacency, y: adjacency.to_dense() @ y).eval()
     policy = QuantPolicy((Rule(function="linear", weight="8", input="8"),))
