@@ -363,9 +363,10 @@ def _named(text: str) -> Format:
         return TERNARY
     if (listed := _LEVELS.fullmatch(text)) is not None:
         try:
-            return Levels(tuple(map(float, listed[1].split(","))))
+            levels = tuple(map(float, listed[1].split(",")))
         except ValueError as error:
             raise SpecError(f"{text!r} is no list of levels: {error}.") from error
+        return Levels(levels)
     names = [*_FORMATS, "ternary", *(f"int{bits}" for bits in range(2, 9)), "uint8"]
     raise SpecError(
         f"unknown number format {text!r}.\n  known: {', '.join(names)}, levels(...)\n  closest: {closest(text, names, 1)}."
