@@ -21,6 +21,7 @@ from pege_fx.modules.forward_method import Decoding, ForwardMethod, Statistics
 from pege_fx.modules.method_check import check_method, is_own
 from pege_fx.modules.schedule_state import ScheduleState, version_of
 from pege_fx.numerics import discretizer, functional
+from pege_fx.numerics.discretizer import value_of
 from pege_fx.numerics.functional import codes_of
 from pege_fx.numerics.layouts import Channels, Kind
 from pege_fx.numerics.spec import ESTIMATORS, METHODS, QuantSpec
@@ -329,8 +330,7 @@ class FakeQuant(nn.Module):
         """Return what a converted model computes for ``x``: the value of its code, without a BatchNorm that is live."""
         levels, (scale, zero_point) = self.evaluated(x)
         levels = levels.to(functional.compute_dtype(x))
-        value = (levels if zero_point is None else levels - zero_point) * scale.to(levels.dtype)
-        value = self.method.tiling.untiled(value, x)
+        value = self.method.tiling.untiled(value_of(levels, scale.to(levels.dtype), zero_point), x)
         if self.fold is not None and self.fold.live:  # a BatchNorm that normalises while its layer is in evaluation
             value = self.leave(x, value)
         return value.to(x.dtype)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pege_fx.modules.fake_quant import FakeQuant
 from pege_fx.modules.forward_method import ForwardMethod
-from pege_fx.numerics.discretizer import divided
+from pege_fx.numerics.discretizer import divided, value_of
 from pege_fx.numerics.formats import compute_dtype
 from pege_fx.numerics.functional import codes_of
 
@@ -25,7 +25,7 @@ def squares(fq: FakeQuant, x: Tensor) -> Tensor:
     continuous, tiling = method.transform(x), method.tiling
     scale, zero_point, inverse = method.grid_of(continuous)
     levels = codes_of(tiling.tiles(continuous), scale, fq.site.spec.number_format, zero_point, inverse=inverse)
-    x_q = method.restore(tiling.untiled((levels if zero_point is None else levels - zero_point) * scale, continuous))
+    x_q = method.restore(tiling.untiled(value_of(levels, scale, zero_point), continuous))
     return torch.stack([(wide - x_q.to(wide.dtype)).square().sum(), wide.square().sum()])
 
 

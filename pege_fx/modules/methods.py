@@ -244,7 +244,7 @@ class MovingMinMax(ForwardMethod, name="minmax"):
         return self.broadcast(scale), self.broadcast(zero_point)
 
 
-class LSQPlus(ForwardMethod, name="lsq+"):
+class LSQPlus(LSQ, name="lsq+"):
     """LSQ+ (Bhalgat et al., CVPRW 2020): a learned step size with a learned zero point, for what lies to one side of zero.
 
     The zero point is rounded, with a straight-through gradient: an element beyond the grid moves it by its own gradient times
@@ -259,12 +259,11 @@ class LSQPlus(ForwardMethod, name="lsq+"):
 
     def __init__(self, spec: QuantSpec, kind: Kind, shape: tuple[int, ...] | None, channels: Channels | None) -> None:
         super().__init__(spec, kind, shape, channels)
-        self.scale = self.new_parameter(1.0 / max(self.q_max, 1))
         self.zero_point = self.new_parameter(0.0)
 
     def initialize(self, statistics: Statistics) -> None:
         low, high = statistics.low, statistics.high
-        scale = _where_positive((high - low) / (self.q_max - self.q_min), statistics.whole.max_abs / max(self.q_max, 1), 1.0)
+        scale = _where_positive((high - low) / (self.q_max - self.q_min), statistics.whole.max_abs / self.q_max, 1.0)
         _set(self.scale, scale.clamp(min=SMALLEST_SCALE))
         _set(self.zero_point, (self.q_min - torch.round(low / scale)).clamp(self.q_min, self.q_max))
 
@@ -279,15 +278,8 @@ class LSQPlus(ForwardMethod, name="lsq+"):
     def transform(self, x: Tensor) -> Tensor:
         return self.tiling.untiled(self.tiling.tiles(x.to(functional.compute_dtype(x))) + self._shift(), x)
 
-    def qparams(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.broadcast(safe_scale(self.scale)), None
-
     def restore(self, y: Tensor) -> Tensor:
         return self.tiling.untiled(self.tiling.tiles(y) - self._shift(), y)
-
-    def scale_gradient(self, x: Tensor) -> float:
-        sharing = math.prod(x.shape[1:]) if self.kind == "activation" and x.ndim > 1 else x.numel() // self.scale.numel()
-        return float((max(sharing, 1) * max(self.q_max, 1)) ** -0.5)
 
     def encoding(self) -> Encoding:
         return Encoding(self.grid_of().scale, self.broadcast(self._zero_point().detach()))

@@ -74,7 +74,8 @@ def _forward(
     channels_last: bool,
     q_min: int,
     q_max: int,
-    levels: Format | None = None,
+    *,
+    levels: Format | None,
 ) -> Tensor:
     """y; with ``channels_last``, ``x`` is (batch, positions, channels) of a tensor (batch, channels, positions)."""
     wide = x.to(compute_dtype(x))
@@ -111,6 +112,7 @@ def _backward(
     zero_point: Tensor | None,
     inverse: Tensor | None,
     strength: Tensor,
+    *,
     grid: Grid,
 ) -> tuple[Tensor, Tensor]:
     """dL/dx_c and dL/ds, the latter in the shape of ``scale``."""
@@ -129,21 +131,8 @@ def _backward(
 
 @functools.cache
 def _forward_kernel(levels: Format | None) -> LocalKernel:
-    if levels is None:
-        return LocalKernel(_forward)
-
-    def forward_of(
-        x: Tensor,
-        scale: Tensor,
-        zero_point: Tensor | None,
-        inverse: Tensor | None,
-        rate: Tensor | None,
-        key: Tensor | None,
-        channels_last: bool,
-        q_min: int,
-        q_max: int,
-    ) -> Tensor:
-        return _forward(x, scale, zero_point, inverse, rate, key, channels_last, q_min, q_max, levels)
+    def forward_of(*args: Any) -> Tensor:
+        return _forward(*args, levels=levels)
 
     return LocalKernel(forward_of)
 
@@ -165,18 +154,14 @@ def quantized(
             return y
     view = view_of(x, scale, zero_point, inverse) if worth_compiling(x) else None
     if view is None:
-        return _forward(x, scale, zero_point, inverse, rate, key, False, q_min, q_max, levels)
+        return _forward(x, scale, zero_point, inverse, rate, key, False, q_min, q_max, levels=levels)
     numbers = view.of_scales(scale, zero_point, inverse)
     kernel = _forward_kernel(levels)
     return view.back(kernel(view.of(x), *numbers, rate, key, view.order is not None, q_min, q_max), x)
 
 
-_VIEWS = {
-    "ViewBackward0",
-    "UnsafeViewBackward0",
-    "ReshapeAliasBackward0",
-    "TransposeBackward0",
-}  # of tiles, back in their places
+# What puts tiles back in their places.
+_VIEWS = {"ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "TransposeBackward0"}
 
 
 def node_to_make_again(y: Tensor) -> Any:
@@ -267,19 +252,9 @@ def discretizers_of(estimator: type[Estimator], levels: Format | None) -> Discre
 
 
 def _discretizers(estimator: type[Estimator], levels: Format | None) -> Discretizers:
-
-    def backward_of(
-        grad: Tensor,
-        x: Tensor,
-        y: Tensor,
-        scale: Tensor,
-        zero_point: Tensor | None,
-        inverse: Tensor | None,
-        strength: Tensor,
-        q_min: int,
-        q_max: int,
-    ) -> tuple[Tensor, Tensor]:
-        return _backward(estimator, grad, x, y, scale, zero_point, inverse, strength, Grid(q_min, q_max, levels))
+    def backward_of(*args: Any) -> tuple[Tensor, Tensor]:
+        *tensors, q_min, q_max = args
+        return _backward(estimator, *tensors, grid=Grid(q_min, q_max, levels))
 
     backward_kernel = LocalKernel(backward_of)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from pege_fx.modules.fake_quant import FakeQuant
+from pege_fx.numerics.discretizer import value_of
 from pege_fx.passes.graph import attribute_of, tensor_of
 
 
@@ -50,8 +51,7 @@ class QuantizedWeight:
     def _values(self, codes: Tensor) -> Tensor:
         scale, zero_point, _ = self.fq.method.grid_of(self.continuous())
         tiling = self.fq.method.tiling
-        levels = tiling.tiles(codes.to(scale))
-        return tiling.untiled((levels if zero_point is None else levels - zero_point) * scale, codes)
+        return tiling.untiled(value_of(tiling.tiles(codes.to(scale)), scale, zero_point), codes)
 
     @property
     def is_direct(self) -> bool:
